@@ -1,0 +1,1 @@
+"""What the scripts share. Nothing that a paper claims or tunes lives here."""

@@ -1,0 +1,890 @@
+"""common/datasets.py: class lists, splits, few-shot selection, decoding, and a clear error for everything bad.
+
+No network and no real archive: each set is written to a temporary folder in the layout that it has on disk, with
+pictures of a few pixels.
+"""
+
+import hashlib
+import io
+import json
+import pickle
+import random
+import socket
+import threading
+import time
+import urllib.error
+
+import numpy as np
+import pytest
+import scipy.io
+import torchvision.datasets
+from PIL import Image
+
+from common import datasets
+from common.datasets import Images, few_shot, few_shot_disef, hold_out, load_dataset, natural_key, open_rgb, verify
+from common.run import UserError, class_folders
+
+CALTECH = """Faces Leopards Motorbikes accordion airplanes anchor ant barrel bass beaver binocular bonsai
+brain brontosaurus buddha butterfly camera cannon car_side ceiling_fan cellphone chair chandelier cougar_body
+cougar_face crab crayfish crocodile crocodile_head cup dalmatian dollar_bill dolphin dragonfly electric_guitar
+elephant emu euphonium ewer ferry flamingo flamingo_head garfield gerenuk gramophone grand_piano hawksbill
+headphone hedgehog helicopter ibis inline_skate joshua_tree kangaroo ketch lamp laptop llama lobster lotus
+mandolin mayfly menorah metronome minaret nautilus octopus okapi pagoda panda pigeon pizza platypus pyramid
+revolver rhino rooster saxophone schooner scissors scorpion sea_horse snoopy soccer_ball stapler starfish
+stegosaurus stop_sign strawberry sunflower tick trilobite umbrella watch water_lilly wheelchair wild_cat
+windsor_chair wrench yin_yang""".split()
+TEXTURES = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted
+fibrous flecked freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike lined marbled
+matted meshed paisley perforated pitted pleated polka-dotted porous potholed scaly smeared spiralled sprinkled
+stained stratified striped studded swirly veined waffled woven wrinkled zigzagged""".split()
+PETS = """Abyssinian american_bulldog american_pit_bull_terrier basset_hound beagle Bengal Birman Bombay boxer
+British_Shorthair chihuahua Egyptian_Mau english_cocker_spaniel english_setter german_shorthaired
+great_pyrenees havanese japanese_chin keeshond leonberger Maine_Coon miniature_pinscher newfoundland Persian
+pomeranian pug Ragdoll Russian_Blue saint_bernard samoyed scottish_terrier shiba_inu Siamese Sphynx
+staffordshire_bull_terrier wheaten_terrier yorkshire_terrier""".split()
+FOODS = """apple_pie baby_back_ribs baklava beef_carpaccio beef_tartare beet_salad beignets bibimbap
+bread_pudding breakfast_burrito bruschetta caesar_salad cannoli caprese_salad carrot_cake ceviche cheese_plate
+cheesecake chicken_curry chicken_quesadilla chicken_wings chocolate_cake chocolate_mousse churros clam_chowder
+club_sandwich crab_cakes creme_brulee croque_madame cup_cakes deviled_eggs donuts dumplings edamame
+eggs_benedict escargots falafel filet_mignon fish_and_chips foie_gras french_fries french_onion_soup
+french_toast fried_calamari fried_rice frozen_yogurt garlic_bread gnocchi greek_salad grilled_cheese_sandwich
+grilled_salmon guacamole gyoza hamburger hot_and_sour_soup hot_dog huevos_rancheros hummus ice_cream lasagna
+lobster_bisque lobster_roll_sandwich macaroni_and_cheese macarons miso_soup mussels nachos omelette
+onion_rings oysters pad_thai paella pancakes panna_cotta peking_duck pho pizza pork_chop poutine prime_rib
+pulled_pork_sandwich ramen ravioli red_velvet_cake risotto samosa sashimi scallops seaweed_salad
+shrimp_and_grits spaghetti_bolognese spaghetti_carbonara spring_rolls steak strawberry_shortcake sushi tacos
+takoyaki tiramisu tuna_tartare waffles""".split()
+
+
+def name_hash(names):
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def encoded(mode="RGB", size=(4, 3), color=0, kind="PNG", **options):
+    buffer = io.BytesIO()
+    Image.new(mode, size, color).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+JPEG = encoded(kind="JPEG")
+
+
+def write(path, content=JPEG):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
+    return path
+
+
+def message(call, *args, **kwargs):
+    """The text of the UserError that the call must raise: one line unless it lists files."""
+    with pytest.raises(UserError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+def check_splits(data):
+    """What holds for every dataset -> the sizes of train, val, test."""
+    splits = [s for s in (data.train, data.val, data.test) if s is not None]
+    keys = [key for split in splits for key in split.keys]
+    assert len(keys) == len(set(keys)), "an image is in two splits"
+    for split in splits:
+        assert split.class_names == data.class_names and len(split) == len(split.keys)
+        assert all(type(label) is int and 0 <= label < len(data.class_names) for label in split.labels)
+        assert split[0].mode == "RGB" and split[len(split) - 1].size == split[-1].size
+    return len(data.train), None if data.val is None else len(data.val), len(data.test)
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
+
+
+def test_unknown_dataset_is_named_with_a_suggestion():
+    text = message(load_dataset, "cifar")
+    assert "unknown dataset 'cifar'" in text and "did you mean 'cifar10'" in text
+    assert all(name in text for name in datasets.DATASETS) and "\n" not in text
+
+
+def test_every_dataset_of_the_list_fails_clearly_where_there_is_nothing(tmp_path):
+    for name in datasets.DATASETS:
+        if name != "digits":
+            text = message(load_dataset, name, tmp_path / "nowhere", download=False)
+            assert str(tmp_path) in text and "\n" not in text, name
+    assert not (tmp_path / "nowhere").exists(), "a failed call leaves nothing behind"
+
+
+@pytest.mark.parametrize("name", ["cars", "sun397"])
+def test_dead_addresses_say_where_the_files_go(tmp_path, name):
+    text = message(load_dataset, name, tmp_path)
+    assert "dead" in text and str(tmp_path / datasets.ON_DISK[name].folder) in text
+
+
+def test_imagenet_subsets_are_positions_in_label_order():
+    for name, count in {"imagenet": 1000, "imagenet100": 100, "imagenette": 10, "imagewoof": 10}.items():
+        positions = datasets.IMAGENET_SUBSETS[name]
+        assert len(positions) == count and positions == sorted(set(positions)) and positions[-1] < 1000
+
+
+# ---------------------------------------------------------------------------------------------
+# Digits
+
+
+def test_digits_are_fixed_to_the_byte():
+    data = load_dataset("digits")
+    assert check_splits(data) == (1000, None, 797)
+    assert data.class_names == datasets.DIGITS
+    assert data.train.pixels.shape == (1000, 32, 32) and data.train.pixels.dtype == np.uint8
+    assert set(data.train.keys) | set(data.test.keys) == {f"digits/{i:04d}" for i in range(1797)}
+    assert data.train.pixels[:, :, :2].mean() < 8 < 60 < data.train.pixels[:, 12:20, 12:20].mean(), "white on black"
+    counts = np.bincount(data.train.labels)
+    assert counts.min() >= 80 and data.train[0].size == (32, 32)
+    content = data.train.pixels.tobytes() + data.test.pixels.tobytes() + bytes(data.train.labels + data.test.labels)
+    assert hashlib.sha256(content).hexdigest()[:16] == "2f968618ea3d0209"
+
+
+# ---------------------------------------------------------------------------------------------
+# Choosing images
+
+
+def test_natural_key():
+    names = ["a10", "a2", "b1", "a2b10", "a2b9", "10", "9", "a", "a02", "", "a1.5", "ä3", "a٣"]
+    ordered = sorted(names, key=natural_key)
+    assert ordered.index("a2") < ordered.index("a10") and ordered.index("9") < ordered.index("10")
+    assert ordered.index("a2b9") < ordered.index("a2b10") and ordered[0] == ""
+    for _ in range(5):  # a total order: any start gives the same result, also for equal numbers (a2, a02)
+        random.shuffle(names)
+        assert sorted(names, key=natural_key) == ordered
+
+
+def images_of(counts, name="img"):
+    """Images in memory, counts[c] of class c, keys shuffled."""
+    items = [(c, f"{name}{c}_{i}.png") for c, count in enumerate(counts) for i in range(count)]
+    random.Random(7).shuffle(items)
+    labels, keys = [c for c, _ in items], [key for _, key in items]
+    pixels = np.zeros((len(items), 2, 2), np.uint8)
+    return Images(labels, keys, [f"class {c}" for c in range(len(counts))], pixels=pixels)
+
+
+def test_few_shot_is_nested_balanced_and_independent_of_the_order():
+    images = images_of([40, 25, 16, 33])
+    chosen = {}
+    for shots in (1, 2, 4, 8, 16):
+        picked = images.subset(few_shot(images, "pets", shots, 3, 4))
+        assert picked.labels == [c for c in range(4) for _ in range(shots)]
+        for c in range(4):
+            of_class = picked.keys[c * shots : (c + 1) * shots]
+            assert of_class == sorted(of_class, key=natural_key)
+        chosen[shots] = picked.keys
+    for few, many in [(1, 2), (2, 4), (4, 8), (8, 16)]:
+        assert set(chosen[few]) < set(chosen[many])
+        assert all(chosen[many][c * many : c * many + few] == chosen[few][c * few : (c + 1) * few] for c in range(4))
+
+    shuffled = images.subset(random.Random(1).sample(range(len(images)), len(images)))
+    assert shuffled.subset(few_shot(shuffled, "pets", 8, 3, 4)).keys == chosen[8]
+    assert images.subset(few_shot(images, "pets", 16, 4, 4)).keys != chosen[16], "the seed counts"
+    assert images.subset(few_shot(images, "cars", 16, 3, 4)).keys != chosen[16], "the dataset counts"
+
+
+def test_few_shot_is_the_documented_draw():
+    images = images_of([30, 50])
+    for shots in (5, 20):
+        expected = []
+        for label in range(2):
+            keys = sorted((k for k, c in zip(images.keys, images.labels, strict=True) if c == label), key=natural_key)
+            drawn = random.Random(f"dtd-11-{label}").sample(keys, max(16, shots))
+            expected += sorted(drawn, key=natural_key)[:shots]
+        assert images.subset(few_shot(images, "dtd", shots, 11, 2)).keys == expected
+
+
+def test_few_shot_of_small_classes():
+    images = images_of([5, 30])
+    assert images.subset(few_shot(images, "x", 5, 0, 2)).labels == [0] * 5 + [1] * 5
+    text = message(few_shot, images, "x", 6, 0, 2)
+    assert "'class 0' has 5" in text and "6" in text
+    assert "'class 0'" in message(few_shot_disef, images, "x", 6, 0, 2)
+    assert "one or more" in message(few_shot, images, "x", 0, 0, 2)
+
+
+def test_few_shot_disef_draws_from_one_generator_in_order_of_appearance():
+    images = images_of([20, 20, 20])
+    rng, expected, seen = random.Random(5), [], []
+    for label in images.labels:
+        if label not in seen:
+            seen.append(label)
+            expected += rng.sample([i for i, c in enumerate(images.labels) if c == label], 16)
+    assert few_shot_disef(images, "any", 16, 5, 3) == expected
+
+
+@pytest.mark.parametrize(("amount", "counts"), [(0.2, [8, 4, 1]), (3, [3, 3, 3]), (0.01, [1, 1, 1])])
+def test_hold_out_divides_every_class(amount, counts):
+    images = images_of([40, 20, 5])
+    rest, held = hold_out(images, amount, 0)
+    assert np.bincount(held.labels).tolist() == counts
+    assert sorted(rest.keys + held.keys) == sorted(images.keys) and not set(rest.keys) & set(held.keys)
+    assert [k for k in images.keys if k in set(held.keys)] == held.keys, "the order stays"
+    assert hold_out(images, amount, 0)[1].keys == held.keys != hold_out(images, amount, 1)[1].keys
+    assert sorted((rest + held).keys) == sorted(images.keys)
+
+
+def test_hold_out_refuses_to_empty_a_class():
+    images = images_of([40, 20, 5])
+    for amount in (5, 0, -1, 0.99):
+        assert "class" in message(hold_out, images, amount, 0)
+
+
+def test_images_of_two_datasets_cannot_be_added():
+    with pytest.raises(ValueError, match="one dataset"):
+        images_of([2, 2]) + images_of([2, 2, 2])
+
+
+# ---------------------------------------------------------------------------------------------
+# Decoding
+
+
+def pixel(content, at=(0, 0)):
+    image = open_rgb(io.BytesIO(content))
+    assert image.mode == "RGB"
+    return image.getpixel(at)
+
+
+def test_grey_binary_palette_and_cmyk():
+    assert pixel(encoded("L", color=77)) == (77, 77, 77)
+    assert pixel(encoded("1", color=1)) == (255, 255, 255)
+    assert pixel(encoded("CMYK", color=(0, 255, 255, 0), kind="TIFF")) == (255, 0, 0)
+    palette = Image.new("P", (4, 3), 1)
+    palette.putpalette([9, 9, 9, 10, 20, 30])
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG")
+    assert pixel(buffer.getvalue()) == (10, 20, 30)
+    buffer = io.BytesIO()
+    palette.save(buffer, "PNG", transparency=1)
+    assert pixel(buffer.getvalue()) == (255, 255, 255), "a transparent palette entry shows the white below"
+
+
+def test_transparency_is_laid_on_white():
+    assert pixel(encoded("RGBA", color=(200, 0, 0, 0))) == (255, 255, 255)
+    assert pixel(encoded("RGBA", color=(200, 0, 0, 255))) == (200, 0, 0)
+    half = pixel(encoded("RGBA", color=(0, 0, 0, 128)))
+    assert half == (127, 127, 127)
+    assert pixel(encoded("LA", color=(0, 0))) == (255, 255, 255) and pixel(encoded("LA", color=(7, 255))) == (7, 7, 7)
+    assert pixel(encoded("RGB", color=(1, 2, 3), transparency=(1, 2, 3))) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_not_clipped(kind):
+    values = np.array([[0, 257 * 10, 257 * 200, 65535]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    assert [pixel(buffer.getvalue(), (x, 0))[0] for x in range(4)] == [0, 10, 200, 255]
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bit_pixels_are_refused(mode):
+    assert "32 bits" in message(open_rgb, io.BytesIO(encoded(mode, color=1_000_000, kind="TIFF")))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_rotation_is_applied(kind):
+    image = Image.new("RGB", (40, 16), "red")
+    image.paste("blue", (0, 0, 20, 16))
+    for orientation, size, corner in [(1, (40, 16), "b"), (3, (40, 16), "r"), (6, (16, 40), "b"), (8, (16, 40), "r")]:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        buffer = io.BytesIO()
+        image.save(buffer, kind, exif=exif)
+        opened = open_rgb(buffer)
+        red, _, blue = opened.getpixel((2, 2))
+        assert opened.size == size and ("r" if red > blue else "b") == corner, orientation
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert open_rgb(tmp_path / "a.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def bad_files(folder):
+    """Files that no decoder should accept -> {name: words of the complaint}."""
+    noise = np.random.RandomState(0).randint(0, 255, (64, 64, 3), dtype=np.uint8)
+    for kind in ("JPEG", "PNG"):
+        Image.fromarray(noise).save(folder / "whole", kind)
+        content = (folder / "whole").read_bytes()
+        write(folder / f"cut.{kind.lower()}", content[: len(content) // 2])
+    (folder / "whole").unlink()
+    write(folder / "empty.jpg", b"")
+    write(folder / "text.jpg", b"this is no picture")
+    write(folder / "head.jpg", JPEG[:40])
+    Image.new("1", (10_000, 9_000)).save(folder / "giant.png")  # 90 million pixels in 11 kB
+    Image.new("1", (20_000, 10_000)).save(folder / "bomb.png")
+    return {
+        "cut.jpeg": "truncated",
+        "cut.png": "truncated",
+        "empty.jpg": "empty",
+        "text.jpg": "not an image",
+        "head.jpg": "",
+        "giant.png": "pixels",
+        "bomb.png": "pixels",
+    }
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_files_are_named_one_by_one_and_all_together(tmp_path):
+    bad = bad_files(tmp_path)
+    for name, words in bad.items():
+        text = message(open_rgb, tmp_path / name)
+        assert str(tmp_path / name) in text and words in text and "\n" not in text
+    assert "no such file" in message(open_rgb, tmp_path / "absent.png")
+
+    good = [write(tmp_path / f"good{i}.jpg").name for i in range(3)]
+    keys = [*good, *bad]
+    images = Images([0] * len(keys), keys, ["a"], tmp_path)
+    text = message(verify, images)
+    assert text.startswith(f"{len(bad)} of {len(keys)} images in {tmp_path}")
+    for line, name in zip(text.split("\n")[1:], bad, strict=True):
+        assert line.strip().startswith(f"{name}: ")
+    verify(images, limit=1)  # looks at the first of them only
+    verify(images.subset(range(3)))
+    verify(images_of([2, 2]))
+
+
+def test_error_of_a_bad_file_does_not_hide_the_cause(tmp_path):
+    with pytest.raises(UserError) as caught:
+        open_rgb(write(tmp_path / "x.png", b"no"))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+# ---------------------------------------------------------------------------------------------
+# Folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for split, count in {"train": 12, "test": 3}.items():
+        for name in ("cat", "big_dog", "c10", "c9"):
+            for i in range(count):
+                write(tmp_path / split / name / f"{i}.{'JPG' if i % 2 else 'png'}", JPEG if i % 2 else encoded())
+    return tmp_path
+
+
+def test_folder_reads_splits_in_natural_order(photos):
+    data = load_dataset("folder", photos)
+    assert check_splits(data) == (48, None, 12)
+    assert data.class_names == ["big_dog", "c9", "c10", "cat"] and data.note == ""
+    assert data.train.keys[:3] == ["train/big_dog/0.png", "train/big_dog/1.JPG", "train/big_dog/2.png"]
+    assert data.train.keys[11] == "train/big_dog/11.JPG" and data.train.labels == [
+        c for c in range(4) for _ in range(12)
+    ]
+    for name in data.class_names:
+        write(photos / "valid" / name / "v.webp", encoded(kind="WEBP"))
+    assert check_splits(load_dataset("folder", str(photos))) == (48, 4, 12)
+
+
+def test_folder_counts_what_it_skips(photos):
+    write(photos / "train" / "cat" / ".DS_Store", b"x")
+    write(photos / "train" / "cat" / "notes.txt", "x")
+    write(photos / "test" / "c9" / "movie.MP4", b"x")
+    write(photos / "test" / "Thumbs.db", b"x")
+    write(photos / "train" / ".ipynb_checkpoints" / "a.png", b"x")
+    data = load_dataset("folder", photos)
+    assert len(data.train) == 48 and len(data.test) == 12
+    assert data.note == "5 files are no images and were skipped (1 .db, 1 .mp4, 1 .txt, 2 hidden)"
+
+
+def test_folder_takes_human_names(photos):
+    write(photos / "classes.json", json.dumps({"big_dog": "Great Dane", "c9": "F-16A/B"}))
+    assert load_dataset("folder", photos).class_names == ["Great Dane", "F-16A/B", "c10", "cat"]
+    for content, words in {
+        '{"bird": "sparrow"}': "'bird' is no class folder",
+        '{"cat": "tiger", "c9": "tiger"}': "two classes are called 'tiger'",
+        '["cat"]': "should be",
+        '{"cat": 3}': "should be",
+        "{": "not JSON",
+    }.items():
+        write(photos / "classes.json", content)
+        text = message(load_dataset, "folder", photos)
+        assert words in text and "classes.json" in text
+
+
+def test_folder_never_takes_the_test_split_from_train(photos):
+    (photos / "test").rename(photos / "tests")
+    text = message(load_dataset, "folder", photos)
+    assert str(photos / "test") in text and "never" in text
+    assert "needs a data folder" in message(load_dataset, "folder")
+    assert "no such folder" in message(load_dataset, "folder", photos / "nowhere")
+
+
+def test_folder_classes_must_agree_and_have_images(photos):
+    write(photos / "test" / "bird" / "1.png")
+    assert "train and test differ in the class folders 'bird'" in message(load_dataset, "folder", photos)
+    write(photos / "train" / "bird" / "readme.md", "x")
+    text = message(load_dataset, "folder", photos)
+    assert str(photos / "train" / "bird") in text and "no images of class 'bird'" in text
+    write(photos / "train" / "bird" / "1.png")
+    write(photos / "train" / "bird" / "young" / "1.png")
+    assert "holds folders" in message(load_dataset, "folder", photos)
+
+
+def test_folder_with_one_class_is_refused(tmp_path):
+    write(tmp_path / "train" / "a" / "1.jpg")
+    write(tmp_path / "test" / "a" / "1.jpg")
+    assert "at least two" in message(load_dataset, "folder", tmp_path)
+
+
+def test_fewshot_folder_in_both_layouts(tmp_path):
+    names = ["F-16A/B", "F-16A", "baluster / handrail", "Tu-154"]
+    for name in names:
+        for i in (10, 9, 1):
+            write(tmp_path / "official" / name / f"image_{i}.jpg")
+    for folder in class_folders(names):
+        for i in (10, 9, 1):
+            write(tmp_path / "ours" / folder / f"image_{i}.jpg")
+    for layout in ("official", "ours"):
+        images = datasets.read_fewshot_folder(tmp_path / layout, names)
+        assert images.labels == [c for c in range(4) for _ in range(3)]
+        assert [key.rsplit("_", 1)[1] for key in images.keys[:3]] == ["1.jpg", "9.jpg", "10.jpg"]
+        assert images[0].mode == "RGB" and len(set(images.keys)) == 12
+    assert images.keys[0].split("/")[0] == class_folders(names)[0]
+
+
+def test_fewshot_folder_errors(tmp_path):
+    write(tmp_path / "cat" / "1.jpg")
+    assert "no images of class 'dog'" in message(datasets.read_fewshot_folder, tmp_path, ["cat", "dog"])
+    write(tmp_path / "dog" / "1.jpg")
+    write(tmp_path / "bird" / "1.jpg")
+    assert "'bird' is the folder of no class" in message(datasets.read_fewshot_folder, tmp_path, ["cat", "dog"])
+    assert "no such folder" in message(datasets.read_fewshot_folder, tmp_path / "seed1", ["cat", "dog"])
+    write(tmp_path.parent / "outside" / "1.jpg")
+    for name in ("../outside", "/etc", "cat/../../outside", "x" * 300, "a\0b"):
+        assert "no images of class" in message(datasets.read_fewshot_folder, tmp_path, ["cat", "dog", name])
+
+
+# ---------------------------------------------------------------------------------------------
+# Sets on disk, each in its own layout
+
+
+def fill_tree(folder, classes, count, pattern="{name}_{i}.jpg"):
+    for name in classes:
+        for i in range(1, count + 1):
+            write(folder / name / pattern.format(name=name, i=i))
+
+
+def check_division(data, per_class):
+    """The 50/20/30 division: stratified, and the same again."""
+    for split, count in zip((data.train, data.val, data.test), per_class, strict=True):
+        assert np.bincount(split.labels).tolist() == [count] * len(data.class_names)
+        assert split.keys == sorted(split.keys, key=lambda key: (split.labels[split.keys.index(key)], natural_key(key)))
+    assert "50/20/30" in data.note
+
+
+def test_caltech101(tmp_path):
+    folder = tmp_path / "caltech101" / "101_ObjectCategories"
+    fill_tree(folder, [*CALTECH, "Faces_easy", "BACKGROUND_Google"], 10, "image_{i:04d}.jpg")
+    data = load_dataset("caltech101", tmp_path)
+    assert check_splits(data) == (500, 200, 300)
+    assert name_hash(data.class_names) == "84f9ff49dce58ae6"
+    check_division(data, (5, 2, 3))
+    again = load_dataset("caltech101", tmp_path)
+    assert again.train.keys == data.train.keys and again.test.keys == data.test.keys
+    accordion = {k for split in (data.train, data.val, data.test) for k in split.keys if k.startswith("accordion/")}
+    assert accordion == {f"accordion/image_{i:04d}.jpg" for i in range(1, 11)}
+
+    (folder / "ant").rename(folder / ".ant")
+    assert "99 categories" in message(load_dataset, "caltech101", tmp_path)
+
+
+@pytest.fixture
+def eurosat(tmp_path):
+    fill_tree(tmp_path / "eurosat" / "2750", datasets.EUROSAT.split(), 20)
+    return tmp_path
+
+
+def test_eurosat(eurosat):
+    data = load_dataset("eurosat", eurosat)
+    assert check_splits(data) == (100, 40, 60)
+    assert name_hash(data.class_names) == "5398b285617b672d"
+    check_division(data, (10, 4, 6))
+
+
+def test_dtd(tmp_path):
+    fill_tree(tmp_path / "dtd" / "dtd" / "images", TEXTURES, 3, "{name}_{i:04d}.jpg")
+    for i, split in enumerate(("train", "val", "test"), 1):
+        lines = "".join(f"{name}/{name}_{i:04d}.jpg\n" for name in TEXTURES)
+        write(tmp_path / "dtd" / "dtd" / "labels" / f"{split}1.txt", lines)
+    data = load_dataset("dtd", tmp_path)
+    assert check_splits(data) == (47, 47, 47) and "official" in data.note
+    assert name_hash(data.class_names) == "681d23b9cd3c2ede"
+    assert data.train.keys[0] == "banded/banded_0001.jpg"
+
+    (tmp_path / "dtd" / "dtd" / "images" / "woven" / "woven_0002.jpg").unlink()
+    text = message(load_dataset, "dtd", tmp_path)
+    assert "1 images are missing" in text and "woven_0002.jpg" in text
+
+
+def test_pets(tmp_path):
+    base = tmp_path / "oxford-iiit-pet"
+    for start, split in ((1, "trainval"), (11, "test")):
+        lines = []
+        for label, name in enumerate(PETS, 1):
+            for i in range(start, start + 2):
+                write(base / "images" / f"{name}_{i}.jpg")
+                lines.append(f"{name}_{i} {label} 1 1\n")
+        random.Random(0).shuffle(lines)
+        write(base / "annotations" / f"{split}.txt", "".join(lines))
+    data = load_dataset("pets", tmp_path)
+    assert check_splits(data) == (74, None, 74)
+    assert name_hash(data.class_names) == "50be1443390f8a02"
+    at = data.test.keys.index("yorkshire_terrier_12.jpg")
+    assert data.class_names[data.test.labels[at]] == "Yorkshire Terrier"
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    base, labels, ids = tmp_path / "flowers-102", [], {"trnid": [], "valid": [], "tstid": []}
+    for i in range(1, 102 * 3 + 1):
+        write(base / "jpg" / f"image_{i:05d}.jpg")
+        labels.append((i - 1) // 3 + 1)
+        list(ids.values())[i % 3].append(i)
+    scipy.io.savemat(base / "imagelabels.mat", {"labels": np.array([labels])})
+    scipy.io.savemat(base / "setid.mat", {key: np.array([value]) for key, value in ids.items()})
+    monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda path, md5=None: True)
+    return tmp_path
+
+
+def test_flowers102(flowers):
+    data = load_dataset("flowers102", flowers)
+    assert check_splits(data) == (102, 102, 102)
+    assert name_hash(data.class_names) == "f7af32ec6960f4b5"
+    assert data.train.keys[0] == "image_00003.jpg" and data.train.labels == list(range(102))
+
+
+def test_food101(tmp_path):
+    fill_tree(tmp_path / "food-101" / "images", FOODS, 2, "100{i}.jpg")
+    for i, split in ((1, "train"), (2, "test")):
+        listed = {name: [f"{name}/100{i}"] for name in reversed(FOODS)}
+        write(tmp_path / "food-101" / "meta" / f"{split}.json", json.dumps(listed))
+    data = load_dataset("food101", tmp_path)
+    assert check_splits(data) == (101, None, 101)
+    assert name_hash(data.class_names) == "efe7060c0e6aa88c"
+    assert data.test.keys[0] == "apple_pie/1002.jpg" and data.test.labels[0] == 0
+
+
+def test_fgvc_aircraft(tmp_path):
+    variants = ["707-320", "A300B4", "An-12", "F-16A/B", "F/A-18", "BAE 146-200", "Yak-42"]
+    base, number = tmp_path / "fgvc-aircraft-2013b" / "data", 1000000
+    write(base / "variants.txt", "".join(f"{v}\n" for v in variants))
+    for split in ("train", "val", "test"):
+        lines = []
+        for variant in variants:
+            number += 1
+            write(base / "images" / f"{number}.jpg")
+            lines.append(f"{number} {variant}\n")
+        write(base / f"images_variant_{split}.txt", "".join(lines))
+    data = load_dataset("fgvc_aircraft", tmp_path)
+    assert check_splits(data) == (7, 7, 7)
+    assert data.class_names == variants, "the order of the file, slashes and spaces kept"
+
+
+def test_cars_put_there_by_hand(tmp_path):
+    base, names = tmp_path / "stanford_cars", ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012"]
+    for split, file in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+        rows = np.zeros((1, 4), dtype=[("class", object), ("fname", object)])
+        for i in range(4):
+            write(base / f"cars_{split}" / f"{i + 1:05d}.jpg")
+            rows[0, i] = (i % 2 + 1, f"{i + 1:05d}.jpg")
+        (base / file).parent.mkdir(parents=True, exist_ok=True)
+        scipy.io.savemat(base / file, {"annotations": rows})
+    scipy.io.savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array([names], dtype=object)})
+    data = load_dataset("cars", tmp_path)
+    assert check_splits(data) == (4, None, 4)
+    assert data.class_names == names and data.train.keys[0] == "cars_train/00001.jpg"
+    assert data.test.labels == [0, 1, 0, 1]
+
+    (base / "devkit" / "cars_meta.mat").unlink()
+    text = message(load_dataset, "cars", tmp_path)
+    assert "incomplete" in text and "cars_meta.mat" in text
+
+
+def test_sun397_with_and_without_its_partition(tmp_path):
+    places = ["/a/abbey", "/a/apartment_building/outdoor", "/t/theater/indoor_seats", "/y/youth_hostel"]
+    write(tmp_path / "SUN397" / "ClassName.txt", "".join(f"{p}\n" for p in places))
+    for place in places:
+        for i in range(10):
+            write(tmp_path / "SUN397" / place[1:] / f"sun_{place[-1]}{i}.jpg")
+    data = load_dataset("sun397", tmp_path)
+    assert check_splits(data) == (20, 8, 12)
+    assert data.class_names == ["abbey", "outdoor apartment_building", "indoor_seats theater", "youth_hostel"]
+    check_division(data, (5, 2, 3))
+    for half, name in enumerate(("Training_01.txt", "Testing_01.txt")):
+        lines = [f"{p}/sun_{p[-1]}{i}.jpg\n" for p in places for i in range(half * 5, half * 5 + 5)]
+        write(tmp_path / "SUN397" / name, "".join(lines))
+    data = load_dataset("sun397", tmp_path)
+    assert check_splits(data) == (20, None, 20) and "official" in data.note
+    assert data.train.keys[0] == "a/abbey/sun_y0.jpg"
+
+
+# ---------------------------------------------------------------------------------------------
+# ImageNet
+
+
+def fill_imagenet(base, positions, splits=("train", "val")):
+    from timm.data import ImageNetInfo
+
+    wnids = ImageNetInfo().label_names()
+    for split in splits:
+        for i in positions:
+            write(base / split / wnids[i] / f"{wnids[i]}_{split}.JPEG")
+    return wnids
+
+
+def test_imagenet_and_its_subset_in_the_layout_of_coop(tmp_path):
+    wnids = fill_imagenet(tmp_path / "imagenet" / "images", range(1000))
+    data = load_dataset("imagenet", tmp_path)
+    assert check_splits(data) == (1000, None, 1000)
+    assert name_hash(data.class_names) == "9ca08297d28c6afd" and len(set(data.class_names)) == 1000
+    assert data.train.labels == list(range(1000)) and data.test.keys[7] == f"val/{wnids[7]}/{wnids[7]}_val.JPEG"
+    subset = load_dataset("imagenet100", tmp_path)
+    positions = datasets.IMAGENET_SUBSETS["imagenet100"]
+    assert subset.class_names == [data.class_names[i] for i in positions]
+    assert subset.train.keys == [data.train.keys[i] for i in positions] and subset.train.labels == list(range(100))
+
+
+def test_imagewoof_and_imagenette_of_fast_ai(tmp_path):
+    fill_imagenet(tmp_path / "imagewoof2-160", datasets.IMAGENET_SUBSETS["imagewoof"])
+    data = load_dataset("imagewoof", tmp_path)
+    assert check_splits(data) == (10, None, 10) and "fast.ai" in data.note
+    assert data.class_names[0] == "Shih Tzu" and data.class_names[-1] == "dingo"
+    fill_imagenet(tmp_path / "imagenette2-320", datasets.IMAGENET_SUBSETS["imagenette"])
+    data = load_dataset("imagenette", tmp_path)
+    assert data.class_names == [
+        *["tench", "English Springer Spaniel", "cassette player", "chainsaw", "church"],
+        *["French horn", "garbage truck", "gas pump", "golf ball", "parachute"],
+    ]
+
+
+def test_imagenet_errors(tmp_path):
+    positions = datasets.IMAGENET_SUBSETS["imagenette"]
+    text = message(load_dataset, "imagenet", tmp_path)
+    assert "train/n01440764" in text and "val/<wnid>/" in text
+    wnids = fill_imagenet(tmp_path, positions, ["train"])
+    write(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
+    assert "sort the validation images" in message(load_dataset, "imagenette", tmp_path)
+    fill_imagenet(tmp_path, positions, ["val"])
+    (tmp_path / "train" / wnids[701] / f"{wnids[701]}_train.JPEG").unlink()
+    assert "no images of class 'parachute'" in message(load_dataset, "imagenette", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Split files
+
+
+def coop_json(folder, rows):
+    return write(folder / "split_zhou_EuroSAT.json", json.dumps(rows))
+
+
+def coop_rows(images_per_split=((1, 2, 3), (4,), (5, 6))):
+    rows = {}
+    for split, numbers in zip(("train", "val", "test"), images_per_split, strict=True):
+        classes = list(enumerate(datasets.EUROSAT.split()))[:: -1 if split == "train" else 1]
+        rows[split] = [[f"{name}/{name}_{i}.jpg", label, f"{name} Land"] for label, name in classes for i in numbers]
+    return rows
+
+
+def test_split_file_of_coop(eurosat):
+    file = coop_json(eurosat, coop_rows())
+    data = load_dataset("eurosat", eurosat, split_file=file)
+    assert check_splits(data) == (30, 10, 20) and "split_zhou_EuroSAT.json" in data.note
+    assert data.train.keys[:2] == ["SeaLake/SeaLake_1.jpg", "SeaLake/SeaLake_2.jpg"], "the order of the file stays"
+    assert data.train.labels[0] == 9 and data.class_names[9] == "SeaLake"
+
+    rows = coop_rows()
+    del rows["val"]
+    assert load_dataset("eurosat", eurosat, split_file=coop_json(eurosat, rows)).val is None
+
+
+def test_split_file_of_disef(flowers):
+    lines = ["split,filename,class"]
+    for split, rest in (("train", 0), ("val", 1), ("test", 2)):
+        lines += [f"{split},jpg/image_{i:05d}.jpg,some flower" for i in range(306, 0, -1) if i % 3 == rest]
+    data = load_dataset("flowers102", flowers, split_file=write(flowers / "split_coop.csv", "\n".join(lines) + "\n"))
+    assert check_splits(data) == (102, 102, 102)
+    assert data.train.keys[0] == "image_00306.jpg" and data.train.labels[0] == 101
+    chosen = data.train.subset(few_shot_disef(data.train, "flowers102", 1, 1, 102))
+    assert chosen.labels == list(range(101, -1, -1)), "DISEF's order is that of the file"
+
+
+def test_split_files_that_do_not_fit(eurosat):
+    def error(rows, name="eurosat"):
+        return message(load_dataset, name, eurosat, split_file=coop_json(eurosat, rows))
+
+    rows = coop_rows()
+    for i in range(5):
+        rows["train"].append([f"Forest/lost_{i}.jpg", 1, "Forest"])
+    text = error(rows)
+    assert "5 of 65 paths" in text and "'Forest/lost_0.jpg'" in text and "and 2 more" in text and "lost_4" not in text
+
+    rows = coop_rows()
+    rows["val"][3][1] = 7
+    assert "1 of 60 labels" in error(rows) and "7, not 3" in error(rows)
+    rows = coop_rows(((1, 2), (3,), (2, 4)))
+    assert "10 of 50 images occur twice" in error(rows)
+    assert "no training images or no test" in error({**coop_rows(), "test": []})
+    rows = coop_rows()
+    rows["train"] = [row for row in rows["train"] if row[1] != 4]
+    assert "no training images of 1 classes ('Industrial')" in error(rows)
+    for nonsense in ({"train": [["only a path"]]}, {"training": [["a", 1, "b"]]}, [1, 2], {"train": {"a": 1}}):
+        assert "neither a split_zhou" in error(nonsense)
+
+    for name, content in {
+        "bad.json": "{",
+        "bad.csv": "a,b\n1,2\n",
+        "rows.csv": "split,filename\nvalidation,x.jpg\n",
+    }.items():
+        assert "neither" in message(load_dataset, "eurosat", eurosat, split_file=write(eurosat / name, content))
+    assert "No such file" in message(load_dataset, "eurosat", eurosat, split_file=eurosat / "none.json")
+    for name in ("digits", "cifar10", "imagenet", "folder"):
+        assert "no meaning" in message(load_dataset, name, eurosat, split_file="x.json")
+
+
+def test_split_file_of_many_paths_takes_no_time(tmp_path):
+    names = datasets.EUROSAT.split()
+    labels = {f"{name}/{name}_{i}.jpg": label for label, name in enumerate(names) for i in range(10_000)}
+    rows = [[key, label, "x"] for key, label in labels.items()]
+    file = coop_json(tmp_path, {"train": rows[::2], "test": rows[1::2]})
+    start = time.process_time()
+    keys = datasets._read_split_file(file, labels, "eurosat")
+    assert len(keys["train"]) == len(keys["test"]) == 50_000
+    assert time.process_time() - start < 10, "100,000 look-ups: quadratic would be minutes"
+
+
+# ---------------------------------------------------------------------------------------------
+# Sets in memory
+
+
+def test_cifar_from_its_pickled_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5=None: True)
+    rng, base = np.random.RandomState(0), tmp_path / "cifar-10-batches-py"
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        batch = {"data": rng.randint(0, 255, (20, 3072), dtype=np.uint8), "labels": [i % 10 for i in range(20)]}
+        write(base / name, pickle.dumps(batch))
+    write(base / "batches.meta", pickle.dumps({"label_names": datasets.CIFAR10}))
+    data = load_dataset("cifar10", tmp_path)
+    assert check_splits(data) == (100, None, 20)
+    assert data.class_names == datasets.CIFAR10 and data.train.pixels.shape == (100, 32, 32, 3)
+    assert data.train.keys[7] == "train/00007" and data.train[7].getpixel((1, 0)) == tuple(data.train.pixels[7, 0, 1])
+
+    base, fine = tmp_path / "cifar-100-python", [f"c{i:02d}" for i in range(100)]
+    for name in ("train", "test"):
+        batch = {"data": rng.randint(0, 255, (100, 3072), dtype=np.uint8), "fine_labels": list(range(100))}
+        write(base / name, pickle.dumps(batch))
+    write(base / "meta", pickle.dumps({"fine_label_names": fine}))
+    data = load_dataset("cifar100", tmp_path)
+    assert check_splits(data) == (100, None, 100) and data.class_names == fine
+
+
+def test_cifar10_from_folders_of_files(tmp_path):
+    for split, count in (("train", 3), ("test", 2)):
+        fill_tree(tmp_path / split, datasets.CIFAR10, count)
+    data = load_dataset("cifar10", tmp_path)
+    assert check_splits(data) == (30, None, 20) and "not the original" in data.note
+    assert data.name == "cifar10" and data.class_names == datasets.CIFAR10
+
+
+def test_stl10(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets.stl10, "check_integrity", lambda path, md5=None: True)
+    base, names = tmp_path / "stl10_binary", "airplane bird car cat deer dog horse monkey ship truck".split()
+    pictures = np.random.RandomState(0).randint(0, 255, (10, 3, 96, 96), dtype=np.uint8)  # stored column by column
+    for split in ("train", "test"):
+        write(base / f"{split}_X.bin", pictures.tobytes())
+        write(base / f"{split}_y.bin", bytes(range(1, 11)))
+    write(base / "class_names.txt", "\n".join(names))
+    data = load_dataset("stl10", tmp_path)
+    assert check_splits(data) == (10, None, 10) and data.class_names == names
+    assert data.test[4].size == (96, 96) and data.test[4].getpixel((5, 9)) == tuple(pictures[4, :, 5, 9])
+
+
+def test_fashionmnist(tmp_path):
+    base = tmp_path / "FashionMNIST" / "raw"
+    for name, count in (("train", 30), ("t10k", 10)):
+        head = b"\x00\x00\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
+        write(base / f"{name}-images-idx3-ubyte", head + bytes([9]) * (count * 784))
+        labels = b"\x00\x00\x08\x01" + count.to_bytes(4, "big") + bytes(i % 10 for i in range(count))
+        write(base / f"{name}-labels-idx1-ubyte", labels)
+    data = load_dataset("fashionmnist", tmp_path)
+    assert check_splits(data) == (30, None, 10) and data.class_names[0] == "T-shirt/top"
+    assert data.train[0].getpixel((3, 3)) == (9, 9, 9)
+
+
+# ---------------------------------------------------------------------------------------------
+# Downloads: never over a real network
+
+
+def test_no_network_is_one_line_that_says_what_to_do(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(datasets.urllib.request, "urlopen", unreachable)
+    for name in [*datasets.IN_MEMORY, *(n for n, source in datasets.ON_DISK.items() if source.url), "imagenette"]:
+        text = message(load_dataset, name, tmp_path / "data")
+        assert "out of reach (Name or service not known)" in text and "\n" not in text, name
+        assert "http" in text and str(tmp_path / "data") in text
+    assert not (tmp_path / "data").exists(), "nothing is written"
+
+
+def test_a_server_that_does_not_answer_is_given_up_in_seconds(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts, then is silent
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x.tar.gz"
+        monkeypatch.setitem(datasets.ON_DISK, "dtd", datasets.Source("DTD", "dtd/dtd/images", url, {"train": {}}))
+        monkeypatch.setattr(datasets, "PROBE_SECONDS", 0.3)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        start = time.perf_counter()
+        assert "out of reach (timed out)" in message(load_dataset, "dtd", tmp_path)
+        assert time.perf_counter() - start < 30
+
+
+class FakeCifar:
+    """Stands in for torchvision's class: a download that takes a moment and counts itself. As with the real ones, a
+    folder that is still being filled passes for complete."""
+
+    downloads = 0
+    classes = datasets.CIFAR10
+
+    def __init__(self, root, train, download):
+        folder = root / "cifar-10-batches-py"
+        if not folder.exists() and not download:
+            raise RuntimeError("Dataset not found or corrupted.")
+        if not (folder / "done").exists() and download:
+            FakeCifar.downloads += 1
+            folder.mkdir()
+            time.sleep(0.5)
+            (folder / "done").touch()
+        count = 10 if (folder / "done").exists() else 3
+        self.data, self.targets = np.zeros((count, 32, 32, 3), np.uint8), list(range(count))
+
+
+def test_processes_that_start_together_download_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCifar)
+    monkeypatch.setattr(datasets.urllib.request, "urlopen", lambda *args, **kwargs: io.BytesIO())
+    FakeCifar.downloads, sizes = 0, []
+    threads = [
+        threading.Thread(target=lambda: sizes.append(len(load_dataset("cifar10", tmp_path).train))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)  # the later ones find a half-finished folder
+    for thread in threads:
+        thread.join()
+    assert sizes == [10, 10, 10] and FakeCifar.downloads == 1
+
+
+def test_a_download_that_breaks_off_is_reported(tmp_path, monkeypatch):
+    class Broken:
+        def __init__(self, root, train, download):
+            raise RuntimeError("File not found or\ncorrupted.")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Broken)
+    monkeypatch.setattr(datasets.urllib.request, "urlopen", lambda *args, **kwargs: io.BytesIO())
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(77)
+    text = message(load_dataset, "cifar10", tmp_path)
+    assert "download failed (File not found or corrupted.)" in text and "cifar-10-python.tar.gz" in text
+    assert socket.getdefaulttimeout() == 77, "the time-out of the process is as it was"
+    socket.setdefaulttimeout(before)

@@ -1,0 +1,427 @@
+"""Processes: the same sums, seeds and shares of work for any number of them, started in every way there is."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import distributed as D
+from common.run import Launch, UserError, command_line, launched_as
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+ONE = D.Dist(0, 0, 1, CPU)
+LIMIT = 300  # seconds for processes that take ten on a free machine
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """`environment(RANK=1, ...)`: these variables of a launcher and no others."""
+    for name in [name for name in os.environ if name in LAUNCHER or name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+    def put(**values):
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    return put
+
+
+# ---- seeds and shares ----------------------------------------------------------------------
+
+
+def test_seeds_are_the_same_everywhere():
+    # The first 8 bytes of what sha256sum prints for [0,3,17], ["crop","a/\\u00e9.jpg"] and [], shifted right by one.
+    assert D.seed_of(0, 3, 17) == 0xC46D5AC3F07F5DAA >> 1
+    assert D.seed_of("crop", "a/\u00e9.jpg") == 0xE82B9D25763D14CC >> 1
+    assert D.seed_of() == 0x4F53CDA18C2BAA0C >> 1
+
+
+def test_seeds_tell_their_parts_apart():
+    parts = [(1, 2), (2, 1), ("1", 2), (12,), ("1,2",), ("ab", "c"), ("a", "bc"), ("abc",), (-1,), (1, 2, 0), ()]
+    seeds = {D.seed_of(*p) for p in parts} | {D.seed_of(0, c, k) for c in range(100) for k in range(100)}
+    assert len(seeds) == len(parts) + 10_000 and all(0 <= seed < 2**63 for seed in seeds)
+    assert D.seed_of(torch.tensor(3), True) == D.seed_of(3, 1)
+    with pytest.raises(TypeError):
+        D.seed_of(0.5)
+
+
+def test_generators_draw_the_same_numbers_again():
+    a, b, c = (torch.randn(5, generator=D.generator(*p)) for p in [(0, "x"), (0, "x"), (0, "y")])
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    assert D.generator(0).device == CPU
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_every_item_has_one_owner(world):
+    items = list(range(7))
+    shares = [D.my_items(items, D.Dist(rank, 0, world, CPU)) for rank in range(world)]
+    assert sorted(sum(shares, [])) == items and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# ---- launchers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, hosts",
+    [
+        ("node[03-05,7],gpu1", "node03 node04 node05 node7 gpu1"),
+        ("localhost", "localhost"),
+        ("a,b", "a b"),
+        ("n[9-11]", "n9 n10 n11"),
+        ("r[1-2]n[01-02]-ib", "r1n01-ib r1n02-ib r2n01-ib r2n02-ib"),
+        ("node-3.cluster", "node-3.cluster"),
+        ("", ""),
+    ],
+)
+def test_node_lists(text, hosts):
+    assert D.expand_nodelist(text) == hosts.split()
+
+
+def test_slurm_addresses():
+    assert D.slurm_master({"SLURM_NODELIST": "node[03-05,7],gpu1"}) == "node03"
+    assert D.slurm_master({"SLURM_NODELIST": "node[03-05]", "SLURM_STEP_NODELIST": "node[04-05]"}) == "node04"
+    assert D.slurm_master({"SLURM_NODELIST": "node03"}) == "127.0.0.1"
+    ports = {D.slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in (1, 2) for step in (0, 1)}
+    assert len(ports) == 4 and all(15000 <= port < 30000 for port in ports)
+    assert D.slurm_port({"SLURM_JOB_ID": "987654321", "SLURM_STEP_ID": "batch"}) in range(15000, 30000)
+
+
+SLURM = dict(SLURM_PROCID=5, SLURM_NTASKS=8, SLURM_LOCALID=1, SLURM_NNODES=2, SLURM_NODELIST="n[1-2]")
+
+
+@pytest.mark.parametrize(
+    "variables, expected",
+    [
+        ({}, Launch()),
+        (dict(RANK=3, LOCAL_RANK=1, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2), Launch(3, 1, 4, 2)),
+        (SLURM, Launch(5, 1, 8, 4, True)),
+        (SLURM | dict(SLURM_STEP_NUM_TASKS=6, SLURM_STEP_NUM_NODES=1), Launch(5, 1, 6, 6, True)),
+        (SLURM | dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1), Launch()),  # torchrun inside a job
+        (dict(SLURM_PROCID=0, SLURM_NTASKS=8, ENVIRONMENT="BATCH"), Launch()),  # python in a batch script, no srun
+        (SLURM | dict(ENVIRONMENT="BATCH", SLURM_STEP_ID=0), Launch(5, 1, 8, 4, True)),  # srun in a batch script
+        (dict(SLURM_PROCID=0, SLURM_NTASKS=1), Launch()),
+    ],
+)
+def test_launchers_are_recognised(environment, variables, expected):
+    environment(**variables)
+    assert launched_as() == expected
+
+
+def test_the_resume_command_names_the_launcher(environment, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--note", "a b"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "x.py", "--note", "a b"])
+    assert command_line() == "python x.py --note 'a b'"
+    environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, GROUP_WORLD_SIZE=1)
+    assert command_line() == "torchrun --nproc-per-node=2 --standalone x.py --note 'a b'"
+    environment(WORLD_SIZE=4, GROUP_WORLD_SIZE=2, GROUP_RANK=1, MASTER_ADDR="n1", MASTER_PORT=29500)
+    many = "torchrun --nproc-per-node=2 --nnodes=2 --node-rank=1 --master-addr=n1 --master-port=29500 x.py --note 'a b'"
+    assert command_line() == many
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    environment(**SLURM)
+    assert command_line() == "srun --ntasks=8 python x.py --note 'a b'"
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:x", "cpu:1", "", "cuda:99"])
+def test_bad_devices(environment, name):
+    with pytest.raises(UserError, match="--device|GPU 99 does not exist"):
+        D.setup_distributed(name)
+
+
+def test_devices(environment, monkeypatch):
+    assert D.setup_distributed("cpu") == ONE and ONE.main and not D.Dist(1, 1, 2, CPU).main
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    pick = D._pick_device
+    assert pick("cuda:2", Launch()) == torch.device("cuda:2") and pick("auto", Launch()) == torch.device("cuda:0")
+    assert pick("cuda", Launch(5, 1, 8, 4)) == torch.device("cuda:1")
+    with pytest.raises(UserError, match="GPU 4 does not exist, this machine has 4; start at most 4"):
+        pick("cuda", Launch(4, 4, 8, 8))
+    with pytest.raises(UserError, match="take one GPU each"):
+        pick("cuda:1", Launch(1, 1, 2, 2))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert pick("cuda", Launch(5, 1, 8, 4, slurm=True)) == torch.device("cuda:0")  # srun --gpus-per-task=1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick("auto", Launch()) == CPU
+    for name in ("cuda", "mps"):
+        with pytest.raises(UserError, match=f"--device {name}: .* use --device cpu"):
+            pick(name, Launch())
+
+
+# ---- sums and gathers ----------------------------------------------------------------------
+
+
+def unit_tensors(j):
+    """What unit j contributes: values of very different size, so that the order of addition shows in the bits."""
+    g = D.generator("unit", j)
+    scale = 10.0 ** torch.randint(-4, 5, (5, 7), generator=g)
+    half = torch.randn(3, generator=g).to(torch.bfloat16)
+    return [torch.randn(5, 7, generator=g) * scale, torch.randn((), generator=g), half, torch.empty(0, 2)]
+
+
+def sums(dist):
+    found = {}
+    for n_units in (1, 2, 3, 7):
+        mine = {j: unit_tensors(j) for j in range(dist.rank, n_units, dist.world)}
+        for i, tensor in enumerate(D.sum_in_order(mine, n_units, dist)):
+            found[f"{n_units}.{i}"] = tensor
+    return found
+
+
+def plain_sums():
+    found = {}
+    for n_units in (1, 2, 3, 7):
+        totals = unit_tensors(0)
+        for j in range(1, n_units):
+            totals = [a + b for a, b in zip(totals, unit_tensors(j), strict=True)]
+        found |= {f"{n_units}.{i}": total for i, total in enumerate(totals)}
+    return found
+
+
+def collectives(rank, world, port, out):
+    """Runs in each process of test_collectives; says what went wrong through the exit code and `out`."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist = D.setup_distributed("cpu")
+    assert dist == D.Dist(rank, rank, world, CPU)
+
+    for name, tensor in sums(dist).items():
+        expected = plain_sums()[name]
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), f"{name}: other bits"
+    rows = torch.arange(rank * rank * 2).reshape(rank * rank, 2) + 100 * rank  # 0, 1, 4 rows
+    gathered = D.gather_rows(rows, dist)
+    expected = [torch.arange(r * r * 2).reshape(r * r, 2) + 100 * r for r in range(world)]
+    assert torch.equal(gathered, torch.cat(expected))
+    assert D.gather_rows(torch.empty(0, 3), dist).shape == (0, 3)
+    flags = D.gather_rows(torch.tensor([rank == 0] * (1 + rank)), dist)
+    assert flags.dtype == torch.bool and flags.tolist() == [True] + [False] * (len(flags) - 1)
+    assert D.broadcast_object({"from": rank} if dist.main else None, dist) == {"from": 0}
+    assert D.all_gather_object((rank, "x"), dist) == [(r, "x") for r in range(world)]
+    if dist.main:
+        time.sleep(0.2)
+        Path(out, "written").write_text("")
+    D.barrier(dist)
+    assert Path(out, "written").exists()
+
+    # A rank that works for itself calls itself rank 0; it still shows no bar.
+    alone = D.Dist(0, rank, 1, CPU)
+    assert D.progress(10, "x", alone).disable == (rank != 0)
+    Path(out, f"ok{rank}").write_text("")
+    D.cleanup(dist)
+    assert not torch.distributed.is_initialized()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """A process that has imported torch once and is forked for each rank: seconds instead of an import per rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "common.distributed"])
+    return context
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_collectives(world, tmp_path, forks):
+    port = free_port()
+    ranks = [forks.Process(target=collectives, args=(rank, world, port, str(tmp_path))) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0] * world
+    assert sorted(path.name for path in tmp_path.glob("ok*")) == [f"ok{rank}" for rank in range(world)]
+
+
+def test_sums_with_one_process():
+    found = sums(ONE)
+    assert all(torch.equal(found[name], expected) for name, expected in plain_sums().items())
+    first = [torch.ones(2)]
+    total = D.sum_in_order({0: first, 1: [torch.ones(2)]}, 2, ONE)[0]
+    assert total.tolist() == [2, 2] and first[0].tolist() == [1, 1]  # the input is not added into
+
+
+def test_sums_carry_no_graph_and_want_all_units():
+    x = torch.ones(2, requires_grad=True)
+    assert not D.sum_in_order({0: [x * 2]}, 1, ONE)[0].requires_grad
+    for units, n in [({0: [x]}, 2), ({}, 0), ({1: [x]}, 1)]:
+        with pytest.raises(AssertionError, match="rank 0 must pass"):
+            D.sum_in_order(units, n, ONE)
+
+
+# ---- progress ------------------------------------------------------------------------------
+
+
+def test_progress_without_a_terminal_is_lines(capsys, monkeypatch, environment):
+    monkeypatch.setattr(D, "LINE_SECONDS", 0.05)
+    bar = D.progress(100, "draw", ONE, initial=40)
+    for k in range(6):
+        time.sleep(0.02)
+        bar.update(10)
+        bar.set_postfix(loss=f"{k}")
+    bar.close()
+    bar.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 5 and all(line.startswith("draw: ") for line in lines)
+    assert "100/100" in lines[-1] and "images/s" in lines[-1] and "loss=5" in lines[-1]
+    assert not any("\r" in line for line in lines)
+
+
+def test_progress_of_a_short_stage_is_one_line_and_of_others_none(capsys, environment):
+    with D.progress(3, "draw", ONE, unit="steps") as bar:
+        bar.update(3)
+    assert capsys.readouterr().err.count("\n") == 1
+    with D.progress(3, "draw", D.Dist(1, 1, 2, CPU)) as bar:
+        bar.update(3)
+        bar.set_postfix(loss=1)
+    D.say(D.Dist(1, 1, 2, CPU), "quiet")
+    D.say(ONE, "loud", 1)
+    said = capsys.readouterr()
+    assert said.err == "" and said.out == "loud 1\n"
+
+
+# ---- whole runs ----------------------------------------------------------------------------
+
+SCRIPT = '''
+"""A script for the launchers."""
+import dataclasses, os, sys, time
+sys.path.insert(0, {root!r})
+from common import run as runs
+
+@dataclasses.dataclass
+class Args:
+    preset: str = "p"
+    """name"""
+    output_dir: str = "r"
+    """folder"""
+    do: str = "ok"
+    """what to do"""
+
+def main(args):
+    if args.do == "early":
+        raise runs.UserError("no such folder")
+    from common import distributed as D
+    import torch
+    dist = D.setup_distributed("cpu")
+    run = runs.open_run("s", args, dist, ("do",))
+    if args.do == "one":
+        if dist.rank == 1:
+            raise runs.UserError("a.jpg: cannot be read")
+        D.barrier(dist)
+    if args.do == "crash" and dist.rank == 1:
+        raise ZeroDivisionError("bug")
+    if args.do in ("wait", "crash"):
+        D.say(dist, "ready")
+        time.sleep(600)
+    if run.todo("work"):
+        with run.timed("work"):
+            run.log(1, **{{f"work/rank{{dist.rank}}/x": dist.rank}})
+        run.done("work", ranks=D.all_gather_object(dist.rank, dist))
+    D.say(dist, "end", run.manifest("work")["ranks"], "threads", D.all_gather_object(torch.get_num_threads(), dist))
+    D.cleanup(dist)
+
+if __name__ == "__main__":
+    runs.cli(main, Args, {{"p": {{}}}}, __doc__)
+'''
+
+
+@pytest.fixture
+def start(tmp_path):
+    """`start("--do", "wait", launcher=[...], NAME=value)` -> Popen; by default torchrun with 2 processes."""
+    (tmp_path / "s.py").write_text(SCRIPT.format(root=str(ROOT)))
+    clean = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(("SLURM_", "OMP_NUM"))}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    started = []
+
+    def launch(*words, launcher=torchrun, **env):
+        env = clean | {key: str(value) for key, value in env.items()}
+        streams = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen([*launcher, str(tmp_path / "s.py"), *words], cwd=tmp_path, env=env, **streams))
+        return started[-1]
+
+    yield launch
+    for process in started:
+        if process.poll() is None:
+            process.terminate()  # not kill: torchrun would leave its processes behind
+            process.wait(60)
+
+
+@pytest.fixture
+def srun(start):
+    """`srun("--do", "one")` -> [Popen of rank 0, of rank 1], started as SLURM would."""
+    job = dict(SLURM_NTASKS=2, SLURM_NNODES=1, SLURM_NODELIST="node7", SLURM_JOB_ID=os.getpid(), SLURM_CPUS_PER_TASK=1)
+
+    def launch(*words):
+        return [start(*words, launcher=[sys.executable], SLURM_PROCID=r, SLURM_LOCALID=r, **job) for r in range(2)]
+
+    return launch
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def test_torchrun_then_the_same_run_under_slurm(start, srun, tmp_path):
+    first = start()
+    out, said = first.communicate(timeout=LIMIT)
+    assert first.returncode == 0, said
+    # torchrun sets OMP_NUM_THREADS=1; each process uses as many threads as one alone would all the same.
+    share = cores()
+    assert out.endswith(f"end {[0, 1]} threads {[share, share]}\n") and out.count("end") == 1
+    assert json.loads((tmp_path / "r/stages/work.json").read_text())["ranks"] == [0, 1]
+    assert (tmp_path / "r/metrics.jsonl").read_text().count("work/rank") == 2
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+    ranks = srun()
+    outputs = [process.communicate(timeout=LIMIT) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert outputs[0][0].endswith(f"work: done, skipped\nend {[0, 1]} threads {[1, 1]}\n") and outputs[1][0] == ""
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == files
+
+
+def test_torchrun_errors_are_told_once(start, tmp_path):
+    early, flag = start("--do", "early"), start("--nope", "1")  # before there is a process group
+    for process, line in [(early, "error: no such folder\n"), (flag, "Unrecognized options: --nope")]:
+        out, said = process.communicate(timeout=LIMIT)
+        text = out + said
+        assert process.returncode != 0 and text.count(line) == 1 and "exitcode  : 2" in text, text
+        assert "error on rank" not in text and 's.py", line' not in text
+
+
+def test_an_error_of_one_rank_ends_the_other(srun):
+    ranks = srun("--do", "one")
+    said = [process.communicate(timeout=LIMIT)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert said[1] == "error on rank 1: a.jpg: cannot be read\n"
+    assert said[0].startswith("error: lost contact with another process") and said[0].count("\n") == 1
+
+
+def test_torchrun_crash_of_one_rank_ends_the_other(start):
+    process = start("--do", "crash")
+    out, said = process.communicate(timeout=LIMIT)  # rank 0 would have slept for ten minutes
+    assert process.returncode != 0 and "rank 1: Traceback" in said and "ZeroDivisionError: bug" in said
+
+
+def test_torchrun_stopped(start, tmp_path):
+    process = start("--do", "wait")
+    assert any("ready" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=LIMIT)
+    line = f"stopped; continue with: torchrun --nproc-per-node=2 --standalone {tmp_path}/s.py --do wait\n"
+    assert process.returncode != 0 and said.count(line) == 1, said
+    assert not (tmp_path / "r/.lock").exists() or (tmp_path / "r/.lock").read_text().startswith("process")
