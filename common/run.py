@@ -100,6 +100,7 @@ def cli(main: Callable[[Any], None], Args: type, presets: dict[str, dict[str, An
     try:
         args = _parse(Args, presets, doc, quiet=launch.rank != 0)
         _state.micro_batch = {flag(f): value for f, value in vars(args).items() if f.endswith("micro_batch")}
+        _state.stage, _state.memory_flag = "", None  # of a run before this one in the same process
         main(args)
     except SystemExit as end:  # tyro's: --help, or a wrong flag that rank 0 explains
         if launch.rank != 0 and end.code:

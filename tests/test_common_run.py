@@ -137,7 +137,9 @@ common.run.UserError: a.jpg: bad"""
         (UserError(IN_A_LOADER), "error: a.jpg: bad\n"),
     ],
 )
-def test_errors_that_need_no_traceback(command, capsys, error, line):
+def test_errors_that_need_no_traceback(command, capsys, monkeypatch, error, line):
+    monkeypatch.setattr(runs._state, "stage", "a stage that a run before this one in the same process died in")
+    monkeypatch.setattr(runs._state, "memory_flag", "--of-another-script")
     assert command(raising(error)) == 2
     said = capsys.readouterr().err
     assert said.startswith(line) and said.count("\n") == 1
