@@ -187,7 +187,7 @@ class Args:
 PRESETS = {
     "digits": dict(  # 4 shots, tiny models; our measured table stands in docs/datadream.md
         dataset="digits", sd_model="tiny", clip_model="tiny", precision="fp32", shots=4, workers=0,
-        sd_resolution=32, sd_lr=2e-3, sd_epochs=100, sd_warmup=20, sd_batch=32, sd_micro_batch=32,
+        sd_resolution=32, sd_lr=2e-3,
         gen_images_per_class=60, gen_steps=15, gen_sampler="dpm++", gen_micro_batch=50,
         clf_lr=2e-3, clf_min_lr=1e-6, clf_batch=32, clf_micro_batch=32, clf_epochs=3, clf_warmup_epochs=1,
         clf_augment="gentle", clf_evals=3, clf_report_test_selected=True,
@@ -638,7 +638,7 @@ def tune_adapter(args, run, team, pipe, cache, file, rows, class_names):
         for name, p in layers:  # A ~ N(0, 1/r^2), B = 0: the adapter starts as the stock generator
             g = distributed.generator(args.seed, unit, name)
             p.copy_(torch.randn(p.shape, generator=g) / args.sd_rank if "lora_A" in name else torch.zeros(p.shape))
-    optimizer = torch.optim.AdamW(params, lr=args.sd_lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(params, lr=args.sd_lr, betas=(0.9, 0.999), weight_decay=1e-2, fused=True)
     checkpoint = run.path("checkpoints", f"{unit.replace('/', '-')}.safetensors")
     weights = {str(i): p for i, p in enumerate(params)}
     first, _, _ = load_training(checkpoint, weights, optimizer)
@@ -1103,7 +1103,7 @@ def train_one(args, run, team, model, arm, seed, sets, shots, scored):
 
     model.reset(seed)
     image_params, text_params = model.trained()
-    optimizer = torch.optim.AdamW([*image_params, *text_params], lr=args.clf_lr, weight_decay=args.clf_wd)
+    optimizer = torch.optim.AdamW([*image_params, *text_params], lr=args.clf_lr, weight_decay=args.clf_wd, fused=True)
     weights = trained_state(model)
     checkpoint = folder / "checkpoint.safetensors"
     first, extra, best_weights = load_training(checkpoint, weights, optimizer)

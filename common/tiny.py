@@ -262,19 +262,12 @@ def glyphs(n, seed):
 
 
 def real_digits():
-    """scikit-learn's digits, for measuring only -> (train images, labels), (test images, labels); uint8 [n, 3, 32, 32].
+    """scikit-learn's digits, for measuring only -> (train images, labels), (test images, labels); uint8 [n, 3, 32, 32]."""
+    from .datasets import load_dataset
 
-    8x8 enlarged to 32x32, white on black, 1000 for training and 797 for testing, the split of common/datasets.py.
-    """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    x, y = torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target).long()
-    x = F.interpolate(F.pad(x, (1, 1, 1, 1)), (40, 40), mode="bicubic", align_corners=False)[:, :, 4:-4, 4:-4]
-    x = (x.clamp(0, 1) * 255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1000], order[1000:]
-    return (x[train], y[train]), (x[test], y[test])
+    data = load_dataset("digits")
+    splits = [(torch.from_numpy(s.pixels), torch.tensor(s.labels)) for s in (data.train, data.test)]
+    return [(x[:, None].expand(-1, 3, -1, -1).contiguous(), y) for x, y in splits]
 
 
 def to_float(images):

@@ -218,7 +218,11 @@ def test_golden_sampler_and_guidance(g):
     close(dd.guided(g["cfg.uncond"], g["cfg.cond"], g["cfg.scale"].item()), g["cfg.out"], 1e-6)
 
 
-def test_golden_every_key_is_used(g):
+def test_golden_every_key_is_used(g, request):
+    ran = {item.originalname for item in request.session.items if item.path == request.path}
+    needed = {name for name in globals() if name.startswith("test_golden")}
+    if needed - ran:
+        pytest.skip(f"only some of the golden tests were chosen; without {sorted(needed - ran)}")
     assert not g.unread(), f"no test reads {g.unread()}"
 
 
