@@ -262,7 +262,7 @@ def glyphs(n, seed):
 
 
 def real_digits():
-    """scikit-learn's digits, for measuring only -> (train images, labels), (test images, labels); uint8 [n, 3, 32, 32]."""
+    """The real digits, for measuring only -> (train images, labels), (test images, labels); uint8 [n, 3, 32, 32]."""
     from .datasets import load_dataset
 
     data = load_dataset("digits")
