@@ -188,7 +188,7 @@ PRESETS = {
     "digits": dict(  # 4 shots, tiny models; our measured table stands in docs/datadream.md
         dataset="digits", sd_model="tiny", clip_model="tiny", precision="fp32", shots=4, workers=0,
         sd_resolution=32, sd_lr=2e-3,
-        gen_images_per_class=60, gen_steps=15, gen_sampler="dpm++", gen_micro_batch=50,
+        gen_images_per_class=50, gen_steps=15, gen_sampler="dpm++", gen_micro_batch=50,
         clf_lr=2e-3, clf_min_lr=1e-6, clf_batch=32, clf_micro_batch=32, clf_epochs=3, clf_warmup_epochs=1,
         clf_augment="gentle", clf_evals=3, clf_report_test_selected=True,
     ),
