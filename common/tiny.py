@@ -744,7 +744,7 @@ def latents(job, images):
 
     file = job.work / "latents.safetensors"
     if not file.exists():
-        vae = AutoencoderKL.from_pretrained(job.out / "sd" / "vae", torch_dtype=torch.float32).to(job.device).eval()
+        vae = AutoencoderKL.from_pretrained(job.out / "sd" / "vae", dtype=torch.float32).to(job.device).eval()
         parts = []
         with torch.no_grad():
             for i in tqdm(range(0, len(images), 200), desc="latents", unit="200 pictures"):
@@ -1022,7 +1022,7 @@ def measure_vae(out, n=500):
     """Mean-latent reconstruction, dB of the mean squared error over all pictures -> dict."""
     from diffusers import AutoencoderKL
 
-    vae = AutoencoderKL.from_pretrained(Path(out) / "sd" / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(Path(out) / "sd" / "vae", dtype=torch.float32).eval()
     result = {}
     for name, x in (("prior", held_out(n)[0]), ("real", real_digits()[1][0][:n])):
         with torch.no_grad():
@@ -1098,7 +1098,7 @@ def draw_samples(out, per_class, device="cpu", steps=15, guidance=2.0):
     """
     from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(Path(out) / "sd", torch_dtype=torch.float32).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(Path(out) / "sd", dtype=torch.float32).to(device)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.set_progress_bar_config(disable=True)
