@@ -78,6 +78,9 @@ class Args:
     val_per_class: int = 1000
     """training images of each class held out for every choice, where the data set has no validation split"""
 
+    image_size: int = 32
+    """pixels per side, a multiple of 8"""
+
     # ---- [1] real: the filtering classifier F, and every other classifier ---------------------------
     resnet_width: int = 64
     """channels of the first stage of the ResNet (x2 and x4 in the others)"""
@@ -100,7 +103,7 @@ class Args:
     random_flip: bool = True
     """mirror half of the training images, for the classifiers and the GAN"""
     random_crop: bool = True
-    """pad by 4 pixels of mid-grey (0) and crop at random"""
+    """pad by 4 pixels (of 32) of mid-grey (0) and crop at random"""
     random_erasing: bool = True
     """cutout with noise on every training image"""
     random_rotation: bool = False
@@ -174,7 +177,7 @@ class Args:
 # Comment: gap between real accuracy and the full method in points, from the paper's abstract where it gives one.
 PRESETS = {
     "digits": dict(  # the offline miniature; our measured table stands in docs/gafi.md
-        dataset="digits", val_per_class=20, random_flip=False,
+        dataset="digits", image_size=16, val_per_class=20, random_flip=False,
         resnet_width=8, resnet_blocks=1, resnet_epochs=15, real_epochs=15, resnet_drops=(10, 13), resnet_batch=32,
         gan_seeds=(42, 137), gan_epochs=30, gan_batch=32, gan_width=8, gan_latent=16, gan_embedding="normal",
         gan_lr=1e-3, gan_ema=0.98, gan_ema_start=50, gan_monitor=5,
@@ -195,7 +198,6 @@ PRESETS = {
         threshold_grid=(0.0, 0.5, 0.1), gan_seeds=(42, 1412, 19281),
     ),
 }  # fmt: skip
-SIZE = 32  # pixels per side, everywhere
 SPEED_FLAGS = ("output_dir", "device", "compile", "stages", "resume", "track", "gen_micro_batch", "search_share")
 
 
@@ -363,7 +365,7 @@ def cutout_boxes(b, size, g):
 
 
 def augmented(x, args, g):
-    """Flip, crop, cutout, in this order. [B, C, 32, 32] in [-1, 1]; g: generator on the device of x."""
+    """Flip, crop, cutout, in this order. [B, C, S, S] in [-1, 1]; g: generator on the device of x."""
     b, device = len(x), x.device
     if args.random_flip:
         coin = torch.rand(b, generator=g, device=device) < 0.5
@@ -377,8 +379,9 @@ def augmented(x, args, g):
         where = F.affine_grid(theta, list(x.shape), align_corners=False)
         x = F.grid_sample(x, where, padding_mode="reflection", align_corners=False)
     if args.random_crop:
-        top, left = torch.randint(9, (2, b), generator=g, device=device)
-        x = crop(x, top, left)
+        pad = args.image_size // 8  # 4 of 32
+        top, left = torch.randint(2 * pad + 1, (2, b), generator=g, device=device)
+        x = crop(x, top, left, pad)
     if args.random_erasing:
         noise = torch.randn(x.shape, generator=g, device=device)
         x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], g))
@@ -544,15 +547,18 @@ class GBlock(nn.Module):
 
 
 class Generator(nn.Module):
-    """BigGAN-deep, StudioGAN's variant, 32 x 32: z [B, latent], y [B] -> images [B, channels, 32, 32] in (-1, 1)"""
+    """BigGAN-deep, StudioGAN's variant: z [B, latent], y [B] -> images [B, channels, 32, 32] in (-1, 1)
 
-    def __init__(self, n_classes, channels=3, width=128, latent=128, embedding=128, start="uniform"):
+    size: 32 as in the paper, or another multiple of 8; the first feature map then has size / 8 pixels per side.
+    """
+
+    def __init__(self, n_classes, channels=3, width=128, latent=128, embedding=128, start="uniform", size=32):
         super().__init__()
-        self.latent, self.channels, c = latent, 4 * width, latent + embedding
+        self.latent, self.channels, self.side, c = latent, 4 * width, size // 8, latent + embedding
         self.embed = nn.Embedding(n_classes, embedding)
         if start == "uniform":  # Keras' default
             nn.init.uniform_(self.embed.weight, -0.05, 0.05)
-        self.first = SNLinear(c, self.channels * 16)
+        self.first = SNLinear(c, self.channels * self.side**2)
         self.blocks = nn.ModuleDict(
             {f"b{s}{k}": GBlock(self.channels, c, up=k == 1) for s in range(3) for k in range(2)}
         )
@@ -561,7 +567,7 @@ class Generator(nn.Module):
 
     def forward(self, z, y):
         c = torch.cat([z, self.embed(y)], 1)  # the same condition for every layer; z is not split
-        x = self.first(c).view(-1, self.channels, 4, 4)
+        x = self.first(c).view(-1, self.channels, self.side, self.side)
         for name, block in self.blocks.items():
             x = block(x, c)
             if name == "b11":
@@ -660,9 +666,10 @@ class BigGAN:
     def __init__(self, args, n_classes, channels, seed, device):
         seed_global(distributed.seed_of(seed, "gan"))
         self.args = args
-        self.g = make_generator(args, n_classes, channels).to(device)
-        self.d = Discriminator(n_classes, channels, args.gan_width).to(device)
-        self.ema = make_generator(args, n_classes, channels).to(device).requires_grad_(False)
+        place = dict(device=device, memory_format=torch.channels_last)
+        self.g = make_generator(args, n_classes, channels).to(**place)
+        self.d = Discriminator(n_classes, channels, args.gan_width).to(**place)
+        self.ema = make_generator(args, n_classes, channels).to(**place).requires_grad_(False)
         self.ema.load_state_dict(self.g.state_dict())
         self.g_params, self.d_params = list(self.g.parameters()), list(self.d.parameters())
         fused = dict(fused=True) if device.type == "cuda" else dict(foreach=True)
@@ -716,7 +723,8 @@ class BigGAN:
 
 
 def make_generator(args, n_classes, channels):
-    return Generator(n_classes, channels, args.gan_width, args.gan_latent, args.gan_latent, args.gan_embedding)
+    latent, size = args.gan_latent, args.image_size
+    return Generator(n_classes, channels, args.gan_width, latent, latent, args.gan_embedding, size)
 
 
 def seed_global(seed, device=None):
@@ -736,24 +744,24 @@ def autocast(args, device):
 # Stage 0, data: every split as one uint8 tensor [N, C, 32, 32] on the device.
 
 
-def prepared(image, channels, pad=False):
-    """PIL image -> uint8 [channels, 32, 32]. pad: 28 x 28 gets 2 pixels of 0 on each side (FashionMNIST), so that the
-    border becomes -1; everything else is resized by Lanczos (shorter side to 32) and cropped in the centre."""
+def prepared(image, channels, size=32, pad=False):
+    """PIL image -> uint8 [channels, size, size]. pad: zeros around it (FashionMNIST, 28 -> 32), so that the border
+    becomes -1; everything else is resized by Lanczos (shorter side to size) and cropped in the centre."""
     image = image.convert("L" if channels == 1 else "RGB")
     if pad:
-        pixels = np.pad(np.asarray(image), 2)
+        pixels = np.pad(np.asarray(image), (size - image.width) // 2)
     else:
-        if image.size != (SIZE, SIZE):
-            scale = SIZE / min(image.size)
-            w, h = (max(SIZE, round(s * scale)) for s in image.size)
-            left, top = (w - SIZE) // 2, (h - SIZE) // 2
-            image = image.resize((w, h), Image.Resampling.LANCZOS).crop((left, top, left + SIZE, top + SIZE))
+        if image.size != (size, size):
+            scale = size / min(image.size)
+            w, h = (max(size, round(side * scale)) for side in image.size)
+            left, top = (w - size) // 2, (h - size) // 2
+            image = image.resize((w, h), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
         pixels = np.array(image)
-    return torch.from_numpy(np.ascontiguousarray(pixels)).view(SIZE, SIZE, channels).permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).view(size, size, channels).permute(2, 0, 1)
 
 
 def normalised_images(x):
-    """uint8 [..., 32, 32] -> (x / 255 - 0.5) / 0.5, every data set and every network"""
+    """uint8 [..., H, W] -> (x / 255 - 0.5) / 0.5, every data set and every network"""
     return (x.float() / 255 - 0.5) / 0.5
 
 
@@ -761,7 +769,7 @@ def load_data(args, dist):
     """-> ({"train", "val", "test": (uint8 [N, C, 32, 32], labels [N])}, class names), all on the device"""
     channels = 1 if args.dataset in ("digits", "fashionmnist") else 3
     if args.dataset == "dermamnist":
-        splits, names = dermamnist(Path(args.data_dir or "data").expanduser())
+        splits, names = dermamnist(Path(args.data_dir or "data").expanduser(), args.image_size)
         return {k: (x.to(dist.device), y.to(dist.device)) for k, (x, y) in splits.items()}, names
 
     data = datasets.load_dataset("folder" if args.dataset == "cinic10" else args.dataset, args.data_dir)
@@ -776,18 +784,18 @@ def load_data(args, dist):
     for name, images in (("train", train), ("val", val), ("test", data.test)):
         if args.dataset == "folder":
             datasets.verify(images)
-        x = all_pixels(images, channels, pad=args.dataset == "fashionmnist")
+        x = all_pixels(images, channels, args.image_size, pad=args.dataset == "fashionmnist")
         splits[name] = x.to(dist.device), torch.tensor(images.labels, device=dist.device)
     return splits, data.class_names
 
 
-def all_pixels(images, channels, pad):
-    """datasets.Images -> uint8 [N, channels, 32, 32]"""
-    if images.pixels is not None and images.pixels.shape[1:3] == (SIZE, SIZE):
+def all_pixels(images, channels, size, pad):
+    """datasets.Images -> uint8 [N, channels, size, size]"""
+    if images.pixels is not None and images.pixels.shape[1:3] == (size, size):
         x = torch.from_numpy(images.pixels)
         return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
     with ThreadPoolExecutor(8) as pool:
-        return torch.stack(list(pool.map(lambda i: prepared(images[i], channels, pad), range(len(images)))))
+        return torch.stack(list(pool.map(lambda i: prepared(images[i], channels, size, pad), range(len(images)))))
 
 
 DERMAMNIST = (
@@ -796,7 +804,7 @@ DERMAMNIST = (
 )  # fmt: skip
 
 
-def dermamnist(root):
+def dermamnist(root, size):
     """dermamnist.npz of MedMNIST v2 (28 x 28), fetched by the package medmnist if it is not there. Official split."""
     file = root / "dermamnist.npz"
     if not file.exists():
@@ -808,7 +816,7 @@ def dermamnist(root):
         medmnist.DermaMNIST(split="train", download=True, root=str(root))
     arrays, splits = np.load(file), {}
     for split in ("train", "val", "test"):
-        x = [prepared(Image.fromarray(image), 3) for image in arrays[f"{split}_images"]]
+        x = [prepared(Image.fromarray(image), 3, size) for image in arrays[f"{split}_images"]]
         splits[split] = torch.stack(x), torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64).reshape(-1))
     return splits, list(DERMAMNIST)
 
@@ -1138,7 +1146,8 @@ def measured(args, generator, classifier, real, n_classes, seed):
 def load_sampler(args, run, seed, epoch, classifier, n_classes, channels):
     generator = make_generator(args, n_classes, channels)
     generator.load_state_dict(runs.load_tensors(gan_file(run, seed, epoch)))
-    return Sampler(args, generator.to(next(classifier.parameters()).device), classifier)
+    device = next(classifier.parameters()).device
+    return Sampler(args, generator.to(device, memory_format=torch.channels_last), classifier)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1402,6 +1411,10 @@ def check_args(args):
     ).split():
         if getattr(args, name) < 1:
             raise runs.UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    if args.image_size < 8 or args.image_size % 8:
+        raise runs.UserError(f"--image-size {args.image_size}: a multiple of 8 is needed")
+    if args.dataset == "fashionmnist" and args.image_size < 28:
+        raise runs.UserError(f"--image-size {args.image_size}: FashionMNIST is padded from 28 pixels, not shrunk")
     if args.gan_width < 2:
         raise runs.UserError(f"--gan-width is {args.gan_width}; it must be at least 2")
     if not 0 < args.recycle_fraction <= 1:
