@@ -230,10 +230,9 @@ def filtered_set(samples, classes, n, threshold, attempts):
 
     samples: a SampleStream, or an object like it. attempts: -1, or after how many draws a class takes all of its last
     draw. Official code: those come after the accepted ones of the same draw, so these occur twice; kept as it is.
-    -> x [len(classes) n, ...], y, {class: draws}
+    -> x [len(classes) n, ...], y, {class: draws}, {class: samples looked at}
     """
-    kept, m, used, draws = ({c: v for c in classes} for v in ([], 0, 0, 0))
-    kept = {c: [] for c in classes}
+    kept, m, used, draws = ({c: start() for c in classes} for start in (list, int, int, int))
     unfinished = list(classes)
     while unfinished:
         size = {c: draw_size(n, m[c]) for c in unfinished}
@@ -247,7 +246,7 @@ def filtered_set(samples, classes, n, threshold, attempts):
             m[c] = sum(map(len, kept[c]))
         unfinished = [c for c in unfinished if m[c] < n]
     x = torch.cat([torch.cat(kept[c])[:n] for c in classes])
-    return x, torch.tensor(list(classes), device=x.device).repeat_interleave(n), draws
+    return x, torch.tensor(list(classes), device=x.device).repeat_interleave(n), draws, used
 
 
 def refreshed(old, new, n_classes, fraction, g):
@@ -922,9 +921,9 @@ class SyntheticSets:
         if self.shared is not None:
             self.shared[key] = stream
         threshold = source.threshold if source.filtered else -math.inf
-        x, y, draws = filtered_set(stream, range(self.n_classes), self.n, threshold, self.args.attempts)
-        used = torch.cat(list(stream.conf.values()))
-        self.drawn, self.kept = self.drawn + len(used), self.kept + int((used > threshold).sum())
+        x, y, draws, used = filtered_set(stream, range(self.n_classes), self.n, threshold, self.args.attempts)
+        conf = torch.cat([stream.read(c, 0, n)[1] for c, n in used.items()])
+        self.drawn, self.kept = self.drawn + len(conf), self.kept + int((conf > threshold).sum())
         self.exhausted += sum(0 < self.args.attempts <= d for d in draws.values())
         return x, y
 
@@ -972,7 +971,7 @@ def predictions(net, x, args):
 
 def accuracy(net, split, args):
     """Percent of a split (uint8 images, labels) that net gets right"""
-    return 100 * (predictions(net, split[0], args) == split[1]).float().mean().item()
+    return 100 * (predictions(net, split[0], args) == split[1]).sum().item() / len(split[1])
 
 
 def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, keep, about):
@@ -1368,7 +1367,13 @@ def tables(args, run, class_names, predicted, labels, top1):
         cells = [f"{metrics[row][k]:.1f}" if k in metrics[row] else "" for k in ("val", "test_selected")]
         accepted = f"{100 * metrics[row]['accepted']:.0f} %" if row not in ("real", "baseline") else ""
         table.append(
-            [ROW_NAMES[row], f"{scores.mean():.1f}{plus_minus}", f"{gap:.1f}" if gap else "", *cells, accepted]
+            [
+                ROW_NAMES[row],
+                f"{scores.mean():.1f}{plus_minus}",
+                f"{gap:.1f}" if row != "real" and gap is not None else "",
+                *cells,
+                accepted,
+            ]
         )
     choices = read_json(run.path("search.json"))
     per_class = [(predicted[labels == c] == c).float().mean().item() * 100 for c in range(len(class_names))]

@@ -1,11 +1,19 @@
 """GaFi: values of the authors' code, invariants of the method, the script end to end on the real digits."""
 
+import json
+import math
+import subprocess
+import time
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 import gafi as gf
+from common import distributed
+from common.run import UserError
 
 
 @pytest.fixture
@@ -265,8 +273,8 @@ def test_golden_filter(g, case):
     stream = GoldenStream(g, g[f"filter.{case}.z"])
     parts = [gf.filtered_set(stream, [c], int(n), threshold, int(attempts)) for c in range(3)]  # one class at a time
     assert stream.sizes == g[f"filter.{case}.draws"].tolist() and stream.first == len(stream.z)
-    close(torch.cat([x for x, _, _ in parts]), g[f"filter.{case}.x"], 1e-5)
-    assert torch.equal(torch.cat([y for _, y, _ in parts]), g[f"filter.{case}.y"])
+    close(torch.cat([part[0] for part in parts]), g[f"filter.{case}.x"], 1e-5)
+    assert torch.equal(torch.cat([part[1] for part in parts]), g[f"filter.{case}.y"])
     assert stream.z.std() == pytest.approx(sigma, rel=0.35), "sigma is in the latents already"
 
 
@@ -473,8 +481,9 @@ class Fake:
 @pytest.mark.parametrize("threshold, attempts", [(0.0, -1), (0.5, -1), (0.9, -1), (0.9, 3)])
 def test_filter_keeps_n_per_class_and_only_what_passes(threshold, attempts):
     stream = gf.SampleStream(Fake(0.8), 1.0, 40, (0,))
-    x, y, draws = gf.filtered_set(stream, range(3), 40, threshold, attempts)
+    x, y, draws, used = gf.filtered_set(stream, range(3), 40, threshold, attempts)
     assert torch.equal(y, torch.arange(3).repeat_interleave(40)) and len(x) == 120
+    assert all(used[c] == 40 or draws[c] > 1 for c in range(3))
     if attempts == -1:
         assert (x[:, 1] > threshold).all()
     else:
@@ -483,13 +492,13 @@ def test_filter_keeps_n_per_class_and_only_what_passes(threshold, attempts):
 
 def test_filter_with_a_perfect_classifier_draws_once():
     sampler = Fake(1.0)
-    _, _, draws = gf.filtered_set(gf.SampleStream(sampler, 1.0, 40, (0,)), range(3), 40, 0.0, -1)
+    _, _, draws, _ = gf.filtered_set(gf.SampleStream(sampler, 1.0, 40, (0,)), range(3), 40, 0.0, -1)
     assert draws == {0: 1, 1: 1, 2: 1} and sampler.sizes == [120]
 
 
 def test_filter_that_accepts_nothing_ends_through_the_limit():
     stream = gf.SampleStream(Fake(0.0), 1.0, 10, (0,))
-    x, _, draws = gf.filtered_set(stream, [0, 1], 10, 0.0, 4)
+    x, _, draws, _ = gf.filtered_set(stream, [0, 1], 10, 0.0, 4)
     assert draws == {0: 4, 1: 4} and len(x) == 20 and (x[:, 1] == -1).all()
 
 
@@ -649,3 +658,208 @@ def test_presets_are_the_methods_table():
         args = gf.Args(**gf.PRESETS[name])
         assert (args.gan_epochs, len(args.gan_seeds), args.attempts) == values
         gf.check_args(args)
+
+
+# ---- data and bad input ------------------------------------------------------------------------------------------
+
+
+def test_dermamnist_is_read_from_its_file(tmp_path):
+    sizes, rng = dict(train=9, val=4, test=5), np.random.default_rng(0)
+    arrays = {f"{k}_images": rng.integers(0, 256, (n, 28, 28, 3), dtype=np.uint8) for k, n in sizes.items()}
+    arrays |= {f"{k}_labels": rng.integers(0, 7, (n, 1), dtype=np.uint8) for k, n in sizes.items()}
+    np.savez(tmp_path / "dermamnist.npz", **arrays)
+    splits, names = gf.dermamnist(tmp_path, 32)
+    assert len(names) == 7 and {k: len(y) for k, (_, y) in splits.items()} == sizes
+    assert splits["train"][0].shape == (9, 3, 32, 32) and splits["train"][0].dtype == torch.uint8
+    assert splits["test"][1].tolist() == arrays["test_labels"][:, 0].tolist()
+
+
+def test_dermamnist_without_file_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "medmnist", None)
+    with pytest.raises(UserError, match="dermamnist.npz"):
+        gf.dermamnist(tmp_path, 32)
+
+
+def write_folder(root, splits, classes=("cat", "dog"), n=6):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+                image.save(root / split / name / f"{i}.png")
+
+
+def test_cinic10_pools_train_and_valid(tmp_path):
+    write_folder(tmp_path, ("train", "valid", "test"))
+    args = gf.Args(dataset="cinic10", data_dir=str(tmp_path), val_per_class=2)
+    data, names = gf.load_data(args, distributed.Dist(0, 0, 1, torch.device("cpu")))
+    assert names == ["cat", "dog"] and {k: len(v[1]) for k, v in data.items()} == dict(train=20, val=4, test=12)
+    assert torch.bincount(data["val"][1]).tolist() == [2, 2] and data["train"][0].shape == (20, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (dict(sigma_grid=(2.0, 1.0, 0.1)), "--sigma-grid"),
+        (dict(threshold_grid=(0.0, 1.0, 0.1)), "--threshold-grid"),
+        (dict(attempts=0), "--attempts"),
+        (dict(recycle_fraction=0.0), "--recycle-fraction"),
+        (dict(gan_seeds=(1, 1)), "--gan-seeds"),
+        (dict(image_size=30), "--image-size"),
+        (dict(gan_d_steps=0), "--gan-d-steps"),
+    ],
+)
+def test_bad_flags_are_refused_by_name(flags, word):
+    with pytest.raises(UserError, match=word):
+        gf.check_args(gf.Args(**flags))
+
+
+# ---- the script, end to end on the real digits -------------------------------------------------------------------
+
+SMALL = """--gan-width 4 --gan-latent 8 --gan-epochs 3 --gan-batch 100 --ckpt-grid 1 4 1 --gan-monitor 2 --real-epochs 3
+--resnet-epochs 3 --resnet-drops 2 3 --resnet-batch 64 --search-period 2 --sigma-grid 1 1.5 0.5
+--threshold-grid 0 0.5 0.5 --clf-seeds 2 --class-samples 20 --attempts 3 --export-images 4""".split()
+
+
+def run_small(launch, out, *flags, **kw):
+    return launch("gafi.py", "--output-dir", out, *SMALL, *flags, **kw)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One finished small run, shared by the tests that only look at it."""
+    from conftest import Launch
+
+    out = tmp_path_factory.mktemp("small") / "run"
+    done = run_small(Launch(out.parent, out.parent / "hub"), out)
+    return out, done
+
+
+def test_run_leaves_every_file_with_its_content(small):
+    out, done = small
+    for seed in (42, 137):
+        assert sorted(p.name for p in (out / "gan" / f"seed{seed}").iterdir()) == [
+            f"epoch{e}.safetensors" for e in (1, 2, 3)
+        ], "epoch 4 of the grid does not exist and is skipped"
+        names = [p.name for p in (out / "search" / f"gan{seed}").iterdir()]
+        assert len(names) == 3 + 1 + 1, "repeated configurations are not run again"
+    choices = json.loads((out / "search.json").read_text())
+    assert set(choices) == {"42", "137"} and all(c["epoch"] in (1, 2, 3) for c in choices.values())
+    rows = [json.loads(line) for line in (out / "images" / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and all((out / "images" / r["file_name"]).exists() for r in rows)
+    assert {r["gan"] for r in rows} == {42, 137}
+    result = json.loads((out / "results.json").read_text())
+    assert result["script"] == "gafi" and result["images"] == 40
+    assert set(result["baselines"]) == {"real", "baseline"}
+    assert {"filter", "recycle", "expansion", "single", "multi"} <= set(result["metrics"])
+    assert all(len(m["per_seed"]) == 2 for m in result["baselines"].values())
+    assert {"real", "gan", "search", "final", "evaluate"} <= set(result["seconds"])
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        assert all(math.isfinite(v) for v in json.loads(line).values())
+    logged = (out / "metrics.jsonl").read_text()
+    assert "gan/seed42/frechet" in logged and "gan/seed137/accepted" in logged
+    html = (out / "report.html").read_text()
+    assert "data:image/png;base64," in html and 'src="http' not in html
+    assert Image.open(out / "samples.png").size[0] > 300 and "GaFi, MultiGAN" in done.stdout
+    assert not list(out.rglob("checkpoint.safetensors")) and not list(out.rglob("*.pt"))
+
+
+def test_recorded_figures_agree_with_the_saved_classifier(small):
+    out, _ = small
+    about = json.loads((out / "classifier" / "config.json").read_text())
+    net = gf.ResNet(about["classes"], about["channels"], about["width"], about["blocks"])
+    net.load_state_dict(gf.runs.load_tensors(out / "classifier" / "model.safetensors"))
+    args = gf.Args(**gf.PRESETS["digits"])
+    data, _ = gf.load_data(args, distributed.Dist(0, 0, 1, torch.device("cpu")))
+    recorded = json.loads((out / "results.json").read_text())["metrics"]["multi"]["per_seed"]
+    assert gf.accuracy(net, data["test"], args) == pytest.approx(recorded[about["seed"]], abs=0.13)
+    for file in (out / "classifier" / "runs").glob("*/metrics.json"):
+        m = json.loads(file.read_text())
+        best = max(m["history"], key=lambda row: row["val"])
+        assert m["score"] == m["val"] == best["val"] and m["epoch"] == best["epoch"]
+        assert m["test"] == pytest.approx(best["test"], abs=0.13)
+        assert m["test_selected"] == max(row["test"] for row in m["history"]) >= m["test"] - 0.13
+
+
+def test_second_call_does_no_work(small, launch):
+    out, _ = small
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".png", ".safetensors", ".json")}
+    run_small(launch, out)
+    assert not [p.name for p, t in before.items() if p.stat().st_mtime_ns != t and p.name != "args.json"]
+
+
+def test_other_method_flags_are_refused_with_the_difference(small, launch, tree_hash):
+    out, _ = small
+    before = tree_hash(out, "**/*.safetensors")
+    done = run_small(launch, out, "--gan-lr", "0.5", check=False)
+    assert done.returncode == 2 and "gan-lr" in done.stderr and "Traceback" not in done.stderr
+    assert tree_hash(out, "**/*.safetensors") == before
+
+
+RESULT_FILES = ("gan/**/*.safetensors", "search/**/*.json", "classifier/**/*.safetensors", "images/**/*.png")
+
+
+def test_two_processes_leave_the_same_bytes_as_one(small, launch, tmp_path, tree_hash):
+    out, _ = small
+    run_small(launch, tmp_path / "two", processes=2)
+    for pattern in RESULT_FILES:
+        assert tree_hash(tmp_path / "two", pattern) == tree_hash(out, pattern), pattern
+
+
+def kill_when(launch, out, patterns):
+    """Start the run and kill it (-9) as soon as a file matches the first pattern, again for the next; then finish."""
+    killed = 0
+    for pattern in patterns:
+        process = subprocess.Popen(
+            launch.command("gafi.py", "--output-dir", out, *SMALL),
+            env=launch.env(),
+            cwd=launch.cwd,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not list(out.glob(pattern)):
+            time.sleep(0.02)
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    run_small(launch, out)
+    return killed
+
+
+def test_killed_run_resumes_to_the_same_bytes(small, launch, tmp_path, tree_hash):
+    out, _ = small
+    patterns = (
+        "gan/seed42/checkpoint.safetensors",
+        "search/gan137/*/checkpoint.safetensors",
+        "classifier/runs/filter-seed1/checkpoint.safetensors",
+    )
+    assert kill_when(launch, tmp_path / "killed", patterns) == 3
+    for pattern in RESULT_FILES:
+        assert tree_hash(tmp_path / "killed", pattern) == tree_hash(out, pattern), pattern
+
+
+@pytest.mark.slow
+def test_compiled_step_and_sampling_equal_the_plain_ones():
+    losses, images = [], []
+    for compiled in (False, True):
+        args, gan = small_gan(compile=compiled, image_size=16)
+        x, y, zs = a_batch(args)
+        x = x[:, :, ::2, ::2].contiguous()
+        losses.append(torch.stack([gan.step(x, y, zs, i) for i in (1, 2)]))
+        f = gf.ResNet(3, 1, 4, 1).eval()
+        gf.seed_global(0)
+        for p in f.parameters():
+            nn.init.normal_(p, std=0.1)
+        sampler = gf.Sampler(args, gan.ema, f)
+        images.append([sampler(torch.ones(n, 6), torch.zeros(n, dtype=torch.long))[0] for n in (3, 5)])
+    assert torch.allclose(losses[0], losses[1], atol=2e-3)
+    assert all(torch.allclose(a, b, atol=5e-3) for a, b in zip(*images, strict=True))
+
+
+@pytest.mark.slow
+def test_digits_reach_the_documented_level(launch, tmp_path):
+    launch("gafi.py", "--output-dir", tmp_path / "run", timeout=3600)
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert result["baselines"]["real"]["mean"] > 94
+    assert result["metrics"]["multi"]["mean"] > 80
