@@ -179,9 +179,9 @@ PRESETS = {
     "digits": dict(  # the offline miniature; our measured table stands in docs/gafi.md
         dataset="digits", image_size=16, val_per_class=20, random_flip=False,
         resnet_width=8, resnet_blocks=1, resnet_epochs=15, real_epochs=15, resnet_drops=(10, 13), resnet_batch=32,
-        gan_seeds=(42, 137), gan_epochs=30, gan_batch=32, gan_width=8, gan_latent=16, gan_embedding="normal",
+        gan_seeds=(42, 137), gan_epochs=20, gan_batch=32, gan_width=8, gan_latent=16, gan_embedding="normal",
         gan_lr=1e-3, gan_ema=0.98, gan_ema_start=50, gan_monitor=5,
-        ckpt_grid=(10, 30, 10), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5,
+        ckpt_grid=(10, 20, 5), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5,
         attempts=10, gen_micro_batch=200, export_images=20,
     ),
     "cifar10": dict(data_dir="data"),  # 1.78
@@ -1183,7 +1183,7 @@ def search(args, run, dist, data, n_classes, classifier):
             grids = dict(epoch=epochs, sigma=grid(*args.sigma_grid), threshold=grid(*args.threshold_grid))
 
             def evaluate(candidates, seed=seed):
-                files = [run.path("search", f"gan{seed}", "e{}-s{:.2f}-t{:.2f}".format(*c)) for c in candidates]
+                files = [run.path("search", f"gan{seed}", "e{}-s{:g}-t{:g}".format(*c)) for c in candidates]
                 shared, samplers = {}, {}
                 same = len({c[:2] for c in candidates}) == 1 and args.search_share  # the threshold step
                 for (e, sigma, t), folder in distributed.my_items(list(zip(candidates, files, strict=True)), dist):
@@ -1331,16 +1331,17 @@ def pictures(args, run, data, n_classes, class_names, classifier):
     shown_rows["real"] = [as_picture(normalised_images(x[(y == c).nonzero()[0, 0]])) for c in range(n_classes)]
     for row in ("baseline", "multi"):
         sources, _ = sources_of(args, row, 0, choices, sampler)
-        n = max(args.export_images, 4 * len(sources))
-        sets = SyntheticSets(args, sources, n_classes, n, args.seed, 0)
-        x, y = sets.at(1)
+        each = math.ceil(max(args.export_images, 4) / len(sources))
+        x, y = SyntheticSets(args, sources, n_classes, each * len(sources), args.seed, 0).at(1)
+        turns = [k % len(sources) * each + k // len(sources) for k in range(each * len(sources))]  # the GANs in turn
+        by_class = [x[y == c][turns] for c in range(n_classes)]
         for k in range(4):
             name = "GAN, as it comes" if row == "baseline" else "GaFi"
-            shown_rows[f"{name} {k}"] = [as_picture(x[(y == c).nonzero()[k, 0]]) for c in range(n_classes)]
+            shown_rows[f"{name} {k}"] = [as_picture(by_class[c][k]) for c in range(n_classes)]
     with runs.ImageWriter() as writer:
         for c in range(n_classes):
-            for k, image in enumerate(x[y == c][: args.export_images]):
-                source = sources[k // sets.n]
+            for k, image in enumerate(by_class[c][: args.export_images]):
+                source = sources[k % len(sources)]
                 what = dict(file_name=f"{folders[c]}/{k}.png", label=c, class_name=class_names[c], gan=source.seed)
                 rows.append(what | dict(sigma=source.sigma, threshold=source.threshold))
                 writer.save(run.path("images", folders[c], f"{k}.png"), as_picture(image))
@@ -1389,7 +1390,7 @@ def tables(args, run, class_names, predicted, labels, top1):
     confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
     header = [
         "training set",
-        "test top-1",
+        "test top-1" if args.select_on == "val" else "test top-1 (chosen on the test set)",
         "below real",
         "validation",
         "best test epoch (official selection)",
@@ -1432,6 +1433,8 @@ def check_args(args):
             raise runs.UserError(f"--{name.replace('_', '-')} {start} {stop} {step}: give first, last and step > 0")
     if args.threshold_grid[1] >= 1:
         raise runs.UserError(f"--threshold-grid ends at {args.threshold_grid[1]}; no probability is above 1")
+    if not args.rows:
+        raise runs.UserError("--rows: name at least one row")
     if not args.gan_seeds or len(set(args.gan_seeds)) < len(args.gan_seeds):
         raise runs.UserError(f"--gan-seeds {' '.join(map(str, args.gan_seeds))}: give one or more different seeds")
 

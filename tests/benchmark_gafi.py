@@ -3,9 +3,8 @@
     python tests/benchmark_gafi.py                                       # the miniature's networks, here
     python tests/benchmark_gafi.py --preset cifar10 --device cuda --precision bf16 --compile --peak 989
 
-Not a test: it asserts no time. Random weights and images; the loops are those of the script. --peak: the device's TFLOP/s in
-this precision, for the share of it that is reached. FLOPs are counted by PyTorch (2 per multiply-add), spectral norm,
-BatchNorm and the optimiser are not in them.
+Not a test: it asserts no time. Random weights and images; the loops are those of the script. --peak: the device's
+TFLOP/s in this precision, for the share of it that is reached. FLOPs are counted by PyTorch, 2 per multiply-add.
 """
 
 import argparse
