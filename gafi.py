@@ -56,19 +56,19 @@ class Args:
     preset: str = "digits"
     """configuration to start from; every other flag overrides it"""
     dataset: str = "cifar10"
-    """real data set: also cinic10 (a folder with train, valid, test) and dermamnist (dermamnist.npz)"""
+    """real data set: class names, training, validation and test split"""
     data_dir: str | None = None
     """where the data set lies or is downloaded to; for `folder`: DIR/train/<class>/, DIR/test/<class>/"""
     output_dir: str | None = None
-    """run folder; None: runs/gafi/<preset>-seed<seed>"""
+    """run folder; None: runs/<script>/<preset>-seed<seed>"""
     seed: int = 0
-    """seed of the validation split, of F and of the first classifier; each GAN has its own in gan_seeds"""
+    """seed of every choice and of everything that is trained; classifiers take seed, seed + 1, ..."""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: convolutions in bfloat16; weights, spectral norm, BatchNorm statistics and losses stay in float32"""
+    """bf16: activations and frozen weights in bfloat16, trained weights in float32"""
     compile: bool = False
-    """torch.compile the GAN's and the classifier's step and the sampling: minutes of start-up, then faster on a GPU"""
+    """torch.compile the networks: minutes of start-up, then faster on a GPU"""
     stages: tuple[Stage, ...] = ("real", "gan", "search", "final", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
     resume: bool = True
@@ -113,7 +113,7 @@ class Args:
 
     # ---- [2] gan: BigGAN-deep ------------------------------------------------------------------------
     gan_seeds: tuple[int, ...] = (42, 137, 238723)
-    """one generator per seed; MultiGAN mixes them"""
+    """one generator per seed, which is all that --seed does not reach; MultiGAN mixes them"""
     gan_images: Literal["train+val", "train"] = "train+val"
     """what the GAN is trained on; train: the validation images stay unseen"""
     gan_epochs: int = 500
@@ -141,7 +141,7 @@ class Args:
 
     # ---- [3] search, [4] final -----------------------------------------------------------------------
     gen_seed: int = 0
-    """sample i of class c in set k is a function of (gen_seed, classifier's seed, GAN's seed, k, c, i) and of G"""
+    """image k of class c is a function of (gen_seed, c, k) and of the generator"""
     gen_micro_batch: int = 1024
     """images per forward pass on one process; speed and memory only"""
     class_samples: int = 0
@@ -911,7 +911,7 @@ class SyntheticSets:
         self.args, self.sources, self.n_classes, self.period = args, sources, n_classes, period
         self.n, self.seed, self.shared = n // len(sources), seed, shared
         self.k, self.sets = None, []  # number of the current set; (x, y) of each source
-        self.drawn = self.kept = self.exhausted = 0
+        self.stats = {}  # "set GAN" -> [samples looked at, samples accepted, classes that reached the limit]
 
     def draw(self, source, k):
         """Set k of one source, class by class"""
@@ -923,22 +923,24 @@ class SyntheticSets:
         threshold = source.threshold if source.filtered else -math.inf
         x, y, draws, used = filtered_set(stream, range(self.n_classes), self.n, threshold, self.args.attempts)
         conf = torch.cat([stream.read(c, 0, n)[1] for c, n in used.items()])
-        self.drawn, self.kept = self.drawn + len(conf), self.kept + int((conf > threshold).sum())
-        self.exhausted += sum(0 < self.args.attempts <= d for d in draws.values())
+        exhausted = sum(0 < self.args.attempts <= d for d in draws.values())
+        self.stats[f"{k} {source.seed}"] = [len(conf), int((conf > threshold).sum()), exhausted]
         return x, y
 
     def at(self, epoch):
         """The images of an epoch, counted from 1: [N, C, 32, 32] in [-1, 1] and labels [N]"""
         k = (epoch - 1) // self.period if self.period else 0
-        replace_all = self.args.recycle_fraction == 1
-        while self.k != k:
-            self.k = k if self.k is None and replace_all else 0 if self.k is None else k if replace_all else self.k + 1
-            new = [self.draw(source, self.k) for source in self.sources]
-            if self.sets and not replace_all:
-                g = distributed.generator(self.args.gen_seed, self.seed, "recycle", self.k)
-                pairs = zip(self.sets, new, strict=True)
-                new = [refreshed(old, now, self.n_classes, self.args.recycle_fraction, g) for old, now in pairs]
-            self.sets = new
+        fraction = self.args.recycle_fraction
+        if self.k != k:
+            unbuilt = range(0 if self.k is None else self.k + 1, k + 1)  # with r < 1 a set consists of those before it
+            for j in unbuilt if fraction < 1 else [k]:
+                new = [self.draw(source, j) for source in self.sources]
+                if fraction < 1 and self.sets:
+                    g = distributed.generator(self.args.gen_seed, self.seed, "recycle", j)
+                    pairs = zip(self.sets, new, strict=True)
+                    new = [refreshed(old, now, self.n_classes, fraction, g) for old, now in pairs]
+                self.sets = new
+            self.k = k
         return tuple(torch.cat(part) for part in zip(*self.sets, strict=True))
 
 
@@ -988,7 +990,9 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
     optimizer = SGDW(net.parameters(), args.resnet_lr, args.resnet_wd, args.resnet_wd_mode)
     weights = net.state_dict()
     first, extra, best_weights = load_training(checkpoint, weights, optimizer)
-    best, history = extra or (dict(score=-1.0), [])
+    best, history, stats = extra or (dict(score=-1.0), [], {})
+    if stats:
+        sets.stats = stats
     with_test = args.clf_report_test_selected or args.select_on == "test"
 
     for epoch in range(first + 1, epochs + 1):
@@ -1015,7 +1019,9 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
             best = dict(score=row[args.select_on], epoch=epoch, val=row["val"])
             best_weights = {n: t.detach().cpu().clone() for n, t in weights.items()}
         if epoch % max(1, epochs // 10) == 0 and epoch < epochs:
-            save_training(checkpoint, weights, optimizer, epoch, (best, history), best_weights)
+            save_training(
+                checkpoint, weights, optimizer, epoch, (best, history, getattr(sets, "stats", {})), best_weights
+            )
 
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -1024,9 +1030,10 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
     if with_test:
         report["test_selected"] = max(row["test"] for row in history)
     if isinstance(sets, SyntheticSets):
-        report |= dict(drawn=sets.drawn, accepted=sets.kept / max(1, sets.drawn), exhausted=sets.exhausted)
-        if sets.exhausted:
-            print(f"note: {folder.relative_to(run.dir)}: {sets.exhausted} times a class reached {args.attempts} draws")
+        drawn, kept, exhausted = map(sum, zip(*sets.stats.values(), strict=True))
+        report |= dict(drawn=drawn, accepted=kept / drawn, exhausted=exhausted)
+        if exhausted:
+            print(f"note: {folder.relative_to(run.dir)}: {exhausted} times a class reached {args.attempts} draws")
     if keep:
         runs.save_tensors(folder / "weights.safetensors", best_weights)
     runs.write_json(file, report)
