@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -780,6 +781,20 @@ def test_recorded_figures_agree_with_the_saved_classifier(small):
         assert m["score"] == m["val"] == best["val"] and m["epoch"] == best["epoch"]
         assert m["test"] == pytest.approx(best["test"], abs=0.13)
         assert m["test_selected"] == max(row["test"] for row in m["history"]) >= m["test"] - 0.13
+
+
+def test_filtering_classifier_is_frozen(small):
+    out, _ = small
+    args = gf.Args(**{**gf.PRESETS["digits"], "resnet_width": 4, "gan_width": 2, "gan_latent": 8})
+    run = SimpleNamespace(path=lambda *parts: out.joinpath(*map(str, parts)))
+    data, _ = gf.load_data(args, distributed.Dist(0, 0, 1, torch.device("cpu")))
+    f = gf.filtering_classifier(args, run, data, 10)
+    before = {name: tensor.clone() for name, tensor in f.state_dict().items()}
+    stream = gf.SampleStream(gf.load_sampler(args, run, 42, 1, f, 10, 1), 1.5, 8, (0,))
+    gf.filtered_set(stream, range(10), 8, 0.0, 2)
+    assert not any(module.training for module in f.modules())
+    assert not any(p.requires_grad for p in f.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in f.state_dict().items())
 
 
 def test_second_call_does_no_work(small, launch):
