@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# GaFi on CIFAR-100: three BigGAN-deep of 500 epochs, 400 generated images per class and set; filtering gives up after
+# ten draws of a class.
+#
+# Expect: accuracy 3.99 points below the same ResNet-20 trained on the real images (the paper's abstract; not run by us)
+# Cost:   32 h of one GPU at 60 TFLOP/s (estimate from FLOPs)
+# Data:   downloaded to data/
+torchrun --standalone --nproc-per-node 3 gafi.py --preset cifar100 --precision bf16 --compile "$@"

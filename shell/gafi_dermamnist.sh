@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# GaFi on DermaMNIST (7 classes, strongly imbalanced; the synthetic sets are balanced): three BigGAN-deep of 150 epochs.
+#
+# Expect: no figure is known to us
+# Cost:   2.7 h of one GPU at 60 TFLOP/s (estimate from FLOPs)
+# Data:   data/dermamnist.npz (28 x 28), or pip install medmnist, which fetches it
+torchrun --standalone --nproc-per-node 3 gafi.py --preset dermamnist --precision bf16 --compile "$@"

@@ -1,0 +1,116 @@
+"""Images per second of the three loops of gafi.py: GAN training, sampling + filtering, classifier training.
+
+    python tests/benchmark_gafi.py                                       # the miniature's networks, here
+    python tests/benchmark_gafi.py --preset cifar10 --device cuda --precision bf16 --compile --peak 989
+
+Not a test: it asserts no time. Random weights and images; the loops are those of the script. --peak: the device's
+TFLOP/s in this precision, for the share of it that is reached. FLOPs are counted by PyTorch, 2 per multiply-add.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import gafi as gf  # noqa: E402
+from common import run as runs  # noqa: E402
+
+
+def flops(function):
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def rate(function, images, device, seconds):
+    """Images per second of function(), which handles `images` of them; two calls warm up."""
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    function(), function(), wait()
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        function()
+        calls += 1
+        if calls % 10 == 0:
+            wait()
+    wait()
+    return calls * images / (time.perf_counter() - start)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="digits", choices=list(gf.PRESETS))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=10, help="per loop, after warm-up")
+    parser.add_argument("--peak", type=float, help="TFLOP/s of the device")
+    asked = parser.parse_args()
+    flags = {**gf.PRESETS[asked.preset], "precision": asked.precision, "compile": asked.compile}
+    args, device = gf.Args(**flags), torch.device(asked.device)
+    channels = 1 if args.dataset in ("digits", "fashionmnist") else 3
+
+    def batch(b):
+        shape = (b, channels, args.image_size, args.image_size)
+        return torch.rand(shape, device=device) * 2 - 1, torch.randint(10, (b,), device=device)
+
+    gan = gf.BigGAN(args, 10, channels, 0, device)
+    net = gf.make_classifier(args, 10, channels, 0).to(device, memory_format=torch.channels_last)
+    frozen = gf.make_classifier(args, 10, channels, 0).to(device, memory_format=torch.channels_last).eval()
+    frozen.requires_grad_(False)
+    fast = torch.compile(net, dynamic=True) if args.compile else net
+    optimizer = gf.SGDW(net.parameters(), args.resnet_lr, args.resnet_wd)
+    g = torch.Generator(device).manual_seed(0)
+    x, y = batch(args.gan_batch)
+    zs = list(torch.randn(args.gan_d_steps + 1, args.gan_batch, args.gan_latent, device=device))
+    real, label = batch(args.resnet_batch)
+
+    def classifier_step():
+        images = gf.augmented(real, args, g).contiguous(memory_format=torch.channels_last)
+        with gf.autocast(args, device):
+            logits = fast(images)
+        loss = F.cross_entropy(logits.float(), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    plain = gf.BigGAN(dataclasses.replace(args, compile=False), 10, channels, 0, device)
+    count = {"GAN training (real images)": flops(lambda: plain.step(x, y, zs, 1))}
+    count["classifier training"] = flops(lambda: net(real).sum().backward())
+    sampler = gf.Sampler(args, gan.ema, frozen)
+    m = args.gen_micro_batch
+    z, c = torch.randn(m, args.gan_latent, device=device), torch.arange(m, device=device) % 10
+    count["sampling + filtering"] = flops(lambda: frozen(plain.ema.eval()(z, c)))
+
+    def filtered():
+        images, confidence = sampler(z, c)
+        return images[confidence > 0.5]
+
+    loops = {
+        "GAN training (real images)": (lambda: gan.step(x, y, zs, 1), args.gan_batch),
+        "sampling + filtering": (filtered, m),
+        "classifier training": (classifier_step, args.resnet_batch),
+    }
+    rows = []
+    for name, (function, images) in loops.items():
+        r, f = rate(function, images, device, asked.seconds), count[name] / images
+        share = f"{100 * r * f / (asked.peak * 1e12):.1f} %" if asked.peak else ""
+        rows.append([name, f"{r:.0f}", f"{f / 1e9:.3f}", f"{r * f / 1e12:.3f}", share])
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{asked.preset}, {asked.precision}, compile {asked.compile}; {where}; torch {torch.__version__}")
+    runs.print_table(["loop", "images/s", "GFLOP/image", "TFLOP/s", "share of peak"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,880 @@
+"""GaFi: values of the authors' code, invariants of the method, the script end to end on the real digits."""
+
+import json
+import math
+import subprocess
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import gafi as gf
+from common import distributed
+from common.run import UserError
+
+
+@pytest.fixture
+def g(golden):
+    return golden("gafi")
+
+
+def close(a, b, tol):
+    """max |a - b| <= tol"""
+    assert a.shape == b.shape
+    assert (a.double() - b.double()).abs().max().item() <= tol
+
+
+def rel(a, b, tol):
+    """max |a - b| / max |b| <= tol"""
+    assert a.shape == b.shape
+    assert (a.double() - b.double()).abs().max().item() <= tol * b.double().abs().max().item()
+
+
+def one(value):
+    return torch.as_tensor(value).detach().reshape(1)
+
+
+# ---- golden ------------------------------------------------------------------------------------------------------
+
+
+def test_golden_losses(g):
+    real, fake = g["hinge.real"], g["hinge.fake"]
+    for name, kind in (("hinge", "hinge"), ("nonsat", "nonsaturating")):
+        on_real, on_fake = gf.d_loss(real, fake, kind)
+        rel(one(on_real), g[f"{name}.d_real"], 1e-6)
+        rel(one(on_fake), g[f"{name}.d_fake"], 1e-6)
+        rel(one(gf.g_loss(fake, kind)), g[f"{name}.g"], 1e-6)
+
+
+@pytest.mark.parametrize("name", ["sn_conv", "sn_lin"])
+def test_golden_spectral_norm(g, name):
+    w = g[f"{name}.weight"]
+    layer = gf.SNConv(w.shape[1], w.shape[0], 3) if w.ndim == 4 else gf.SNLinear(w.shape[1], w.shape[0])
+    fill(layer, {"weight": w, "u": g[f"{name}.u"]}, strict=False)
+    sigma, u = gf.power_iteration(layer.weight, layer.u)
+    rel(one(sigma), g[f"{name}.sigma"], 1e-5)
+    rel(u, g[f"{name}.u_new"], 1e-5)
+    w_bar = layer.train().w_bar()
+    rel(w_bar, g[f"{name}.w_bar"], 1e-5)
+    rel(layer.u, g[f"{name}.u_new"], 1e-5)
+    (grad,) = torch.autograd.grad((w_bar * g[f"{name}.m"]).sum(), layer.weight)
+    rel(grad, g[f"{name}.grad_detached"], 1e-5)
+    # The official gradient, through the iteration, is what ours deliberately is not.
+    v = layer.weight.flatten(1).T @ g[f"{name}.u"]
+    v = v / (v.norm() + 1e-12)
+    w_u = layer.weight.flatten(1) @ v
+    through = layer.weight / ((w_u / (w_u.norm() + 1e-12)) @ w_u)
+    (official,) = torch.autograd.grad((through * g[f"{name}.m"]).sum(), layer.weight)
+    rel(official, g[f"{name}.grad_through"], 1e-5)
+    rel(layer.eval().w_bar(), g[f"{name}.w_bar_eval_next"], 1e-5)
+    assert torch.equal(layer.u, u), "an evaluation must not store u"
+
+
+def test_golden_spectral_embedding(g):
+    w = g["sn_emb.weight"]
+    layer = gf.SNEmbedding(*w.shape)
+    fill(layer, {"weight": w, "u": g["sn_emb.u"]})
+    rel(layer.train()(g["sn_emb.y"]), g["sn_emb.out"], 1e-5)
+    rel(layer.u, g["sn_emb.u_new"], 1e-5)
+
+
+def test_golden_conditional_batch_norm(g):
+    layer = gf.ConditionalBN(6, 5)
+    state = {f"{n}.{k}": g[f"cbn.{n}.{k}"] for n in ("beta", "gamma") for k in ("weight", "u")}
+    fill(layer, state | {"bn.running_mean": g["cbn.mean"], "bn.running_var": g["cbn.var"]}, strict=False)
+    x, cond = g["cbn.x"], g["cbn.cond"]
+    rel(layer.eval()(x, cond), g["cbn.out_eval"], 1e-5)
+    rel(layer.train()(x, cond), g["cbn.out_train"], 1e-5)
+    rel(layer.bn.running_mean, g["cbn.mean_new"], 1e-5)
+    rel(layer.bn.running_var, g["cbn.var_new"], 1e-5)
+    rel(layer.gamma.u, g["cbn.gamma.u_new"], 1e-5)
+
+
+def test_golden_attention(g):
+    layer = gf.Attention(16)
+    state = {f"{n}.{k}": g[f"attn.{n}.{k}"] for n in ("theta", "phi", "g", "out") for k in ("weight", "u")}
+    fill(layer, state | {"gain": g["attn.sigma"]})
+    rel(layer.eval()(g["attn.x"]), g["attn.out_eval"], 1e-5)
+
+
+def fill(module, state, strict=True):
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected and not (strict and missing), (missing, unexpected)
+
+
+def theirs(ours):
+    """Name in a network of ours -> (golden name, row of a stacked tensor or None)"""
+    name = ours.replace("blocks.", "").replace("attn.gain", "attn.sigma")
+    for side, row in (("beta", 0), ("gamma", 1)):
+        name = name.replace(f".{side}.weight", f".w[{row}]").replace(f".{side}.u", f".u[{row}]")
+    if "cbn" in name:
+        name = name.replace(".bn.running_mean", ".stats[0]").replace(".bn.running_var", ".stats[1]")
+    name = name.replace("running_", "")
+    return (name[:-3], int(name[-2])) if name.endswith("]") else (name, None)
+
+
+def golden_state(g, prefix, module):
+    """Their weights under our names, every key of the prefix used."""
+    state, used = {}, set()
+    for ours in module.state_dict():
+        if not ours.endswith("num_batches_tracked"):
+            name, row = theirs(ours)
+            value = g[f"{prefix}.{name}"]
+            state[ours] = value if row is None else value[row]
+            used.add(f"{prefix}.{name}")
+    return state, used
+
+
+def golden_networks(g):
+    generator, discriminator = gf.Generator(3, 3, 4, 4, 3), gf.Discriminator(3, 3, 4)
+    for prefix, net in (("G", generator), ("D", discriminator)):
+        state, used = golden_state(g, prefix, net)
+        assert used == {k for k in g.keys() if k.startswith(prefix + ".")}
+        missing, unexpected = net.load_state_dict(state, strict=False)
+        assert not unexpected and all(m.endswith("num_batches_tracked") for m in missing)
+    return generator, discriminator
+
+
+def check_state(g, prefix, net, tol=None, initial=None):
+    """Compare all golden tensors of a prefix with the network; tol(name, initial value) is the largest difference."""
+    ours, checked = net.state_dict(), 0
+    for name, value in ours.items():
+        their, row = theirs(name)
+        key = f"{prefix}.{their}"
+        if key in g.keys():
+            expected = g[key] if row is None else g[key][row]
+            close(value, expected, tol(their, initial[name], expected) if initial else 1e-4 * expected.abs().max())
+            checked += 1
+    assert checked >= len([k for k in g.keys() if k.startswith(prefix + ".")]) > 0
+
+
+def pixels(g):
+    return (g["d_in.x_uint8"].float() / 255 - 0.5) / 0.5
+
+
+def test_golden_generator(g):
+    net, _ = golden_networks(g)
+    with torch.no_grad():
+        close(net.eval()(g["g_in.z"], g["g_in.y"])[1], g["g_out.eval_img1"], 1e-3)
+        close(net.train()(g["g_in.z"], g["g_in.y"])[0, 0], g["g_out.train_img0_ch0"], 1e-3)
+    check_state(g, "g_after_train", net)
+
+
+def test_golden_discriminator(g):
+    _, net = golden_networks(g)
+    close(gf.normalised_images(g["d_in.x_uint8"]), pixels(g), 1e-6)
+    with torch.no_grad():
+        rel(net.eval()(pixels(g), g["d_in.y"]), g["d_out.eval"], 1e-4)
+        rel(net.train()(pixels(g), g["d_in.y"]), g["d_out.train"], 1e-4)
+    check_state(g, "d_after_train", net)
+
+
+def through_iteration(weight, u):
+    """The official spectral norm, whose gradient also goes through u' and v."""
+    w = weight.flatten(1)
+    v = w.T @ u.clone()  # the buffer is written to later
+    v = v / (v.norm() + 1e-12)
+    u = w @ v
+    u = u / (u.norm() + 1e-12)
+    return u @ (w @ v), u.detach()
+
+
+@pytest.mark.parametrize("kind", ["detached", "through"])
+def test_golden_training_step(g, kind, monkeypatch):
+    if kind == "through":
+        monkeypatch.setattr(gf, "power_iteration", through_iteration)
+    args = gf.Args(gan_width=4, gan_latent=4, gan_lr=g["step.lr"].item(), gan_ema=0.9, gan_ema_start=0)
+    monkeypatch.setattr(gf, "make_generator", lambda *_: gf.Generator(3, 3, 4, 4, 3))
+    gan = gf.BigGAN(args, 3, 3, 0, torch.device("cpu"))
+    generator, discriminator = golden_networks(g)
+    for net, source in ((gan.g, generator), (gan.ema, generator), (gan.d, discriminator)):
+        net.load_state_dict(source.state_dict())
+    losses = gan.step(pixels(g), g["d_in.y"], list(g["step.z"]), 1)
+    expected = g[f"step.{kind}.losses"]
+    assert ((losses - expected).abs() / (expected.abs() + 1)).max() < 2e-3
+
+    def tolerance(name, before, after):
+        share = 0.25 if name in ("b11.conv2.weight", "b10.conv2.weight") else 0.05
+        return share * (after - before).abs().max().item()
+
+    check_state(g, f"step.{kind}.G", gan.g, tolerance, generator.state_dict())
+    check_state(g, f"step.{kind}.D", gan.d, tolerance, discriminator.state_dict())
+    check_state(g, f"step.{kind}.ema", gan.ema)
+
+
+def test_golden_resnet(g):
+    net = gf.ResNet(5, 3, 2, 1)
+    state = {}
+    for name in net.state_dict():
+        if not name.endswith("num_batches_tracked"):
+            state[name] = g["resnet." + name.replace("running_", "")]
+    fill(net, state, strict=False)
+    with torch.no_grad():
+        logits = net.eval()(pixels(g))
+    rel(logits, g["resnet.logits"], 1e-5)
+    rel(logits.softmax(1), g["resnet.probs"], 1e-5)
+    assert {k for k in g.keys() if k.startswith("resnet.")} <= g.read
+
+
+def test_golden_optimisers(g):
+    p = nn.Parameter(g["sgdw.p0"].clone())
+    optimizer = gf.SGDW([p], 0.1, g["sgdw.wd"].item())
+    for grad, lr, expected in zip(g["sgdw.grads"], g["sgdw.lr"].tolist(), g["sgdw.p"], strict=True):
+        p.grad, optimizer.param_groups[0]["lr"] = grad.clone(), lr
+        optimizer.step()
+        close(p.detach(), expected, 1e-6)
+    p = nn.Parameter(g["adam.p0"].clone())
+    optimizer = torch.optim.Adam([p], lr=gf.Args().gan_lr, betas=(0.5, 0.999))
+    for t, (grad, expected) in enumerate(zip(g["adam.grads"], g["adam.p"], strict=True), 1):
+        p.grad, optimizer.param_groups[0]["eps"] = grad.clone(), gf.keras_eps(t)
+        optimizer.step()
+        close(p.detach(), expected, 1e-5)
+
+
+def test_golden_ema_and_rate(g):
+    start, decay = int(g["ema.start"].item()), g["ema.decay"].item()
+    ema = torch.zeros(3)
+    for t, (w, expected) in enumerate(zip(g["ema.weights"], g["ema.trace"], strict=True), 1):
+        gf.ema_update([ema], [w], t, start, decay)
+        close(ema, expected, 1e-6)
+    args = gf.Args()
+    ours = [gf.lr_at(e, args.resnet_lr, args.resnet_drops) for e in range(1, 101)]
+    rel(torch.tensor(ours), g["lr.per_epoch"], 1e-5)
+
+
+class GoldenStream:
+    """The stub networks of the golden file behind the interface of SampleStream; latents come in the file's order."""
+
+    def __init__(self, g, z):
+        self.g, self.z, self.first, self.sizes = g, z, 0, []
+        self.x, self.conf, self.begin = {}, {}, {}
+
+    def extend(self, wanted):
+        for c, total in wanted.items():
+            have = len(self.x.get(c, ()))
+            self.sizes.append(total - have)
+            z = self.z[self.first : self.first + total - have]
+            self.first += total - have
+            x = torch.tanh((z + self.g["filter.emb"][c]) @ self.g["filter.w_img"])
+            conf = gf.confidence((x @ self.g["filter.w_cls"]).softmax(1), c)
+            self.x[c] = torch.cat([self.x[c], x]) if have else x
+            self.conf[c] = torch.cat([self.conf[c], conf]) if have else conf
+
+    def read(self, c, start, count):
+        return self.x[c][start : start + count], self.conf[c][start : start + count]
+
+
+@pytest.mark.parametrize("case", ["a", "b", "c"])
+def test_golden_filter(g, case):
+    threshold, sigma, attempts, n = g[f"filter.{case}.cfg"].tolist()
+    stream = GoldenStream(g, g[f"filter.{case}.z"])
+    parts = [gf.filtered_set(stream, [c], int(n), threshold, int(attempts)) for c in range(3)]  # one class at a time
+    assert stream.sizes == g[f"filter.{case}.draws"].tolist() and stream.first == len(stream.z)
+    close(torch.cat([part[0] for part in parts]), g[f"filter.{case}.x"], 1e-5)
+    assert torch.equal(torch.cat([part[1] for part in parts]), g[f"filter.{case}.y"])
+    assert stream.z.std() == pytest.approx(sigma, rel=0.35), "sigma is in the latents already"
+
+
+def test_golden_mask(g):
+    ours = [gf.keep_mask(g["mask.probs"], g["mask.class"], t) for t in g["mask.thresholds"]]
+    assert torch.equal(torch.stack(ours).to(torch.uint8), g["mask.keep"])
+
+
+def test_golden_augmentation(g):
+    box = (g[f"cutout.{k}"] for k in ("cx", "cy", "h", "w"))
+    close(gf.cutout(g["cutout.x"], g["cutout.noise"], *box), g["cutout.out"], 1e-6)
+    assert torch.equal(gf.crop(g["crop.x"], g["crop.top"], g["crop.left"]), g["crop.out"])
+
+
+def test_golden_distances(g):
+    real, fake = g["fid.real"], g["fid.fake"]
+    close(one(gf.frechet_distance(real, fake)), g["fid.value"].double(), 1e-4)
+    close(one(gf.kernel_distance(real, fake)), g["kid.value"].double(), 1e-4)
+    rel(one(gf.inception_score(g["is.probs"])), g["is.value"], 1e-5)
+
+
+def test_golden_grids(g):
+    args, derma = gf.Args(), gf.Args(**gf.PRESETS["dermamnist"])
+    close(torch.tensor(gf.grid(*args.ckpt_grid)), g["grid.ckpt"].double(), 1e-6)
+    close(torch.tensor(gf.grid(*args.sigma_grid)), g["grid.std"].double(), 1e-6)
+    close(torch.tensor(gf.grid(*args.threshold_grid)), g["grid.thr"].double(), 1e-6)
+    close(torch.tensor(gf.grid(*derma.threshold_grid)), g["grid.thr_derma"].double(), 1e-6)
+
+
+def test_golden_preparation(g):
+    gray = gf.prepared(Image.fromarray(g["prep.gray28"][0].numpy()), 1, pad=True)
+    close(gf.normalised_images(gray[None]), g["prep.gray32"], 1e-6)
+    rgb = gf.prepared(Image.fromarray(g["prep.rgb28"].numpy()), 3)
+    assert torch.equal(rgb.permute(1, 2, 0), g["prep.rgb32"])
+
+
+def test_golden_every_key_is_read(g):
+    """Runs last of the golden tests: a key that none of them read is a failure."""
+    if len(g.read) < 50:
+        pytest.skip("the other golden tests were not run")
+    assert not g.unread()
+
+
+# ---- invariants --------------------------------------------------------------------------------------------------
+
+
+def count(net):
+    return sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "n_classes, channels, g_count, d_count, r_count",
+    [
+        (10, 3, 9_338_884, 3_177_730, 4_286_026),  # CIFAR-10, CINIC-10
+        (100, 3, 9_350_404, 3_223_810, 4_309_156),  # CIFAR-100
+        (10, 1, 9_329_666, 3_175_426, 4_284_874),  # FashionMNIST
+        (7, 3, 9_338_500, 3_176_194, 4_285_255),  # DermaMNIST
+    ],
+)
+def test_parameter_counts_are_those_of_the_method(n_classes, channels, g_count, d_count, r_count):
+    args = gf.Args()
+    with torch.device("meta"):
+        nets = gf.make_generator(args, n_classes, channels), gf.Discriminator(n_classes, channels, args.gan_width)
+        nets += (gf.ResNet(n_classes, channels, args.resnet_width, args.resnet_blocks),)
+    assert [count(net) for net in nets] == [g_count, d_count, r_count]
+
+
+def buffers(net):
+    return sum(b.numel() for n, b in net.named_buffers() if not n.endswith("num_batches_tracked"))
+
+
+def test_shapes_buffers_and_classic_resnet():
+    generator, discriminator = gf.Generator(10), gf.Discriminator(10)
+    assert buffers(generator) == 40_067 and buffers(discriminator) == 7_435
+    assert count(gf.ResNet(10, 3, 16)) == 269_722
+    with torch.no_grad():
+        x = generator(torch.randn(2, 128), torch.tensor([3, 4]))
+        assert x.shape == (2, 3, 32, 32) and x.abs().max() < 1 and discriminator(x, torch.tensor([3, 4])).shape == (2,)
+    block = generator.blocks["b00"]
+    assert count(block) == 1_148_288 and count(block.cbn1) == 262_144 and count(generator.attn) == 327_681
+    shapes = [count(block) for block in discriminator.blocks.values()]
+    assert shapes == [443_776, 426_880, 689_536, 426_880, 426_880, 426_880]
+
+
+def small_gan(**changes):
+    args = gf.Args(**{**gf.PRESETS["digits"], "gan_width": 4, "gan_latent": 6, "image_size": 32, **changes})
+    return args, gf.BigGAN(args, 3, 1, 0, torch.device("cpu"))
+
+
+def a_batch(args, b=8, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.rand(b, 1, 32, 32, generator=g) * 2 - 1, torch.randint(3, (b,), generator=g)
+    return x, y, list(torch.randn(args.gan_d_steps + 1, b, args.gan_latent, generator=g))
+
+
+def test_spectral_norm_converges_to_one_and_evaluation_leaves_u_alone():
+    torch.manual_seed(0)
+    layer = gf.SNConv(5, 7, 3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight))
+        for _ in range(200):
+            layer.train().w_bar()
+        u = layer.u.clone()
+        w = layer.eval().w_bar()
+        assert torch.linalg.svdvals(w.flatten(1))[0] == pytest.approx(1, abs=1e-4)
+        assert torch.equal(layer.u, u)
+
+
+def test_baked_weights_give_the_same_images():
+    args, gan = small_gan()
+    z, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        before = gan.ema.eval()(z, y)
+        gf.Sampler(args, gan.ema, None)
+        assert all(m.baked is not None for m in gan.ema.modules() if isinstance(m, gf.Spectral))
+        assert torch.equal(gan.ema(z, y), before)
+
+
+def test_gates_that_start_closed():
+    torch.manual_seed(0)
+    x, c = torch.randn(4, 16, 8, 8), torch.randn(4, 5)
+    assert torch.equal(gf.Attention(16)(x), x)
+    layer = gf.ConditionalBN(16, 5).eval()
+    with torch.no_grad():
+        layer.gamma.weight.zero_(), layer.beta.weight.zero_()
+        layer.gamma.baked, layer.beta.baked = layer.gamma.weight, layer.beta.weight  # 0 / 0 otherwise
+    assert torch.equal(layer(x, c), layer.bn(x))
+
+
+def test_projection_difference_between_classes():
+    torch.manual_seed(0)
+    net = gf.Discriminator(3, 1, 4).eval()
+    hidden = {}
+    net.out.register_forward_hook(lambda module, inputs, output: hidden.update(h=inputs[0]))
+    x = torch.randn(5, 1, 32, 32)
+    with torch.no_grad():
+        one_class, other = net(x, torch.zeros(5, dtype=torch.long)), net(x, torch.full((5,), 2))
+        e = net.embed.w_bar()
+        assert torch.allclose(one_class - other, hidden["h"] @ (e[0] - e[2]), atol=1e-4)
+
+
+def test_generator_sees_its_batch_only_in_training():
+    args, gan = small_gan()
+    z, y = torch.randn(6, 6), torch.tensor([0, 1, 2, 0, 1, 2])
+    with torch.no_grad():
+        alone, together = gan.g.eval()(z[:2], y[:2]), gan.g(z, y)[:2]
+        assert (alone - together).abs().max() < 1e-5
+        assert (gan.g.train()(z[:2], y[:2]) - gan.g(z, y)[:2]).abs().max() > 1e-3
+        flat = gan.g.eval()(torch.zeros(6, 6), y)
+        assert torch.allclose(flat[0], flat[3], atol=1e-6) and not torch.allclose(flat[0], flat[1], atol=1e-3)
+
+
+def test_one_step_updates_what_it_should():
+    args, gan = small_gan()
+    seen, original = [], gan.d_losses
+    changes, weights = [], [p.detach().clone() for p in gan.d_params]
+
+    def watched(z, x, y):
+        changes.append(any(not torch.equal(a, b) for a, b in zip(weights, gan.d_params, strict=True)))
+        weights[:] = [p.detach().clone() for p in gan.d_params]
+        seen.append((x.clone(), y.clone()))
+        return original(z, x, y)
+
+    gan.d_losses = watched
+    x, y, zs = a_batch(args)
+    g_before = [p.detach().clone() for p in gan.g_params]
+    losses = gan.step(x, y, zs, 1)
+    assert losses.shape == (7,) and torch.isfinite(losses).all()
+    assert changes == [False, True, True] and len(seen) == 3
+    assert all(torch.equal(s[0], x) and torch.equal(s[1], y) for s in seen)
+    counters = [b for n, b in gan.g.named_buffers() if n.endswith("num_batches_tracked")]
+    assert counters and all(int(c) == 4 for c in counters)
+    steps = [int(gan.optimizer.state[p]["step"]) for p in (gan.d_params[0], gan.g_params[0])]
+    assert steps == [3, 1]
+    assert any(not torch.equal(a, b) for a, b in zip(g_before, gan.g_params, strict=True))
+    assert all(p.grad is None and p.requires_grad for p in gan.d_params + gan.g_params)
+
+
+def test_average_is_a_copy_until_it_starts():
+    args, gan = small_gan(gan_ema_start=2, gan_ema=0.9)
+    for number in (1, 2, 3):
+        gan.step(*a_batch(args, seed=number), number)
+        same = [torch.equal(a, b) for a, b in zip(*gan.pair, strict=True)]
+        assert all(same) if number <= 2 else not all(same)
+    ema, new = torch.ones(3), torch.arange(3.0)
+    gf.ema_update([ema], [new], 5, 0, 0.0)
+    assert torch.equal(ema, new)
+
+
+class Fake:
+    """Sampler of two-number samples: the first is the class that F sees, the second its probability."""
+
+    def __init__(self, right=1.0, latent=2):
+        self.generator = nn.Linear(1, 1)
+        self.generator.latent, self.right, self.sizes = latent, right, []
+
+    def __call__(self, z, y):
+        self.sizes.append(len(z))
+        u = torch.special.ndtr(z)
+        conf = torch.where(u[:, 0] < self.right, u[:, 1], -torch.ones(len(z)))
+        return torch.stack([z[:, 0], conf], 1), conf
+
+
+@pytest.mark.parametrize("threshold, attempts", [(0.0, -1), (0.5, -1), (0.9, -1), (0.9, 3)])
+def test_filter_keeps_n_per_class_and_only_what_passes(threshold, attempts):
+    stream = gf.SampleStream(Fake(0.8), 1.0, 40, (0,))
+    x, y, draws, used = gf.filtered_set(stream, range(3), 40, threshold, attempts)
+    assert torch.equal(y, torch.arange(3).repeat_interleave(40)) and len(x) == 120
+    assert all(used[c] == 40 or draws[c] > 1 for c in range(3))
+    if attempts == -1:
+        assert (x[:, 1] > threshold).all()
+    else:
+        assert set(draws.values()) == {3} and (x[:, 1] <= threshold).any()
+
+
+def test_filter_with_a_perfect_classifier_draws_once():
+    sampler = Fake(1.0)
+    _, _, draws, _ = gf.filtered_set(gf.SampleStream(sampler, 1.0, 40, (0,)), range(3), 40, 0.0, -1)
+    assert draws == {0: 1, 1: 1, 2: 1} and sampler.sizes == [120]
+
+
+def test_filter_that_accepts_nothing_ends_through_the_limit():
+    stream = gf.SampleStream(Fake(0.0), 1.0, 10, (0,))
+    x, _, draws, _ = gf.filtered_set(stream, [0, 1], 10, 0.0, 4)
+    assert draws == {0: 4, 1: 4} and len(x) == 20 and (x[:, 1] == -1).all()
+
+
+def test_accepted_set_shrinks_with_the_threshold_and_thresholds_share_samples():
+    sampler = Fake(0.7)
+    stream = gf.SampleStream(sampler, 1.0, 50, (0,))
+    accepted, sizes = [], []
+    for t in (0.0, 0.3, 0.6, 0.9):
+        gf.filtered_set(stream, range(2), 50, t, -1)
+        _, conf = stream.read(0, 0, 50)
+        accepted.append(set((conf > t).nonzero().flatten().tolist()))
+        sizes.append(sum(sampler.sizes))
+    assert all(b < a for a, b in zip(accepted, accepted[1:], strict=False))
+    alone = Fake(0.7)
+    gf.filtered_set(gf.SampleStream(alone, 1.0, 50, (0,)), range(2), 50, 0.9, -1)
+    assert sizes[-1] == sum(alone.sizes), "all thresholds together draw no more than the strictest alone"
+
+
+def test_draw_sizes():
+    assert [gf.draw_size(12, m) for m in (0, 5, 11)] == [12, 14, 2]
+
+
+def test_stream_is_a_function_of_class_and_index_and_expansion_scales_it():
+    a, b = gf.SampleStream(Fake(), 1.0, 7, (1,)), gf.SampleStream(Fake(), 1.5, 7, (1,))
+    whole = a.latents(2, 0, 21)
+    assert torch.equal(torch.cat([a.latents(2, 0, 3), a.latents(2, 3, 11), a.latents(2, 14, 7)]), whole)
+    assert torch.equal(b.latents(2, 0, 21), 1.5 * whole) and not torch.equal(a.latents(1, 0, 21), whole)
+
+
+def sets(period, r=1.0, n=10, sources=1, seed=0):
+    args = gf.Args(recycle_fraction=r)
+    return gf.SyntheticSets(args, [gf.Source(i, Fake(0.8)) for i in range(sources)], 3, n, seed, period)
+
+
+def rows_of(x):
+    return {tuple(row) for row in x.tolist()}
+
+
+def test_recycling():
+    every = sets(1)
+    epochs = [every.at(e) for e in range(1, 6)]
+    assert all(torch.equal(y, torch.arange(3).repeat_interleave(10)) for _, y in epochs)
+    assert len(set.union(*(rows_of(x) for x, _ in epochs))) == 5 * 30, "P = 1 shows no image twice"
+    fixed = sets(0)
+    assert all(torch.equal(fixed.at(1)[0], fixed.at(e)[0]) for e in (2, 50))
+    half = sets(1, r=0.5)
+    first, second = half.at(1)[0], half.at(2)[0]
+    for c in range(3):
+        assert len(rows_of(first[10 * c : 10 * c + 10]) & rows_of(second[10 * c : 10 * c + 10])) == 5
+    assert torch.equal(sets(1, r=0.5).at(5)[0], [half.at(e) for e in (3, 4, 5)][-1][0]), "resumed in the middle"
+    assert torch.equal(sets(1).at(5)[0], epochs[4][0])
+
+
+@pytest.mark.parametrize("period, calls", [(10, 10), (1, 100), (0, 1)])
+def test_number_of_sets(period, calls, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        gf.SyntheticSets, "draw", lambda self, source, k: drawn.append(k) or (torch.zeros(3, 2), torch.arange(3))
+    )
+    training = sets(period, n=1)
+    for epoch in range(1, 101):
+        training.at(epoch)
+    assert drawn == list(range(calls))
+
+
+def test_rounding_of_a_partial_recycle_never_loses_an_image():
+    for r in (0.1, 0.3, 0.9):
+        pair = (torch.arange(30), torch.arange(3).repeat_interleave(10))
+        x, y = gf.refreshed(pair, (pair[0] + 100, pair[1]), 3, r, torch.Generator().manual_seed(0))
+        assert len(x) == 30 and torch.equal(y, pair[1]) and (x >= 100).sum() == 3 * round(10 * r)
+
+
+def test_rates_and_decay():
+    args = gf.Args()
+    rates = [gf.lr_at(e, args.resnet_lr, args.resnet_drops) for e in (1, 59, 60, 79, 80, 100)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    for lr in (0.1, 0.001):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = gf.SGDW([p], lr, 1e-4)
+        for _ in range(100):
+            p.grad = torch.zeros(3)
+            optimizer.step()
+        assert torch.allclose(p.detach(), torch.full((3,), (1 - 1e-4) ** 100), atol=1e-6)
+
+
+def test_augmentation():
+    args, x = gf.Args(), torch.rand(400, 3, 32, 32) * 2 - 1
+    g = torch.Generator().manual_seed(0)
+    _, _, h, w = gf.cutout_boxes(20_000, 32, g)
+    for side in (h, w):
+        assert side.min() == 7 and side.max() == 16
+    cut = gf.augmented(x, gf.Args(random_flip=False, random_crop=False), g)
+    changed = (cut != x).any(1)
+    assert changed.flatten(1).any(1).all(), "cutout changes every image"
+    assert changed.float().mean().item() == pytest.approx(0.107, abs=0.01), "mean area of the method's description"
+    assert (cut.amax((1, 2, 3)) <= x.amax((1, 2, 3)) + 1e-6).all()
+    moved = gf.augmented(x + 5, gf.Args(random_flip=False, random_erasing=False), g)
+    assert set(moved[moved < 2].tolist()) == {0.0}, "what the crop uncovers is exactly 0"
+    off = gf.Args(random_flip=False, random_crop=False, random_erasing=False)
+    assert torch.equal(gf.augmented(x, off, g), x)
+    flipped = gf.augmented(x, gf.Args(random_crop=False, random_erasing=False), g)
+    mirrored = (flipped == x.flip(3)).flatten(1).all(1)
+    assert torch.equal(flipped[~mirrored], x[~mirrored]) and 0.4 < mirrored.float().mean() < 0.6
+    turned = gf.augmented(x, gf.Args(random_rotation=True, random_zoom=True), g)
+    assert turned.shape == x.shape and torch.isfinite(turned).all()
+    assert args.random_rotation is False and args.random_zoom is False
+
+
+def test_search_visits_the_grids_in_order_and_ties_go_to_the_first():
+    asked = []
+
+    def evaluate(candidates):
+        asked.append(candidates)
+        return [{20: 2.0, 30: 2.0}.get(c[0], 1.0) + (c[1] == 1.5) + (c[2] == 0.4) for c in candidates]
+
+    best = gf.greedy_search(dict(epoch=[10, 20, 30], sigma=[1.0, 1.5, 2.0], threshold=[0.0, 0.4]), evaluate)
+    assert best == (20, 1.5, 0.4)
+    assert asked[0] == [(10, 1.0, 0.0), (20, 1.0, 0.0), (30, 1.0, 0.0)]
+    assert asked[1] == [(20, 1.0, 0.0), (20, 1.5, 0.0), (20, 2.0, 0.0)]
+    assert asked[2] == [(20, 1.5, 0.0), (20, 1.5, 0.4)] and len(asked) == 3
+
+
+def test_rows_of_the_table():
+    args = gf.Args(gan_seeds=(5, 6, 7))
+    choices = {str(s): dict(epoch=10 * s, sigma=1 + s / 10, threshold=s / 10) for s in args.gan_seeds}
+    made = {}
+    for row in args.rows[1:]:
+        sources, period = gf.sources_of(args, row, 1, choices, lambda seed, epoch: (seed, epoch))
+        made[row] = [(s.seed, s.sigma, s.threshold, s.filtered) for s in sources], period
+        assert all(s.sampler == (s.seed, 10 * s.seed) for s in sources)
+    assert made["baseline"] == ([(6, 1.0, 0.0, False)], 0)
+    assert made["filter"] == ([(6, 1.0, 0.6, True)], 0)
+    assert made["recycle"] == ([(6, 1.0, 0.6, True)], 10)
+    assert made["expansion"] == ([(6, 1.6, 0.6, True)], 10)
+    assert made["single"] == ([(6, 1.6, 0.6, True)], 1)
+    assert made["multi"] == ([(5, 1.5, 0.5, True), (6, 1.6, 0.6, True), (7, 1.7, 0.7, True)], 1)
+
+
+def test_multigan_shares_the_images_and_with_one_gan_is_that_gan():
+    three = sets(1, n=10, sources=3)
+    x, y = three.at(1)
+    assert len(x) == 3 * 3 * 3 and torch.bincount(y).tolist() == [9, 9, 9]
+    assert [len(part[0]) for part in three.sets] == [9, 9, 9]
+    assert torch.equal(sets(1, sources=1).at(4)[0], sets(1).at(4)[0])
+    args = gf.Args(gan_seeds=(5,))
+    choices = {"5": dict(epoch=1, sigma=1.2, threshold=0.1)}
+    single, multi = (gf.sources_of(args, row, 2, choices, lambda *_: None) for row in ("single", "multi"))
+    assert single == multi
+
+
+def test_presets_are_the_methods_table():
+    expected = {  # GAN epochs, GANs, channels, attempts
+        "cifar10": (500, 3, 50), "cifar100": (500, 3, 10), "cinic10": (500, 3, 50), "fashionmnist": (300, 6, 50),
+        "dermamnist": (150, 3, 50),
+    }  # fmt: skip
+    for name, values in expected.items():
+        args = gf.Args(**gf.PRESETS[name])
+        assert (args.gan_epochs, len(args.gan_seeds), args.attempts) == values
+        gf.check_args(args)
+
+
+# ---- data and bad input ------------------------------------------------------------------------------------------
+
+
+def test_dermamnist_is_read_from_its_file(tmp_path):
+    sizes, rng = dict(train=9, val=4, test=5), np.random.default_rng(0)
+    arrays = {f"{k}_images": rng.integers(0, 256, (n, 28, 28, 3), dtype=np.uint8) for k, n in sizes.items()}
+    arrays |= {f"{k}_labels": rng.integers(0, 7, (n, 1), dtype=np.uint8) for k, n in sizes.items()}
+    np.savez(tmp_path / "dermamnist.npz", **arrays)
+    splits, names = gf.dermamnist(tmp_path, 32)
+    assert len(names) == 7 and {k: len(y) for k, (_, y) in splits.items()} == sizes
+    assert splits["train"][0].shape == (9, 3, 32, 32) and splits["train"][0].dtype == torch.uint8
+    assert splits["test"][1].tolist() == arrays["test_labels"][:, 0].tolist()
+
+
+def test_dermamnist_without_file_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "medmnist", None)
+    with pytest.raises(UserError, match="dermamnist.npz"):
+        gf.dermamnist(tmp_path, 32)
+
+
+def write_folder(root, splits, classes=("cat", "dog"), n=6):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+                image.save(root / split / name / f"{i}.png")
+
+
+def test_cinic10_pools_train_and_valid(tmp_path):
+    write_folder(tmp_path, ("train", "valid", "test"))
+    args = gf.Args(dataset="cinic10", data_dir=str(tmp_path), val_per_class=2)
+    data, names = gf.load_data(args, distributed.Dist(0, 0, 1, torch.device("cpu")))
+    assert names == ["cat", "dog"] and {k: len(v[1]) for k, v in data.items()} == dict(train=20, val=4, test=12)
+    assert torch.bincount(data["val"][1]).tolist() == [2, 2] and data["train"][0].shape == (20, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (dict(sigma_grid=(2.0, 1.0, 0.1)), "--sigma-grid"),
+        (dict(threshold_grid=(0.0, 1.0, 0.1)), "--threshold-grid"),
+        (dict(attempts=0), "--attempts"),
+        (dict(recycle_fraction=0.0), "--recycle-fraction"),
+        (dict(gan_seeds=(1, 1)), "--gan-seeds"),
+        (dict(image_size=30), "--image-size"),
+        (dict(gan_d_steps=0), "--gan-d-steps"),
+    ],
+)
+def test_bad_flags_are_refused_by_name(flags, word):
+    with pytest.raises(UserError, match=word):
+        gf.check_args(gf.Args(**flags))
+
+
+# ---- the script, end to end on the real digits -------------------------------------------------------------------
+
+SMALL = """--gan-width 2 --gan-latent 8 --gan-epochs 2 --gan-batch 250 --ckpt-grid 1 3 1 --gan-monitor 2 --real-epochs 3
+--resnet-width 4 --resnet-epochs 3 --resnet-drops 2 3 --resnet-batch 64 --search-period 2 --sigma-grid 1 1.5 0.5
+--threshold-grid 0 0.5 0.5 --clf-seeds 2 --class-samples 20 --attempts 3 --export-images 4""".split()
+
+
+def run_small(launch, out, *flags, **kw):
+    return launch("gafi.py", "--output-dir", out, *SMALL, *flags, **kw)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One finished small run, shared by the tests that only look at it."""
+    from conftest import Launch
+
+    out = tmp_path_factory.mktemp("small") / "run"
+    done = run_small(Launch(out.parent, out.parent / "hub"), out)
+    return out, done
+
+
+def test_run_leaves_every_file_with_its_content(small):
+    out, done = small
+    for seed in (42, 137):
+        assert sorted(p.name for p in (out / "gan" / f"seed{seed}").iterdir()) == [
+            f"epoch{e}.safetensors" for e in (1, 2)
+        ], "epoch 3 of the grid does not exist and is skipped"
+        names = [p.name for p in (out / "search" / f"gan{seed}").iterdir()]
+        assert len(names) == 2 + 1 + 1, "repeated configurations are not run again"
+    choices = json.loads((out / "search.json").read_text())
+    assert set(choices) == {"42", "137"} and all(c["epoch"] in (1, 2) for c in choices.values())
+    rows = [json.loads(line) for line in (out / "images" / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 40 and all((out / "images" / r["file_name"]).exists() for r in rows)
+    assert {r["gan"] for r in rows} == {42, 137}
+    result = json.loads((out / "results.json").read_text())
+    assert result["script"] == "gafi" and result["images"] == 40
+    assert set(result["baselines"]) == {"real", "baseline"}
+    assert {"filter", "recycle", "expansion", "single", "multi"} <= set(result["metrics"])
+    assert all(len(m["per_seed"]) == 2 for m in result["baselines"].values())
+    assert {"real", "gan", "search", "final", "evaluate"} <= set(result["seconds"])
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        assert all(math.isfinite(v) for v in json.loads(line).values())
+    logged = (out / "metrics.jsonl").read_text()
+    assert "gan/seed42/frechet" in logged and "gan/seed137/accepted" in logged
+    html = (out / "report.html").read_text()
+    assert "data:image/png;base64," in html and 'src="http' not in html
+    assert Image.open(out / "samples.png").size[0] > 300 and "GaFi, MultiGAN" in done.stdout
+    assert not list(out.rglob("checkpoint.safetensors")) and not list(out.rglob("*.pt"))
+
+
+def test_recorded_figures_agree_with_the_saved_classifier(small):
+    out, _ = small
+    about = json.loads((out / "classifier" / "config.json").read_text())
+    net = gf.ResNet(about["classes"], about["channels"], about["width"], about["blocks"])
+    net.load_state_dict(gf.runs.load_tensors(out / "classifier" / "model.safetensors"))
+    args = gf.Args(**gf.PRESETS["digits"])
+    data, _ = gf.load_data(args, distributed.Dist(0, 0, 1, torch.device("cpu")))
+    recorded = json.loads((out / "results.json").read_text())["metrics"]["multi"]["per_seed"]
+    assert gf.accuracy(net, data["test"], args) == pytest.approx(recorded[about["seed"]], abs=0.13)
+    for file in (out / "classifier" / "runs").glob("*/metrics.json"):
+        m = json.loads(file.read_text())
+        best = max(m["history"], key=lambda row: row["val"])
+        assert m["score"] == m["val"] == best["val"] and m["epoch"] == best["epoch"]
+        assert m["test"] == pytest.approx(best["test"], abs=0.13)
+        assert m["test_selected"] == max(row["test"] for row in m["history"]) >= m["test"] - 0.13
+
+
+def test_filtering_classifier_is_frozen(small):
+    out, _ = small
+    args = gf.Args(**{**gf.PRESETS["digits"], "resnet_width": 4, "gan_width": 2, "gan_latent": 8})
+    run = SimpleNamespace(path=lambda *parts: out.joinpath(*map(str, parts)))
+    data, _ = gf.load_data(args, distributed.Dist(0, 0, 1, torch.device("cpu")))
+    f = gf.filtering_classifier(args, run, data, 10)
+    before = {name: tensor.clone() for name, tensor in f.state_dict().items()}
+    stream = gf.SampleStream(gf.load_sampler(args, run, 42, 1, f, 10, 1), 1.5, 8, (0,))
+    gf.filtered_set(stream, range(10), 8, 0.0, 2)
+    assert not any(module.training for module in f.modules())
+    assert not any(p.requires_grad for p in f.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in f.state_dict().items())
+
+
+def test_second_call_does_no_work(small, launch):
+    out, _ = small
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".png", ".safetensors", ".json")}
+    run_small(launch, out)
+    assert not [p.name for p, t in before.items() if p.stat().st_mtime_ns != t and p.name != "args.json"]
+
+
+def test_other_method_flags_are_refused_with_the_difference(small, launch, tree_hash):
+    out, _ = small
+    before = tree_hash(out, "**/*.safetensors")
+    done = run_small(launch, out, "--gan-lr", "0.5", check=False)
+    assert done.returncode == 2 and "gan-lr" in done.stderr and "Traceback" not in done.stderr
+    assert tree_hash(out, "**/*.safetensors") == before
+
+
+RESULT_FILES = ("gan/**/*.safetensors", "search/**/*.json", "classifier/**/*.safetensors", "images/**/*.png")
+
+
+def test_two_processes_leave_the_same_bytes_as_one(small, launch, tmp_path, tree_hash):
+    out, _ = small
+    run_small(launch, tmp_path / "two", processes=2)
+    for pattern in RESULT_FILES:
+        assert tree_hash(tmp_path / "two", pattern) == tree_hash(out, pattern), pattern
+
+
+def kill_when(launch, out, patterns):
+    """Start the run and kill it (-9) as soon as a file matches the first pattern, again for the next; then finish."""
+    killed = 0
+    for pattern in patterns:
+        process = subprocess.Popen(
+            launch.command("gafi.py", "--output-dir", out, *SMALL),
+            env=launch.env(),
+            cwd=launch.cwd,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not list(out.glob(pattern)):
+            time.sleep(0.02)
+        killed += process.poll() is None
+        process.kill()
+        process.wait()
+    run_small(launch, out)
+    return killed
+
+
+def test_killed_run_resumes_to_the_same_bytes(small, launch, tmp_path, tree_hash):
+    out, _ = small
+    patterns = (
+        "gan/seed42/checkpoint.safetensors",
+        "search/gan137/*/checkpoint.safetensors",
+        "classifier/runs/filter-seed1/checkpoint.safetensors",
+    )
+    assert kill_when(launch, tmp_path / "killed", patterns) == 3
+    for pattern in RESULT_FILES:
+        assert tree_hash(tmp_path / "killed", pattern) == tree_hash(out, pattern), pattern
+
+
+@pytest.mark.slow
+def test_compiled_step_and_sampling_equal_the_plain_ones():
+    losses, images = [], []
+    for compiled in (False, True):
+        args, gan = small_gan(compile=compiled, image_size=16)
+        x, y, zs = a_batch(args)
+        x = x[:, :, ::2, ::2].contiguous()
+        losses.append(torch.stack([gan.step(x, y, zs, i) for i in (1, 2)]))
+        f = gf.ResNet(3, 1, 4, 1).eval()
+        gf.seed_global(0)
+        for p in f.parameters():
+            nn.init.normal_(p, std=0.1)
+        sampler = gf.Sampler(args, gan.ema, f)
+        images.append([sampler(torch.ones(n, 6), torch.zeros(n, dtype=torch.long))[0] for n in (3, 5)])
+    assert torch.allclose(losses[0], losses[1], atol=2e-3)
+    assert all(torch.allclose(a, b, atol=5e-3) for a, b in zip(*images, strict=True))
+
+
+@pytest.mark.slow
+def test_digits_reach_the_documented_level(launch, tmp_path):
+    launch("gafi.py", "--output-dir", tmp_path / "run", timeout=3600)
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert result["baselines"]["real"]["mean"] > 94
+    assert result["metrics"]["multi"]["mean"] > 80
