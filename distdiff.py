@@ -1163,7 +1163,7 @@ def top1(logits, labels):
     return 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
-def training_runs(args):
+def classifiers_to_train(args):
     """(row, k, seed) of every classifier to train; k = 0: real images only"""
     seeds = [args.seed + s for s in range(args.clf_seeds)]
     copies = {row: args.clf_copies if row in GENERATED else (0,) for row in args.rows if row != "zero-shot"}
@@ -1185,7 +1185,9 @@ def train(args, run, dist, real, val, test, class_names, prompts):
     alone = distributed.Dist(rank=0, local_rank=dist.local_rank, world=1, device=dist.device)
     with run.timed("train", memory_flag="--sgd-batch"):
         scored, originals, cache = scored_splits(args, val, test), Resized(real, args.clf_resize), {}
-        for row, k, seed in distributed.my_items(training_runs(args), dist):  # a classifier is one process's work
+        for row, k, seed in distributed.my_items(
+            classifiers_to_train(args), dist
+        ):  # a classifier is one process's work
             parts, extra = [originals], row if row in TRANSFORMS else "none"
             if row in GENERATED:
                 if (row, k) not in cache:
@@ -1198,14 +1200,14 @@ def train(args, run, dist, real, val, test, class_names, prompts):
             spec = (args.classifier, args.classifier_pretrained, args.clf_epochs)
             fit(args, run, alone, folder, spec, parts, extra, seed, length, scored, prompts)
         if "zero-shot" in args.rows and dist.main:
-            zero_shot(args, run, dist, test, prompts)
+            score_zero_shot(args, run, dist, test, prompts)
         distributed.barrier(dist)
         if dist.main:
-            export_classifier(args, run, class_names, prompts)
-    run.done("train", classifiers=len(training_runs(args)))
+            save_best(args, run, class_names, prompts)
+    run.done("train", classifiers=len(classifiers_to_train(args)))
 
 
-def zero_shot(args, run, dist, test, prompts):
+def score_zero_shot(args, run, dist, test, prompts):
     """CLIP with the class prompts, no training: what the test split is worth without any of this."""
     clip = load_clip(args.zeroshot_clip, device=dist.device)
     weights = F.normalize(encode_texts(clip, prompts), dim=-1)
@@ -1223,14 +1225,14 @@ def finished(args, run, row, k=0):
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def best_run(args, run):
+def best_classifier(args, run):
     """(row, k, metrics) of the classifier that goes into classifier/: of the main row, the best on validation."""
-    row, k, _ = max(training_runs(args), key=lambda r: (r[0] == "distdiff", r[0] in GENERATED, r[1]))
+    row, k, _ = max(classifiers_to_train(args), key=lambda r: (r[0] == "distdiff", r[0] in GENERATED, r[1]))
     return row, k, max(finished(args, run, row, k), key=lambda m: (m["val"] or 0, -m["seed"]))
 
 
-def export_classifier(args, run, class_names, prompts):
-    row, k, chosen = best_run(args, run)
+def save_best(args, run, class_names, prompts):
+    row, k, chosen = best_classifier(args, run)
     net = Net(args.classifier, False, prompts)
     net.load_state_dict(
         runs.load_tensors(run.path("classifier", "runs", run_name(row, k, chosen["seed"]), "weights.safetensors"))
@@ -1261,16 +1263,16 @@ def evaluate_saved(args, run, dist, real, test, class_names):
         if dist.main:
             net = Net.load(run.path("classifier")).to(dist.device)
             logits, labels = predict(args, net, scored_splits(args, None, test)["test"], dist.device)
-            accuracy, (row, k, chosen) = top1(logits, labels), best_run(args, run)
+            accuracy, (row, k, chosen) = top1(logits, labels), best_classifier(args, run)
             if abs(accuracy - chosen["test"]) > 0.5:  # what is on disk must score what the trained network scored
                 raise RuntimeError(f"classifier/ scores {accuracy:.2f} after loading, {chosen['test']:.2f} in training")
             saved = dict(row=row, copies=k, top1=accuracy)
-            write_results(args, run, real, class_names, logits.argmax(1), labels, saved)
+            write_table(args, run, real, class_names, logits.argmax(1), labels, saved)
         distributed.barrier(dist)
     run.done("evaluate")
 
 
-def write_results(args, run, real, class_names, predicted, labels, saved):
+def write_table(args, run, real, class_names, predicted, labels, saved):
     table, metrics = [], {}
     for row in args.rows:
         for k in args.clf_copies if row in GENERATED else (0,):
