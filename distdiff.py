@@ -191,7 +191,7 @@ PRESETS = {
     "digits": dict(  # 4 real images per class, tiny models; our measured table stands in docs/distdiff.md
         dataset="digits", sd_model="tiny", zeroshot_clip="tiny", precision="fp32", workers=0,
         real_per_class=4, val_fraction=0.2, guide="test_resnet", guide_epochs=100, classifier="test_resnet",
-        gen_resolution=32, gen_steps=20, gen_step_from_end=8, gen_micro_batch=50, energy_probe=50,
+        gen_resolution=32, gen_steps=20, gen_step_from_end=8, gen_micro_batch=32, energy_probe=40,
         rows=(
             "zero-shot", "real", "real-repeated", "autoaugment", "randaugment", "erasing", "cutout", "gridmask",
             "mixup", "cutmix", "sd", "rho0", "distdiff",
@@ -1315,15 +1315,8 @@ def write_table(args, run, real, class_names, predicted, labels, saved):
     size = min(max(args.gen_resolution, 64), 128)
     runs.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), class_names, size=size)
 
-    header = [
-        "training set",
-        "k",
-        "test top-1",
-        "last epoch",
-        "best test epoch (official selection)",
-        "images",
-        "updates",
-    ]
+    columns = ("training set", "k", "test top-1", "last epoch", "best test epoch (official selection)", "images")
+    header = [*columns, "updates"]
     confusion = torch.zeros(n, n, dtype=torch.long)
     confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
     summary = f"{args.dataset}, {len(real)} real images, {args.gen_copies} generated for each, guide {args.guide}"

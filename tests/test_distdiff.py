@@ -203,7 +203,7 @@ def test_golden_every_key_is_used(g):
 @pytest.fixture(scope="module")
 def world():
     """The tiny generator, a guide with random weights, prototypes of random features, five latents of real digits."""
-    flags = dict(gen_micro_batch=5, gen_steps=10, gen_step_from_end=4, real_per_class=1)
+    flags = dict(gen_micro_batch=8, gen_steps=10, gen_step_from_end=4, real_per_class=1)
     args = dd.Args(**{**dd.PRESETS["digits"], **flags})
     pipe = dd.load_pipeline(args, torch.device("cpu"))
     data = load_dataset("digits")
@@ -504,7 +504,7 @@ def test_data_sets_that_need_more_say_so(tmp_path):
 # ---- the script, end to end on the tiny world ------------------------------------------------------------
 
 SMALL = """--real-per-class 1 --gen-copies 2 --clf-copies 1 2 --gen-steps 6 --gen-step-from-end 3 --gen-micro-batch 8
---guide-epochs 4 --clf-epochs 2 --clf-evals 2 --clf-seeds 1 --energy-probe 8
+--guide-epochs 2 --clf-epochs 2 --clf-evals 1 --clf-seeds 1 --energy-probe 8
 --rows zero-shot real real-repeated mixup cutmix sd rho0 direct distdiff""".split()
 FILES = ("images/**/*.png", "sd/**/*.png", "rho0/**/*.png", "direct/**/*.png", "*.safetensors", "guide/*.safetensors")
 FILES += ("classifier/**/*.safetensors",)
