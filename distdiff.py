@@ -607,7 +607,8 @@ def load_medmnist(args):
         raise runs.UserError(f"--dataset {args.dataset} needs the package medmnist: pip install medmnist") from error
     folder = args.data_dir or "data"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    names = NAMES.get(args.dataset, ",".join(module.INFO[args.dataset]["label"].values())).split(",")
+    theirs = list(module.INFO[args.dataset]["label"].values())
+    names = NAMES[args.dataset].split(",") if args.dataset in NAMES else theirs
     split = {}
     for name in ("train", "val", "test"):
         part = getattr(module, MEDMNIST[args.dataset])(split=name, root=folder, download=True)
