@@ -66,9 +66,9 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: frozen weights and activations in bfloat16, trained weights in float32"""
+    """bf16: mixed precision; trained weights and what is sensitive stay in float32"""
     compile: bool = False
-    """torch.compile the U-Net for generation: minutes of start-up, then faster on a GPU"""
+    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
     stages: tuple[Literal["select", "guide", "prototypes", "encode", "expand", "train", "evaluate"], ...] = (
         "select",
         "guide",
@@ -802,9 +802,7 @@ def vae_factor(pipe):
 def beta_schedule(config):
     """Arguments of alphas_cumprod from a pipeline's scheduler config."""
     if config.beta_schedule != "scaled_linear":
-        raise runs.UserError(
-            f"sd_model has a {config.beta_schedule!r} noise schedule; Stable Diffusion's is scaled_linear"
-        )
+        raise runs.UserError(f"noise schedule {config.beta_schedule!r} of sd_model: scaled_linear is needed")
     return dict(n=config.num_train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end)
 
 

@@ -66,9 +66,9 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: activations and frozen weights in bfloat16, trained weights in float32"""
+    """bf16: mixed precision; trained weights and what is sensitive stay in float32"""
     compile: bool = False
-    """torch.compile the networks: minutes of start-up, then faster on a GPU"""
+    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
     stages: tuple[Stage, ...] = ("real", "gan", "search", "final", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
     resume: bool = True
@@ -829,7 +829,7 @@ def device_generator(device, *parts):
     return torch.Generator(device).manual_seed(distributed.seed_of(*parts))
 
 
-class Sampler:
+class ScoredGenerator:
     """The averaged generator of one checkpoint and F. sampler(z, y) -> images, F's confidence in y (-1: not y)"""
 
     def __init__(self, args, generator, classifier):
@@ -894,7 +894,7 @@ class Source:
     """One generator and how it is sampled: its seed, sampler, sigma, t; filtered False takes every sample."""
 
     seed: int
-    sampler: Sampler
+    sampler: ScoredGenerator
     sigma: float = 1.0
     threshold: float = 0.0
     filtered: bool = True
@@ -1153,7 +1153,7 @@ def load_sampler(args, run, seed, epoch, classifier, n_classes, channels):
     generator = make_generator(args, n_classes, channels)
     generator.load_state_dict(runs.load_tensors(gan_file(run, seed, epoch)))
     device = next(classifier.parameters()).device
-    return Sampler(args, generator.to(device, memory_format=torch.channels_last), classifier)
+    return ScoredGenerator(args, generator.to(device, memory_format=torch.channels_last), classifier)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1227,7 +1227,7 @@ def shown(candidate, score):
 
 
 def sources_of(args, row, i, choices, sampler):
-    """Generators of run i of a row, and its period. sampler(seed, epoch) -> Sampler. Single rows take GAN i mod N."""
+    """Generators of run i of a row, and its period. Single rows take GAN i mod N. sampler: (seed, epoch) -> how to draw."""
     seeds = args.gan_seeds if row == "multi" else [args.gan_seeds[i % len(args.gan_seeds)]]
     sources = []
     for seed in seeds:

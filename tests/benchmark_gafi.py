@@ -88,7 +88,7 @@ def main():
     plain = gf.BigGAN(dataclasses.replace(args, compile=False), 10, channels, 0, device)
     count = {"GAN training (real images)": flops(lambda: plain.step(x, y, zs, 1))}
     count["classifier training"] = flops(lambda: net(real).sum().backward())
-    sampler = gf.Sampler(args, gan.ema, frozen)
+    sampler = gf.ScoredGenerator(args, gan.ema, frozen)
     m = args.gen_micro_batch
     z, c = torch.randn(m, args.gan_latent, device=device), torch.arange(m, device=device) % 10
     count["sampling + filtering"] = flops(lambda: frozen(plain.ema.eval()(z, c)))

@@ -389,7 +389,7 @@ def test_baked_weights_give_the_same_images():
     z, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
         before = gan.ema.eval()(z, y)
-        gf.Sampler(args, gan.ema, None)
+        gf.ScoredGenerator(args, gan.ema, None)
         assert all(m.baked is not None for m in gan.ema.modules() if isinstance(m, gf.Spectral))
         assert torch.equal(gan.ema(z, y), before)
 
@@ -466,7 +466,7 @@ def test_average_is_a_copy_until_it_starts():
 
 
 class Fake:
-    """Sampler of two-number samples: the first is the class that F sees, the second its probability."""
+    """ScoredGenerator of two-number samples: the first is the class that F sees, the second its probability."""
 
     def __init__(self, right=1.0, latent=2):
         self.generator = nn.Linear(1, 1)
@@ -866,7 +866,7 @@ def test_compiled_step_and_sampling_equal_the_plain_ones():
         gf.seed_global(0)
         for p in f.parameters():
             nn.init.normal_(p, std=0.1)
-        sampler = gf.Sampler(args, gan.ema, f)
+        sampler = gf.ScoredGenerator(args, gan.ema, f)
         images.append([sampler(torch.ones(n, 6), torch.zeros(n, dtype=torch.long))[0] for n in (3, 5)])
     assert torch.allclose(losses[0], losses[1], atol=2e-3)
     assert all(torch.allclose(a, b, atol=5e-3) for a, b in zip(*images, strict=True))
