@@ -1227,7 +1227,7 @@ def shown(candidate, score):
 
 
 def sources_of(args, row, i, choices, sampler):
-    """Generators of run i of a row, and its period. Single rows take GAN i mod N. sampler: (seed, epoch) -> how to draw."""
+    """Generators of run i of a row, and its period. Single rows take GAN i mod N. sampler(seed, epoch) draws."""
     seeds = args.gan_seeds if row == "multi" else [args.gan_seeds[i % len(args.gan_seeds)]]
     sources = []
     for seed in seeds:
