@@ -188,7 +188,7 @@ class Args:
 # Comments: the paper's top-1, real / SD / DistDiff at k = 5. Learning rates of fine-tuning are ours: not published.
 FINE_TUNED = dict(classifier_pretrained=True, sgd_lr=0.01)
 PRESETS = {
-    "digits": dict(  # 4 real images per class, tiny models; our measured table stands in docs/distdiff.md
+    "digits": dict(  # 4 real images per class, tiny models; see docs/distdiff.md
         dataset="digits", sd_model="tiny", zeroshot_clip="tiny", precision="fp32", workers=0,
         real_per_class=4, val_fraction=0.2, guide="test_resnet", guide_epochs=100, classifier="test_resnet",
         gen_resolution=32, gen_steps=20, gen_step_from_end=8, gen_micro_batch=32, energy_probe=40,
