@@ -188,15 +188,15 @@ class Args:
 # Comments: the paper's top-1, real / SD / DistDiff at k = 5. Learning rates of fine-tuning are ours: not published.
 FINE_TUNED = dict(classifier_pretrained=True, sgd_lr=0.01)
 PRESETS = {
-    "digits": dict(  # 4 real images per class, tiny models; our measured table stands in docs/distdiff.md
+    "digits": dict(  # 4 real images per class, tiny models; see docs/distdiff.md
         dataset="digits", sd_model="tiny", zeroshot_clip="tiny", precision="fp32", workers=0,
         real_per_class=4, val_fraction=0.2, guide="test_resnet", guide_epochs=100, classifier="test_resnet",
         gen_resolution=32, gen_steps=20, gen_step_from_end=8, gen_micro_batch=32, energy_probe=40,
         rows=(
-            "zero-shot", "real", "real-repeated", "autoaugment", "randaugment", "erasing", "cutout", "gridmask",
-            "mixup", "cutmix", "sd", "rho0", "distdiff",
+            "zero-shot", "real", "real-repeated", "randaugment", "gridmask", "mixup", "cutmix", "sd", "rho0",
+            "distdiff",
         ),
-        clf_copies=(1, 2, 5), clf_epochs=30, clf_resize=36, clf_size=32, clf_flip=False, clf_evals=3,
+        clf_copies=(1, 2, 5), clf_epochs=24, clf_resize=36, clf_size=32, clf_flip=False, clf_evals=3,
     ),
     "caltech101": dict(dataset="caltech101", data_dir="data"),  # 66.71 / 76.57 / 83.09
     "cifar100": dict(dataset="cifar100", data_dir="data", real_per_class=100, val_fraction=0.1),  # figure only
