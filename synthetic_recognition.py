@@ -496,3 +496,1074 @@ def info_nce(q, k, queue, temperature=0.2):
 def chunks(items, size):
     """[a, b, c, d, e], 2 -> [a, b], [c, d], [e]"""
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def missing_images(n_images, existing):
+    """Numbers k in 0..n_images-1 of one class that are not there yet, in order."""
+    return [k for k in range(n_images) if k not in existing]
+
+
+def top1(logits, labels):
+    """Percent of rows whose largest logit is the label's. [N, C], [N]"""
+    return 100 * (logits.argmax(1) == labels).float().mean().item()
+
+
+def seed_global(seed, device=None):
+    """Seed the generators that library code draws from. torch.manual_seed would also queue a call, with its whole stack
+    as text, for each GPU that was never used: a millisecond for every image."""
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def head_templates(args):
+    """Prompt templates of the head and of the filter: those inferred for Table 1. A/an is never corrected."""
+    kind = KIND.get(args.dataset) or BIRDS.get(args.preset)
+    special = {"digits": ("a photo of a {}",), "dtd": ("{} texture.",), "imagenet": IMAGENET_TEMPLATES}
+    special["eurosat"] = ("a centered satellite photo of {}.",)
+    return special.get(args.dataset, (f"a photo of a {{}}, a type of {kind}." if kind else "a photo of a {}.",))
+
+
+def plain_name(name):
+    """Class name as words: underscores and hyphens become spaces; dots stay (keytotext would split "St. Bernard")."""
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
+
+
+def gen_prompt(args, text):
+    """prefix + sentence, or prefix + "a <name>" for the basic strategy"""
+    prefix = PREFIX.get(args.dataset, "a photo of") if args.gen_prefix is None else args.gen_prefix
+    return f"{prefix} {text}".strip()
+
+
+def image_sets(args):
+    """{set: images per class} that the rows need. le: sentences, in images/; rg<M>: Real Guidance from M shots."""
+    rows, n = set(args.rows), args.gen_images_per_class
+    sets = {"basic": n} if args.setting == "zero-shot" and {"basic-ce", "basic-sce"} & rows else {}
+    if args.setting == "pretrain" or {"le-ce", "le-sce", "le+cf-ce", "le+cf-sce", "basic", "rf"} & rows:
+        sets["le"] = n
+    if args.setting == "few-shot" and {"rg", "real", "syn-real", "real-syn"} & rows:
+        sets |= {f"rg{m}": args.rg_images for m in args.shot_counts}
+    return sets
+
+
+def set_folder(run, name):
+    return run.path("images" if name == "le" else name)
+
+
+# ---------------------------------------------------------------------------------------------
+# [1] select: M real images of each class. Reads the training split, writes fewshot.json.
+
+
+def choose_shots(args, data):
+    """Images of the largest shot count, and {M: rows of it}; the sets are nested. None and {} unless few-shot."""
+    if args.setting != "few-shot":
+        return None, {}
+    n = len(data.class_names)
+    picks = {m: datasets.few_shot(data.train, data.name, m, args.seed, n) for m in sorted(args.shot_counts)}
+    largest = picks[max(picks)]
+    place = {i: row for row, i in enumerate(largest)}
+    return data.train.subset(largest), {m: [place[i] for i in rows] for m, rows in picks.items()}
+
+
+def select(run, shots):
+    chosen = {"shots": [] if shots is None else shots.keys}
+    if run.todo("select"):
+        runs.write_json(run.path("fewshot.json"), chosen)
+        run.done("select", shots=len(chosen["shots"]))
+    elif json.loads(run.path("fewshot.json").read_text()) != chosen:
+        what = "the data set has changed since this run began; use a new --output-dir"
+        raise runs.UserError(f"{run.path('fewshot.json')}: {what}")
+
+
+# ---------------------------------------------------------------------------------------------
+# [2] sentences: language enhancement (Sec. 3.1). Reads class names, writes sentences.json.
+
+
+def load_writer(args, device):
+    """-> speak(words, n): n sampled texts, temperature 1, top-k 50, at most 32 new tokens."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    chat = args.sentence_kind == "chat"
+    path = args.sentence_model if chat else models.resolve(args.sentence_model, "seq2seq")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = (AutoModelForCausalLM if chat else AutoModelForSeq2SeqLM).from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise runs.UserError(f"--sentence-model {args.sentence_model}: {' '.join(str(error).split())[:200]}") from error
+    model.eval().to(device)
+    settings = dict(do_sample=True, top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)
+
+    @torch.no_grad()
+    def speak(words, n):
+        if chat:
+            ask = f'Write one short caption of a photo of {words}. Use the words "{words}". Caption only.'
+            message = [{"role": "user", "content": ask}]
+            inputs = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            inputs = tokenizer([words], return_tensors="pt")
+        ids = model.generate(**inputs.to(device), num_return_sequences=n, **settings)
+        return tokenizer.batch_decode(ids[:, inputs.input_ids.shape[1] * chat :], skip_special_tokens=True)
+
+    return speak
+
+
+def usable(sentences, name, check):
+    """Different sentences in order of appearance; with `check` only those that contain the class name."""
+    words = [" ".join(s.replace("\n", " ").split()) for s in sentences]
+    return list(dict.fromkeys(s for s in words if s and (not check or name.lower() in s.lower())))
+
+
+def sentences_of(args, speak, c, name, device):
+    """S different sentences of class c, or fewer where the model has no more after eight tries of S + 50."""
+    name, found = plain_name(name), []
+    for attempt in range(8):
+        seed_global(distributed.seed_of(args.gen_seed, "sentences", c, attempt), device)
+        found = usable([*found, *speak(f"a {name}", args.sentences + 50)], name, args.sentence_check)
+        if len(found) >= args.sentences:
+            break
+    pool = sorted(found) or [f"a {name}"]
+    order = torch.randperm(len(pool), generator=distributed.generator(args.gen_seed, "choice", c)).tolist()
+    return [pool[i] for i in order[: args.sentences]]
+
+
+def write_sentences(args, run, dist, names):
+    with run.timed("sentences"):
+        mine = {}
+        if "le" in image_sets(args):
+            speak = load_writer(args, dist.device)
+            for c in distributed.my_items(range(len(names)), dist):
+                mine[c] = sentences_of(args, speak, c, names[c], dist.device)
+        found = {c: s for part in distributed.all_gather_object(mine, dist) for c, s in part.items()}
+        if dist.main:
+            rows = [dict(class_index=c, class_name=names[c], sentences=found[c]) for c in sorted(found)]
+            runs.write_json(run.path("sentences.json"), rows)
+    run.done("sentences", fewest=min((len(s) for s in found.values()), default=0))
+
+
+# ---------------------------------------------------------------------------------------------
+# [3] generate: from noise, or from a noised real image (Real Guidance, Sec. 3.2).
+# Reads sentences.json and the shots, writes images/, basic/, rg<M>/; skips files that exist.
+
+
+def generator_path(name):
+    """What from_pretrained loads. A local IF folder has no VAE, which the common check asks for."""
+    index = Path(name).expanduser() / "model_index.json"
+    if index.is_file() and json.loads(index.read_text()).get("_class_name", "").startswith("IF"):
+        return str(index.parent)
+    return models.resolve(name, "generator")
+
+
+class Painter:
+    """A stock text-to-image pipeline behind four functions: encode, denoise, latent, pixels.
+
+    Stable Diffusion 1.x and 2.x and XL work on latents, DeepFloyd IF on 64-pixel images like GLIDE.
+    """
+
+    def __init__(self, args, device):
+        from diffusers import DiffusionPipeline
+
+        self.args, self.device = args, device
+        self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+        off = dict(safety_checker=None, requires_safety_checker=False, watermarker=None)
+        self.pipe = DiffusionPipeline.from_pretrained(generator_path(args.sd_model), dtype=self.dtype, **off)
+        self.kind = type(self.pipe).__name__
+        if self.kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "IFPipeline"):
+            raise runs.UserError(
+                f"--sd-model {args.sd_model}: a {self.kind}; wanted is Stable Diffusion 1, 2, XL or IF"
+            )
+        self.pipe.to(device)
+        self.pixel = self.kind == "IFPipeline"
+        self.unet, config = self.pipe.unet, self.pipe.unet.config
+        if args.compile:
+            self.unet = torch.compile(self.unet)
+        if self.pixel:
+            side, self.stage2 = config.sample_size, self.load_upsampler()
+        else:
+            self.pipe.vae.float()
+            side = args.gen_resolution // 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        self.shape = (config.in_channels, side, side)
+        self.abar = self.pipe.scheduler.alphas_cumprod.double()
+        self.predicts = self.pipe.scheduler.config.prediction_type
+        self.texts = {}
+
+    def load_upsampler(self):
+        if self.args.upsampler is None:
+            return None
+        from diffusers import IFSuperResolutionPipeline
+
+        off = dict(safety_checker=None, requires_safety_checker=False, watermarker=None, text_encoder=None)
+        stage2 = IFSuperResolutionPipeline.from_pretrained(self.args.upsampler, dtype=self.dtype, **off)
+        stage2.set_progress_bar_config(disable=True)
+        return stage2.to(self.device)
+
+    @torch.no_grad()
+    def encode(self, prompt):
+        """-> text states [L, W], pooled [P] or None; each distinct prompt once and alone: the same bits in any company"""
+        if prompt not in self.texts:
+            more = dict(device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+            out = self.pipe.encode_prompt(prompt, **more)
+            pooled = out[2][0] if self.kind == "StableDiffusionXLPipeline" else None
+            h = out[0][0]
+            if prompt == "" and pooled is not None and self.pipe.config.force_zeros_for_empty_prompt:
+                h, pooled = torch.zeros_like(h), torch.zeros_like(pooled)
+            self.texts[prompt] = h, pooled
+        return self.texts[prompt]
+
+    def denoiser(self, prompts):
+        """denoise(x, t) -> guided eps, v (learned variance, of the conditional half) or None, for these B prompts"""
+        both = [self.encode(p) for p in [""] * len(prompts) + prompts]
+        h, more = torch.stack([text for text, _ in both]), {}
+        if both[0][1] is not None:
+            size = self.args.gen_resolution
+            ids = torch.tensor([[size, size, 0, 0, size, size]], device=self.device, dtype=self.dtype)
+            pooled = torch.stack([pooled for _, pooled in both])
+            more = dict(added_cond_kwargs=dict(text_embeds=pooled, time_ids=ids.repeat(len(both), 1)))
+
+        def denoise(x, t):
+            x2 = torch.cat([x, x]).to(self.dtype)
+            out = self.unet(x2, torch.tensor(t, device=self.device), encoder_hidden_states=h, **more).sample.float()
+            out, v = out.split(x.shape[1], 1) if out.shape[1] == 2 * x.shape[1] else (out, None)
+            eps = guided(*out.chunk(2), self.args.gen_guidance)
+            if self.predicts == "v_prediction":
+                abar = self.abar[t].float()
+                eps = abar.sqrt() * eps + (1 - abar).sqrt() * x
+            return eps, None if v is None else v.chunk(2)[1]
+
+        return denoise
+
+    @torch.no_grad()
+    def latent(self, image):
+        """PIL image -> what the sampler starts from when noised: shorter side resized, centre crop, [-1, 1]"""
+        side = self.shape[1] if self.pixel else self.args.gen_resolution
+        image = v2.functional.center_crop(v2.functional.resize(image, side, v2.InterpolationMode.BICUBIC), side)
+        x = v2.functional.pil_to_tensor(image).float()[None].to(self.device) / 127.5 - 1
+        return (
+            x[0] if self.pixel else self.pipe.vae.encode(x).latent_dist.mode()[0] * self.pipe.vae.config.scaling_factor
+        )
+
+    @torch.no_grad()
+    def pixels(self, x, prompts, seeds):
+        """Sampler's result [B, C, h, w] -> uint8 [B, 3, H, W] on the CPU. The real image plays no part here."""
+        if not self.pixel:
+            x = self.pipe.vae.decode(x / self.pipe.vae.config.scaling_factor).sample.float()
+        elif self.stage2 is not None:
+            h, null = torch.stack([self.encode(p)[0] for p in prompts]), self.encode("")[0].expand(len(prompts), -1, -1)
+            gens = [torch.Generator().manual_seed(distributed.seed_of(seed, "upsampler")) for seed in seeds]
+            text = dict(prompt_embeds=h, negative_prompt_embeds=null, guidance_scale=1.0, generator=gens)
+            x = self.stage2(image=quantised(x).to(self.dtype), output_type="pt", **text).images.float() * 2 - 1
+        return as_uint8(x).cpu()
+
+    @torch.no_grad()
+    def paint(self, prompts, seeds, r=100, references=None):
+        """Images of B prompts and seeds -> B uint8 [3, H, W]. references: B latents for Real Guidance with r steps.
+
+        The networks always see a full micro-batch (the last image is repeated): bits do not depend on the company.
+        Each image has one CPU generator; it draws the starting noise, then the noise of each step.
+        """
+        n, b = len(prompts), self.args.gen_micro_batch
+        prompts, seeds = ([*part, *part[-1:] * (b - n)] for part in (prompts, seeds))
+        gens = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def draw():
+            return torch.stack([torch.randn(self.shape, generator=g) for g in gens]).to(self.device)
+
+        s = respaced(self.abar, kept_timesteps(len(self.abar))[run_indices(r, self.args.gen_steps)])
+        x = draw()
+        if references is not None:
+            references = torch.stack([*references, *references[-1:] * (b - n)])
+            x = noised_reference(references, x, s["abar"][-1].float())
+        x = reverse(self.denoiser(prompts), x, s, draw if self.args.gen_noise == "ancestral" else None, self.pixel)
+        return list(self.pixels(x, prompts, seeds)[:n])
+
+
+def plan_of(args, run, name, n, names, picks):
+    """Items of a set: list of dict(c, k, file, prompt, seed, shot); shot: row of the shots the image starts from"""
+    sentences = {row["class_index"]: row["sentences"] for row in json.loads(run.path("sentences.json").read_text())}
+    by_class = {}
+    if name.startswith("rg"):
+        rows = picks[int(name[2:])]
+        m = len(rows) // len(names)
+        by_class = {c: rows[c * m : (c + 1) * m] for c in range(len(names))}
+    items = []
+    for c, folder in enumerate(runs.class_folders(names)):
+        plain = f"a {plain_name(names[c])}"
+        for k in range(n):
+            text = sentences[c][k % len(sentences[c])] if name == "le" else plain
+            shot = by_class[c][k % len(by_class[c])] if by_class else None
+            seed = distributed.seed_of(args.gen_seed, name, c, k)
+            items.append(dict(c=c, k=k, file=f"{folder}/{k}.png", prompt=gen_prompt(args, text), seed=seed, shot=shot))
+    return items
+
+
+def rg_steps_of(args, m):
+    """r: the flag, else the paper's for the largest shot count of its table that is not above m"""
+    return args.rg_steps or RG_STEPS[max(n for n in RG_STEPS if n <= m)]
+
+
+def generate(args, run, dist, names, shots, picks):
+    """-> what CLIP saw while images were drawn, {(clip, set, file): feature}"""
+    sets, seen, latents = image_sets(args), {}, {}
+    clips = clips_of(args, dist) if args.filter_while_drawing and args.setting != "pretrain" else {}
+    with run.timed("generate", memory_flag="--gen-micro-batch"), runs.ImageWriter() as writer:
+        painter = Painter(args, dist.device) if sets else None
+        for name, n in sets.items():
+            folder, items = set_folder(run, name), plan_of(args, run, name, n, names, picks)
+            existing = {f: runs.existing_images(folder / f) for f in runs.class_folders(names)}
+            todo = [i for i in items if i["k"] not in existing[i["file"].split("/")[0]]]
+            batches = distributed.my_items(chunks(distributed.broadcast_object(todo, dist), args.gen_micro_batch), dist)
+            r = rg_steps_of(args, int(name[2:])) if name.startswith("rg") else 100
+            bar = distributed.progress(sum(map(len, batches)), f"generate {name}", dist)
+            for batch in batches:
+                for i in batch:
+                    if i["shot"] is not None and i["shot"] not in latents:
+                        latents[i["shot"]] = painter.latent(shots[i["shot"]])
+                start = [latents[i["shot"]] for i in batch] if r < 100 else None
+                pictures = painter.paint([i["prompt"] for i in batch], [i["seed"] for i in batch], r, start)
+                for clip_name, clip in clips.items():
+                    features = encode_padded(
+                        clip, [runs.to_pil(p) for p in pictures], args.gen_micro_batch, args.train_lowres
+                    )
+                    seen |= {(clip_name, name, i["file"]): f for i, f in zip(batch, features, strict=True)}
+                for i, picture in zip(batch, pictures, strict=True):
+                    writer.save(folder / i["file"], picture)
+                bar.update(len(batch))
+            bar.close()
+    distributed.barrier(dist)
+    if dist.main:
+        for name, n in sets.items():
+            list_set(run, name, names, plan_of(args, run, name, n, names, picks))
+    run.done("generate", images={name: n * len(names) for name, n in sets.items()})
+    return seen
+
+
+def list_set(run, name, names, items, scores=None):
+    """<set>/metadata.jsonl: what each image is, the seed that draws it again, after the filter its confidence too."""
+    rows = [dict(file_name=i["file"], label=i["c"], class_name=names[i["c"]], prompt=i["prompt"]) for i in items]
+    for j, (row, i) in enumerate(zip(rows, items, strict=True)):
+        row |= dict(seed=i["seed"]) | ({} if i["shot"] is None else dict(shot=i["shot"]))
+        row |= {} if scores is None else dict(clip_confidence=scores[j].item())
+    runs.write_metadata(set_folder(run, name), rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# [4] filter: one CLIP pass over the pixels gives the filter's confidences and the head's training features.
+# Reads all sets, the shots and the test split; writes features/*.safetensors, keep.json, filtered.png.
+
+
+def clips_of(args, dist):
+    """{name: Clip} of head and filter, loaded once if they are the same"""
+    return {name: load_clip(name, dist.device) for name in dict.fromkeys([args.head_clip, args.filter_clip])}
+
+
+def shrunk(image, side):
+    """train_lowres: shorter side to `side` before CLIP's own transform; 0: as it is"""
+    return v2.functional.resize(image, side, v2.InterpolationMode.BICUBIC) if side else image
+
+
+def encode_padded(clip, pictures, b, lowres=0):
+    """PIL images -> [N, D] on the CPU, always in full micro-batches: a feature has the same bits in any company."""
+    pictures = [shrunk(p, lowres) for p in pictures]
+    padded = [*pictures, *pictures[-1:] * (-len(pictures) % b)]
+    return encode_images(clip, padded, batch=b)[: len(pictures)].cpu()
+
+
+def encode_all(args, dist, clip, images, lowres, known=()):
+    """Features [N, D] of images on every process. known: {row: feature} that need no second look."""
+    mine = list(range(dist.rank, len(images), dist.world))
+    features = torch.zeros(len(mine), clip.config["embed_dim"])
+    for j, i in enumerate(mine):
+        if i in known:
+            features[j] = known[i]
+    for part in chunks([j for j, i in enumerate(mine) if i not in known], args.gen_micro_batch):
+        features[part] = encode_padded(clip, [images[mine[j]] for j in part], args.gen_micro_batch, lowres)
+    out = torch.zeros(len(images), features.shape[1])
+    out[[i for rank in range(dist.world) for i in range(rank, len(images), dist.world)]] = distributed.gather_rows(
+        features, dist
+    )
+    return out
+
+
+def features_key(clip, names, lowres):
+    """Cache key (trap T2): a change of backbone, files, transform or low resolution is another key."""
+    what = [clip.name, models.fingerprint(models.resolve(clip.name, "clip")), lowres, *names]
+    return f"{distributed.seed_of(*what, json.dumps(clip.preprocess_config, default=str)):016x}"
+
+
+def filter_images(args, run, dist, names, shots, picks, test, seen):
+    if args.setting == "pretrain":  # no filter: the paper wants as many images as possible
+        run.done("filter")
+        return
+    keep, report, dropped, confidences = {}, {}, {}, {}
+    with run.timed("filter", memory_flag="--gen-micro-batch"):
+        clips = clips_of(args, dist)
+        heads = {n: zero_shot_weights(c, names, head_templates(args)) for n, c in clips.items()}  # texts once
+        heads = {n: (w * clips[n].model.logit_scale.exp()).detach().cpu() for n, w in heads.items()}
+        for name, n in image_sets(args).items():
+            items, tensors = plan_of(args, run, name, n, names, picks), {}
+            images = datasets.Images([i["c"] for i in items], [i["file"] for i in items], names, set_folder(run, name))
+            labels = torch.tensor(images.labels)
+            for clip_name, clip in clips.items():
+                whose = {(clip_name, name, key): i for i, key in enumerate(images.keys)}
+                known = {whose[key]: f for key, f in seen.items() if key in whose}
+                tensors[clip_name] = encode_all(args, dist, clip, images, args.train_lowres, known)
+            confidence = own_confidence(tensors[args.filter_clip], heads[args.filter_clip], labels)
+            confidences[name] = confidence
+            keep[name], report[name] = filter_set(args, name, confidence, labels, len(names))
+            worst = [most_confident(-confidence[labels == c], 4) for c in range(len(names))]
+            dropped[name] = [(labels == c).nonzero().flatten()[w].tolist() for c, w in enumerate(worst)]
+            if dist.main:
+                key = features_key(clips[args.head_clip], images.keys, args.train_lowres)
+                runs.save_tensors(
+                    run.path("features", f"{name}.safetensors"),
+                    dict(features=tensors[args.head_clip], labels=labels), {"key": key},
+                )  # fmt: skip
+                list_set(run, name, names, items, confidence)
+        others = {"test": test} | ({"shots": shots} if shots is not None else {})
+        clip = clips[args.head_clip]
+        for name, images in others.items():
+            lowres = 0 if name == "test" else args.train_lowres
+            features = encode_all(args, dist, clip, images, lowres)
+            if dist.main:
+                tensors = dict(features=features, labels=torch.tensor(images.labels))
+                key = features_key(clip, images.keys, lowres)
+                runs.save_tensors(run.path("features", f"{name}.safetensors"), tensors, {"key": key})
+        if dist.main:
+            runs.save_tensors(run.path("features", "head.safetensors"), {"weight": heads[args.head_clip]})
+            runs.write_json(run.path("keep.json"), {"keep": keep, "report": report})
+            picture_of_dropped(run, names, dropped, confidences)
+    run.done("filter", report=report)
+
+
+def filter_set(args, name, confidence, labels, n_classes):
+    """-> kept rows of a set, and what the filter did in each class (trap T6: re-admitted images are counted)"""
+    kept, about = [], []
+    for c in range(n_classes):
+        rows = (labels == c).nonzero().flatten()
+        g = distributed.generator(args.seed, "filter", name, c)
+        chosen = clip_filter(confidence[rows], n_classes, args.filter_keep, g)
+        above = (confidence[rows] > 1 / n_classes).sum().item()
+        kept += rows[chosen].tolist()
+        about.append(dict(images=len(rows), above=above, kept=len(chosen), readmitted=max(0, len(chosen) - above)))
+    return kept, about
+
+
+def picture_of_dropped(run, names, dropped, confidences):
+    """filtered.png: of each set and class the images that CLIP trusts least"""
+    rows, row_names, folders = [], [], runs.class_folders(names)
+    for name, per_class in dropped.items():
+        per = len(confidences[name]) // len(names)
+        for j in range(min(4, per)):
+            rows.append([
+                datasets.open_rgb(set_folder(run, name) / folders[c] / f"{w[j] - c * per}.png")
+                for c, w in enumerate(per_class)
+            ])  # fmt: skip
+            row_names.append(f"{name}, rank {j + 1} from below")
+    if rows:
+        runs.samples_grid(run.path("filtered.png"), rows, row_names, names, size=64)
+
+
+# ---------------------------------------------------------------------------------------------
+# [5] train, zero-shot and few-shot: the head of a frozen CLIP, on cached features.
+# Reads features/, keep.json; writes classifier/runs/<row>-seed<s>/ and, for the main row, classifier/.
+
+PHASE_LR = 2e-3  # Table 7: each phase of syn-real and real-syn
+
+
+def table_rows(args):
+    """(row, shots or images per class) of every line of the table; 0 where neither matters"""
+    if args.setting == "zero-shot":
+        return [(row, 0) for row in args.rows]
+    if args.setting == "few-shot":
+        return [(row, m) for row in args.rows for m in ((0,) if row == "zero-shot" else args.shot_counts)]
+    return [(row, n) for row in args.rows for n in ((0,) if row == "scratch" else args.pre_amounts)]
+
+
+def run_name(row, n, seed):
+    return f"{row}-{n}-seed{seed}" if n else f"{row}-seed{seed}"
+
+
+def classifiers_to_train(args):
+    """(row, n, seed) of every classifier to train"""
+    seeds = [args.seed + s for s in range(args.clf_seeds)]
+    return [(row, n, seed) for row, n in table_rows(args) if row != "zero-shot" for seed in seeds]
+
+
+def metrics_of(args, run, row, n):
+    """metrics.json of the finished classifiers of one line of the table"""
+    seeds = [args.seed] if row == "zero-shot" else [args.seed + s for s in range(args.clf_seeds)]
+    files = [run.path("classifier", "runs", run_name(row, n, seed), "metrics.json") for seed in seeds]
+    return [json.loads(f.read_text()) for f in files if f.exists()]
+
+
+class Cached:
+    """Features and labels of a set as the filter left them; refuses those of another backbone, list or transform."""
+
+    def __init__(self, run, name, clip, keys, lowres):
+        file = run.path("features", f"{name}.safetensors")
+        tensors = runs.load_tensors(file)
+        with safe_open(file, "pt") as f:
+            if f.metadata()["key"] != features_key(clip, keys, lowres):
+                raise runs.UserError(f"{file}: features of other images or another CLIP; use a new --output-dir")
+        self.features, self.labels = tensors["features"], tensors["labels"]
+
+
+def synthetic_rows(row, m, cached, keep, picks):
+    """(set, rows of it) that a row of the table trains on; None for real images only"""
+    if row == "real":
+        return None
+    if row in ("rg", "syn-real", "real-syn"):
+        return f"rg{m}", list(range(len(cached[f"rg{m}"].labels)))
+    name = "basic" if row.startswith("basic-") else "le"
+    if row in ("basic-ce", "basic-sce", "le-ce", "le-sce"):
+        return name, list(range(len(cached[name].labels)))
+    rows = keep["le"]  # few-shot basic is the best zero-shot data, LE + CF
+    return name, rows
+
+
+def train_heads(args, run, dist, names, shots, picks, test):
+    with run.timed("train"):
+        clip = load_clip(args.head_clip, dist.device)
+        keep = json.loads(run.path("keep.json").read_text())["keep"]
+        W0 = runs.load_tensors(run.path("features", "head.safetensors"))["weight"]
+        images, cached = {"test": test} | ({"shots": shots} if shots is not None else {}), {}
+        for name, n in image_sets(args).items():
+            keys = [f"{folder}/{k}.png" for folder in runs.class_folders(names) for k in range(n)]
+            labels = [c for c in range(len(names)) for _ in range(n)]
+            images[name] = datasets.Images(labels, keys, names, set_folder(run, name))
+        for name, source in images.items():
+            cached[name] = Cached(run, name, clip, source.keys, 0 if name == "test" else args.train_lowres)
+        if dist.main and "zero-shot" in args.rows:
+            score = top1(head_logits(cached["test"].features, W0, 0.0), cached["test"].labels)
+            file = run.path("classifier", "runs", run_name("zero-shot", 0, args.seed), "metrics.json")
+            runs.write_json(file, dict(row="zero-shot", n=0, seed=args.seed, test=score, images=0, updates=0))
+        for row, n, seed in distributed.my_items(classifiers_to_train(args), dist):
+            train_head(args, run, dist.device, clip, row, n, seed, W0, images, cached, keep, picks)
+        distributed.barrier(dist)
+        if dist.main:
+            export_head(args, run, clip, names, W0)
+    run.done("train", classifiers=len(classifiers_to_train(args)))
+
+
+def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, picks):
+    folder = run.path("classifier", "runs", run_name(row, m, seed))
+    if (folder / "metrics.json").exists():
+        return
+    found = synthetic_rows(row, m, cached, keep, picks)
+    real_rows = picks.get(m, [])
+    set_name, syn_rows = found or (None, [])
+    if row == "rf":
+        shots, syn = cached["shots"], cached["le"]
+        f, y = syn.features[syn_rows], syn.labels[syn_rows]
+        good = real_filter(f, y, shots.features[real_rows], shots.labels[real_rows], args.rf_margin)
+        syn_rows = [i for i, ok in zip(syn_rows, good.tolist(), strict=True) if ok]
+
+    # Seeds name neither row nor set: rows of equal length see the same order.
+    sizes = (args.head_batch_real, args.head_batch, args.head_epochs, seed)
+    mixed = step_pairs(len(real_rows), len(syn_rows) or len(cached.get(f"rg{m}", cached["test"]).labels), *sizes)
+    only_real = [(real, []) for real, _ in mixed]  # CT with init: as many updates as in mix training
+    if row in ("syn-real", "real-syn"):
+        phases = [step_pairs(0, len(syn_rows), *sizes), step_pairs(len(real_rows), 0, *sizes)]
+        phases, lr = phases[:: 1 if row == "syn-real" else -1], PHASE_LR
+    else:
+        phases, lr = [only_real if row == "real" else mixed], args.head_lr
+
+    on_images = args.tune_share > 0 or not args.freeze_bn
+    extra, tower = [], None
+    if on_images:  # the image path: pixels in every step
+        clip = load_clip(args.head_clip, device)
+        tower = clip.model.visual.train(not args.freeze_bn)
+        extra = last_share(tower, args.tune_share)
+
+    def source(name, rows):
+        if name is None or not rows:
+            return None
+        if not on_images:
+            f, y = cached[name].features[rows].to(device), cached[name].labels[rows].to(device)
+            return lambda i: (f[i], y[i])
+
+        def load(i):
+            pictures = [shrunk(images[name][rows[j]], args.train_lowres) for j in i]
+            x = torch.stack([clip.preprocess(p) for p in pictures]).to(device)
+            return clip.model.encode_image(x).float(), cached[name].labels[[rows[j] for j in i]].to(device)
+
+        return load
+
+    W, b = W0.clone().to(device).requires_grad_(), torch.zeros(len(W0), device=device, requires_grad=True)
+    frozen, test = W0.to(device), cached["test"]
+    x_test, y_test = test.features.to(device), test.labels.to(device)
+    sl = 0.0 if row.endswith("-ce") else args.sl
+    step, total, curve, best = 0, sum(map(len, phases)), [], 0.0
+    for pairs in phases:
+        losses = tune_head(
+            W, b, pairs, source("shots", real_rows), source(set_name, syn_rows), lambda f: head_logits(f, frozen, 0.0),
+            lr, args.head_wd, sl, args.sl_temperature, (args.real_weight, args.syn_weight), args.head_warmup,
+            args.label_smoothing, extra,
+        )  # fmt: skip
+        for loss in losses:
+            step += 1
+            if step % max(1, total // 10) == 0 or step == total:
+                runs.check_finite(loss, f"train, {run_name(row, m, seed)}, step {step}")
+                if on_images:
+                    x_test = encode_images(clip, images["test"], batch=args.gen_micro_batch)
+                with torch.no_grad():
+                    score = top1(head_logits(x_test, W, b), y_test)
+                best = max(best, score)
+                curve.append(dict(step=step, loss=loss, test=score))
+                run.log(step, **{f"train/{run_name(row, m, seed)}/loss": loss})
+    tensors = {"weight": W.detach(), "bias": b.detach()}
+    if on_images:
+        tensors |= {f"visual.{k}": v for k, v in tower.state_dict().items()}
+    runs.save_tensors(folder / "weights.safetensors", tensors)
+    report = dict(row=row, n=m, seed=seed, test=score, test_selected=best, images=len(syn_rows), updates=total)
+    runs.write_json(folder / "metrics.json", report | dict(real=len(real_rows), curve=curve))
+
+
+def last_share(tower, share):
+    """The last parameters of the image tower, in order of definition, that make up `share` of it; the rest is frozen."""
+    params, chosen, total = list(tower.parameters()), [], sum(p.numel() for p in tower.parameters())
+    for p in reversed(params):
+        take = share > 0 and sum(q.numel() for q in chosen) < share * total
+        p.requires_grad_(take)
+        chosen += [p] * take
+    return chosen
+
+
+def main_row(args):
+    """(row, n, seed) of the classifier that is saved: fixed beforehand, so nothing is chosen on the test set"""
+    order = ["le+cf-sce", "rg", "supervised", "moco", *args.rows[::-1]]
+    trained = [(row, n) for row, n in table_rows(args) if row != "zero-shot"]
+    row = min((row for row, _ in trained), key=order.index)
+    return row, max(n for r, n in trained if r == row), args.seed
+
+
+def export_head(args, run, clip, names, W0):
+    """classifier/: the CLIP as an open_clip folder, the head beside it in head.safetensors, classes.json"""
+    row, n, seed = main_row(args)
+    tensors = runs.load_tensors(run.path("classifier", "runs", run_name(row, n, seed), "weights.safetensors"))
+    tower = {k.removeprefix("visual."): v for k, v in tensors.items() if k.startswith("visual.")}
+    if tower:
+        clip.model.visual.load_state_dict(tower)
+    folder = run.path("classifier")
+    runs.save_tensors(folder / "head.safetensors", {k: tensors[k] for k in ("weight", "bias")})
+    save_clip(folder, clip.model.state_dict(), clip.config, clip.tokenizer_files, clip.preprocess_config)
+    runs.write_json(folder / "classes.json", dict(kind="clip-head", class_names=names, row=row, n=n, seed=seed))
+
+
+# ---------------------------------------------------------------------------------------------
+# [5] train, pretrain: a backbone on synthetic images, then all its weights on the real ones (Sec. 3.3).
+# Reads images/ and the training split; writes classifier/runs/<row>-<n>-seed<s>/ and classifier/.
+
+
+class Views(torch.utils.data.Dataset):
+    """Item (position, i): `views` augmentations of image i, drawn from (seed, position)."""
+
+    def __init__(self, images, transform, views, *seed):
+        self.images, self.transform, self.views, self.seed = images, transform, views, seed
+
+    def __getitem__(self, item):
+        position, i = item
+        seed_global(distributed.seed_of(*self.seed, "augment", position))
+        x = [self.transform(self.images[i]) for _ in range(self.views)]
+        return torch.stack(x), self.images.labels[i]
+
+
+def augmentation(args, kind, size):
+    """PIL RGB -> float [3, size, size]. kind: plain (crop, mirror), deit (timm's), moco (v2, aug+)"""
+    smallest = 0.08 if args.pre_flip else 0.7  # digits and signs change when mirrored or cut to a corner
+    if kind == "deit":
+        from timm.data import create_transform
+
+        return create_transform(
+            size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
+            re_prob=0.25, re_mode="pixel", re_count=1, hflip=0.5 * args.pre_flip, scale=(smallest, 1.0),
+        )  # fmt: skip
+    steps = [v2.RandomResizedCrop(size, scale=(0.2 if kind == "moco" and args.pre_flip else smallest, 1.0))]
+    steps += [v2.RandomHorizontalFlip()] if args.pre_flip else []
+    if kind == "moco":
+        blur = v2.GaussianBlur(max(3, size // 10 // 2 * 2 + 1), (0.1, 2.0))
+        steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+        steps += [v2.RandomApply([blur], 0.5)]
+    return v2.Compose(
+        [*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
+
+
+def fit(args, run, dist, file, name, modules, images, transform, views, batch, epochs, optimizer, rate, loss_of, seed):
+    """The training loop of pre-training and transfer. loss_of(x [B, views, 3, S, S], y [B], step) -> mean loss.
+
+    A step is cut into micro-batches, shared out over processes and added up in one order (BatchNorm's running
+    statistics too, as their mean), so any number of processes gives the same bits. rate(epoch as float) -> lr.
+    """
+    weights = {f"{i}.{k}": v for i, m in enumerate(modules) for k, v in m.state_dict(keep_vars=True).items()}
+    params = optimizer.param_groups[0]["params"]
+    moving = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+    first, _, _ = load_training(file, weights, optimizer)
+    per_epoch = math.ceil(len(images) / batch)
+    data = Views(images, transform, views, seed, "data")
+
+    def units(step):
+        epoch, i = divmod(step, per_epoch)
+        order = torch.randperm(len(images), generator=distributed.generator(seed, "order", epoch)).tolist()
+        rows = [(step * batch + j, row) for j, row in enumerate(order[i * batch : (i + 1) * batch])]
+        return chunks(rows, args.pre_micro_batch)
+
+    total = epochs * per_epoch
+    mine = [unit for step in range(first, total) for unit in units(step)[dist.rank :: dist.world]]
+    loader = iter(torch.utils.data.DataLoader(data, batch_sampler=mine, num_workers=args.workers))
+    bar = distributed.progress(total, name, dist, initial=first, unit="steps")
+    for step in range(first, total):
+        for m in modules:
+            m.train()
+        parts, sums, before = units(step), {}, [b.clone() for b in moving]
+        n = sum(map(len, parts))
+        for j in range(dist.rank, len(parts), dist.world):
+            x, y = next(loader)
+            for b, old in zip(moving, before, strict=True):
+                b.copy_(old)
+            share = len(parts[j]) / n
+            with torch.autocast(dist.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+                loss = share * loss_of(x.to(dist.device), y.to(dist.device), step)
+            grads = torch.autograd.grad(loss, params)
+            sums[j] = [*grads, loss.detach(), *(share * b for b in moving)]
+        sums = distributed.sum_in_order(sums, len(parts), dist)
+        for b, new in zip(moving, sums[len(params) + 1 :], strict=True):
+            b.copy_(new)
+        for p, grad in zip(params, sums, strict=False):
+            p.grad = grad
+        optimizer.param_groups[0]["lr"] = rate(step / per_epoch)
+        optimizer.step()
+        bar.update(1)
+        if (step + 1) % per_epoch == 0:
+            runs.check_finite(sums[len(params)].item(), f"{name}, step {step + 1}")
+            run.log(step + 1, **{f"train/{name}/loss": sums[len(params)].item()})
+            if dist.main and step + 1 < total:
+                save_training(file, weights, optimizer, step + 1)
+    bar.close()
+
+
+def new_backbone(args, n_classes, seed, device):
+    """timm model with a head of n_classes; random weights are a function of seed"""
+    seed_global(distributed.seed_of(seed, "backbone"))
+    try:
+        net = timm.create_model(args.backbone, pretrained=args.backbone_weights == "imagenet", num_classes=n_classes)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise runs.UserError(f"--backbone {args.backbone}: {' '.join(str(error).split())[:200]}") from error
+    return net.to(device)
+
+
+def pretrain(args, run, dist, net, row, images, n_classes, seed, file):
+    """Supervised by the generated labels, or MoCo v2 without labels. Trains net in place."""
+    name, kind = file.parent.name, "moco" if row == "moco" else "deit" if args.recipe == "deit" else "plain"
+    modules, views, mixup = [net], 1, None
+    cosine = [lambda e: 0.5 * args.pre_lr * (1 + math.cos(math.pi * e / args.pre_epochs))]
+    if row == "moco":
+        rate, views = cosine[0], 2
+        modules, loss_of = moco(args, net, seed, dist.device)
+        params = [p for m in modules[:2] for p in m.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(params, lr=args.pre_lr, momentum=0.9, weight_decay=1e-4)
+    else:
+        if kind == "deit":
+            from timm.data import Mixup
+
+            mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=n_classes)
+
+        def loss_of(x, y, step):
+            x = x[:, 0]
+            if mixup:
+                np.random.seed(distributed.seed_of(seed, "mixup", step) % 2**32)
+                x, y = mixup(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])
+            return F.cross_entropy(net(x).float(), y)
+
+        params, warm = list(net.parameters()), 5 if kind == "deit" else 0
+        if args.recipe == "sgd":
+            optimizer = torch.optim.SGD(params, lr=args.pre_lr, momentum=0.9, weight_decay=args.pre_wd)
+
+            def rate(e):
+                return args.pre_lr * 0.1 ** (e // 30)
+        else:
+            optimizer = torch.optim.AdamW(params, lr=args.pre_lr, weight_decay=args.pre_wd)
+
+            def rate(e):
+                return args.pre_lr * max(e, 1e-3) / warm if e < warm else cosine[0](e)
+
+    fit(args, run, dist, file, f"pretrain-{name}", modules, images, augmentation(args, kind, args.pre_size), views,
+        args.pre_batch, args.pre_epochs, optimizer, rate, loss_of, seed)  # fmt: skip
+
+
+def moco(args, net, seed, device, size=65536, dim=128, momentum=0.999):
+    """MoCo v2 around net: -> modules to train and to save, loss_of for `fit`. The queue is refreshed once per step."""
+    import copy
+
+    seed_global(distributed.seed_of(seed, "moco"))
+    width = net.num_features
+    head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim)).to(device)
+    key_net, key_head = copy.deepcopy(net).requires_grad_(False), copy.deepcopy(head).requires_grad_(False)
+    net.get_classifier().requires_grad_(False)
+    store = nn.Module()  # its buffer is saved with the weights
+    queue = torch.randn(min(size, 4 * args.pre_batch), dim, generator=distributed.generator(seed, "queue"))
+    store.register_buffer("queue", F.normalize(queue, dim=1).to(device))
+
+    def embed(body, top, x):
+        return F.normalize(top(body.forward_head(body.forward_features(x), pre_logits=True)).float(), dim=1)
+
+    last = [-1]
+
+    def loss_of(x, y, step):
+        with torch.no_grad():
+            if step != last[0]:
+                for old, new in zip((key_net, key_head), (net, head), strict=True):
+                    for p, q in zip(old.parameters(), new.parameters(), strict=True):
+                        p.mul_(momentum).add_(q, alpha=1 - momentum)
+                last[0] = step
+            k = embed(key_net, key_head, x[:, 1])
+        loss = info_nce(embed(net, head, x[:, 0]), k, store.queue.clone())
+        with torch.no_grad():
+            store.queue.copy_(torch.cat([k, store.queue])[: len(store.queue)])
+        return loss
+
+    return [net, head, key_net, key_head, store], loss_of
+
+
+def train_backbones(args, run, dist, data, gen_names):
+    with run.timed("train", memory_flag="--pre-micro-batch"):
+        real = data.train
+        if args.transfer_images:
+            count = args.transfer_images
+            real = real.subset(datasets.few_shot(real, data.name, count, args.seed, len(data.class_names)))
+        for row, n, seed in classifiers_to_train(args):
+            transfer_one(args, run, dist, row, n, seed, gen_names, real, data)
+        if dist.main:
+            row, n, seed = main_row(args)
+            net = new_backbone(args, len(data.class_names), seed, "cpu")
+            weights = run.path("classifier", "runs", run_name(row, n, seed), "weights.safetensors")
+            net.load_state_dict(runs.load_tensors(weights))
+            timm.models.save_for_hf(net, run.path("classifier"), safe_serialization=True)
+            about = dict(kind="timm", class_names=data.class_names, row=row, n=n, seed=seed)
+            runs.write_json(run.path("classifier", "classes.json"), about)
+    run.done("train", classifiers=len(classifiers_to_train(args)))
+
+
+def transfer_one(args, run, dist, row, n, seed, gen_names, real, data):
+    """Pre-train (unless scratch), then fine-tune everything on the real images and score the test split."""
+    folder = run.path("classifier", "runs", run_name(row, n, seed))
+    if (folder / "metrics.json").exists():
+        return
+    n_classes = len(data.class_names)
+    net = new_backbone(args, n_classes if row == "scratch" else len(gen_names), seed, dist.device)
+    if row != "scratch":
+        keys = [f"{f}/{k}.png" for f in runs.class_folders(gen_names) for k in range(n)]
+        labels = [c for c in range(len(gen_names)) for _ in range(n)]
+        images, done = datasets.Images(labels, keys, gen_names, run.path("images")), folder / "pretrained.safetensors"
+        if not done.exists():
+            pretrain(args, run, dist, net, row, images, len(gen_names), seed, folder / "checkpoint.safetensors")
+            if dist.main:
+                runs.save_tensors(done, net.state_dict())
+                (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+            distributed.barrier(dist)
+        net.load_state_dict(runs.load_tensors(done))
+        net.requires_grad_(True)
+        seed_global(distributed.seed_of(seed, "new head"))
+        net.reset_classifier(n_classes)
+        net.to(dist.device)
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=args.transfer_lr, momentum=0.9, weight_decay=5e-4)
+    drops = [share * args.transfer_epochs for share in (0.3, 0.6, 0.8)]
+    fit(args, run, dist, folder / "transfer.safetensors", f"transfer-{folder.name}", [net], real,
+        augmentation(args, "plain", args.pre_size), 1, args.transfer_batch, args.transfer_epochs, optimizer,
+        lambda e: args.transfer_lr * 0.2 ** sum(e >= d for d in drops),
+        lambda x, y, step: F.cross_entropy(net(x[:, 0]).float(), y), seed)  # fmt: skip
+    score = top1(*predictions_of(args, dist, net, data.test))
+    if dist.main:
+        runs.save_tensors(folder / "weights.safetensors", net.state_dict())
+        report = dict(row=row, n=n, seed=seed, test=score, images=n * len(gen_names) * (row != "scratch"), updates=0)
+        runs.write_json(folder / "metrics.json", report | dict(real=len(real)))
+        (folder / "transfer.safetensors").unlink(missing_ok=True)
+    distributed.barrier(dist)
+
+
+@torch.no_grad()
+def predictions_of(args, dist, net, images):
+    """Logits [N, C] and labels [N] of a timm network, shorter side resized, centre crop"""
+    net.eval()
+    size, parts = args.pre_size, []
+    mean, std = (torch.tensor(m).view(3, 1, 1) for m in (IMAGENET_MEAN, IMAGENET_STD))
+    for rows in chunks(list(range(len(images))), args.pre_micro_batch):
+        pictures = [v2.functional.resize(images[i], size, v2.InterpolationMode.BICUBIC) for i in rows]
+        x = torch.stack([v2.functional.pil_to_tensor(v2.functional.center_crop(p, size)) for p in pictures])
+        parts.append(net(((x / 255 - mean) / std).to(dist.device)).float().cpu())
+    return torch.cat(parts), torch.tensor(images.labels)
+
+
+# ---------------------------------------------------------------------------------------------
+# [6] evaluate: load the saved classifier from its folder, score it, write the table and the report.
+# Reads classifier/, images; writes results.json, samples.png, report.html.
+
+ROW_NAMES = {
+    "zero-shot": "CLIP zero-shot, no training", "basic-ce": "B, CE", "basic-sce": "B, SCE", "le-ce": "LE, CE",
+    "le-sce": "LE, SCE", "le+cf-ce": "LE + CF, CE", "le+cf-sce": "LE + CF, SCE", "real": "real only (CT w. init)",
+    "basic": "real + B (LE + CF)", "rf": "real + RF", "rg": "real + RG (mix)", "syn-real": "RG, then real",
+    "real-syn": "real, then RG", "scratch": "no pre-training", "supervised": "pre-trained on synthetic, labels",
+    "moco": "pre-trained on synthetic, MoCo v2",
+}  # fmt: skip
+
+
+def saved_predictions(args, run, dist, test):
+    """Logits and labels of classifier/ with stock open_clip or timm and the head beside it"""
+    about = json.loads(run.path("classifier", "classes.json").read_text())
+    if about["kind"] == "timm":
+        net = timm.create_model(f"local-dir:{run.path('classifier')}", pretrained=True).to(dist.device)
+        return predictions_of(args, dist, net, test)
+    clip = load_clip(str(run.path("classifier")), dist.device)
+    head = runs.load_tensors(run.path("classifier", "head.safetensors"))
+    features = encode_all(args, dist, clip, test, 0)
+    return head_logits(features, head["weight"].cpu(), head["bias"].cpu()), torch.tensor(test.labels)
+
+
+def evaluate_saved(args, run, dist, names, shots, picks, test):
+    if not run.path("classifier", "classes.json").exists():
+        raise runs.UserError(f"{run.path('classifier')}: no classifier yet; run the stage train first")
+    with run.timed("evaluate"):
+        logits, labels = saved_predictions(args, run, dist, test)
+        score, trained = top1(logits, labels), metrics_of(args, run, *main_row(args)[:2])[0]["test"]
+        if abs(score - trained) > 0.5:
+            raise RuntimeError(f"classifier/ scores {score:.2f} after loading, {trained:.2f} when it was trained")
+        if dist.main:
+            write_results(args, run, names, shots, picks, logits.argmax(1), labels, score)
+    run.done("evaluate", top1=score)
+
+
+def write_results(args, run, names, shots, picks, predicted, labels, score):
+    metrics, table = {}, []
+    for row, n in table_rows(args):
+        found = metrics_of(args, run, row, n)
+        unit = f" ({n} {'shots' if args.setting == 'few-shot' else 'images per class'})" if n else ""
+        if not found:
+            table.append([ROW_NAMES[row] + unit, "not run", "", ""])
+            continue
+        scores = [m["test"] for m in found]
+        spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+        best = [m["test_selected"] for m in found if "test_selected" in m]
+        about = dict(mean=float(np.mean(scores)), std=spread, per_seed=scores, updates=found[0]["updates"])
+        metrics[run_name(row, n, 0).removesuffix("-seed0")] = about | dict(images=found[0]["images"])
+        shown = f"{np.mean(scores):.1f}" + (f" ± {spread:.1f}" if len(scores) > 1 else "")
+        table.append([ROW_NAMES[row] + unit, shown, f"{np.mean(best):.1f}" if best else "", str(found[0]["images"])])
+
+    per_class = [(predicted[labels == c] == c).float().mean().item() * 100 for c in range(len(names))]
+    simple = ("zero-shot", "real", "scratch")
+    baselines = {k: v for k, v in metrics.items() if k.split("-")[0] in simple or k in simple}
+    ours = {k: v for k, v in metrics.items() if k not in baselines}
+    ours["saved_classifier"] = dict(top1=score, per_class=dict(zip(names, per_class, strict=True)))
+    run.results(
+        paper="arXiv:2210.07574", metrics=ours, baselines=baselines, images=run.manifest("generate").get("images", {})
+    )
+
+    rows, gen_names = {}, label_space(args, names)
+    if shots is not None:
+        rows["real shots"] = [shots[shots.labels.index(c)] for c in range(len(names))]
+    for name, n in image_sets(args).items():
+        for k in range(min(3, n)):
+            files = [set_folder(run, name) / f / f"{k}.png" for f in runs.class_folders(gen_names)]
+            rows[f"{name} {k}"] = [datasets.open_rgb(f) for f in files]
+    runs.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), gen_names, size=64)
+    confusion = torch.zeros(len(names), len(names), dtype=torch.long)
+    confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+    header = ["training set", "test top-1", "best test step (official selection)", "synthetic images"]
+    pictures = {"Real and generated samples": "samples.png", "What CLIP trusts least": "filtered.png"}
+    pictures = {caption: f for caption, f in pictures.items() if run.path(f).exists()}
+    title = f"Synthetic data on {args.dataset}, {args.setting}"
+    summary = f"{args.gen_images_per_class} images per class, {args.gen_steps} steps, guidance {args.gen_guidance}"
+    runs.report(run, title, summary, {"Top-1 on the test split": (header, table)}, pictures, confusion.tolist(), names)
+    runs.print_table(header, table)
+    print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def label_space(args, names):
+    """Class names to generate: the data set's (downstream-aware), or those of --label-file (agnostic)."""
+    if args.label_file is None:
+        return names
+    lines = [line.strip() for line in Path(args.label_file).read_text().splitlines()]
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+SETTING_ROWS = {
+    "zero-shot": ("zero-shot", "basic-ce", "basic-sce", "le-ce", "le-sce", "le+cf-ce", "le+cf-sce"),
+    "few-shot": ("zero-shot", "real", "basic", "rf", "rg", "syn-real", "real-syn"),
+    "pretrain": ("scratch", "supervised", "moco"),
+}
+
+
+def check_args(args):
+    """Ranges that would otherwise fail in the middle of a run."""
+    for name in (
+        "sentences gen_images_per_class rg_images gen_steps gen_micro_batch clf_seeds head_epochs head_batch "
+        "head_batch_real pre_epochs pre_batch pre_micro_batch transfer_epochs transfer_batch"
+    ).split():
+        if getattr(args, name) < 1:
+            raise runs.UserError(f"{runs.flag(name)} is {getattr(args, name)}; it must be at least 1")
+    for name in ("sl", "label_smoothing", "tune_share"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise runs.UserError(f"{runs.flag(name)} is {getattr(args, name)}; it must lie in 0..1")
+    wrong = [row for row in args.rows if row not in SETTING_ROWS[args.setting]]
+    if wrong or set(args.rows) <= {"zero-shot"}:
+        what = f"{wrong[0]} is no row of" if wrong else "something to train is wanted of"
+        raise runs.UserError(f"--rows: {what} --setting {args.setting}: {', '.join(SETTING_ROWS[args.setting])}")
+    if 100 % args.gen_steps:
+        raise runs.UserError(f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
+    if args.sl_temperature <= 0 or not 0 <= args.rg_steps < 100:
+        raise runs.UserError("--sl-temperature must be above 0 and --rg-steps in 0..99")
+    if args.setting == "few-shot" and min(args.shot_counts) < 1:
+        raise runs.UserError(f"--shot-counts {args.shot_counts}: each must be at least 1")
+    if (
+        args.setting == "pretrain"
+        and not 1 <= min(args.pre_amounts) <= max(args.pre_amounts) <= args.gen_images_per_class
+    ):
+        raise runs.UserError(f"--pre-amounts {args.pre_amounts}: from 1 to --gen-images-per-class")
+    if args.label_file and (args.setting != "pretrain" or not Path(args.label_file).is_file()):
+        raise runs.UserError(f"--label-file {args.label_file}: no such file, or --setting is not pretrain")
+
+
+def check_order(args, run, todo):
+    """A stage named by --stages needs the files of the one before it."""
+    order = ("select", "sentences", "generate", "filter", "train", "evaluate")
+    for stage in todo:
+        before = order[max(0, order.index(stage) - 1)]
+        if before != stage and before not in todo and run.todo(before):
+            raise runs.UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
+
+
+def main(args):
+    check_args(args)
+    dist = distributed.setup_distributed(args.device)
+    data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file)
+    names, gen_names = data.class_names, label_space(args, data.class_names)
+    if data.note:
+        distributed.say(dist, data.note)
+    shots, picks = choose_shots(args, data)
+    ids = dict(generator=models.fingerprint(generator_path(args.sd_model)), clip=args.head_clip)
+
+    run = runs.open_run("synthetic_recognition", args, dist, SPEED_FLAGS, models=ids)
+    todo, seen = [stage for stage in args.stages if run.todo(stage)], {}
+    select(run, shots)
+    check_order(args, run, todo)
+    if "sentences" in todo:
+        write_sentences(args, run, dist, gen_names)
+    if "generate" in todo:
+        seen = generate(args, run, dist, gen_names, shots, picks)
+    if "filter" in todo:
+        filter_images(args, run, dist, names, shots, picks, data.test, seen)
+    if "train" in todo and args.setting == "pretrain":
+        train_backbones(args, run, dist, data, gen_names)
+    elif "train" in todo:
+        train_heads(args, run, dist, names, shots, picks, data.test)
+    if "evaluate" in todo:
+        evaluate_saved(args, run, dist, names, shots, picks, data.test)
+    distributed.cleanup(dist)
+
+
+if __name__ == "__main__":
+    runs.cli(main, Args, PRESETS, __doc__)

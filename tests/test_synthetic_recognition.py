@@ -119,7 +119,9 @@ def test_golden_upsampler(g):
     close(low, g["up.low_res"], 1e-6)
     u = F.interpolate(low, size=32, mode="bilinear", align_corners=False)
     s = sr.respaced(sr.linear_alphas(), torch.tensor(sr.FAST27[::-1]))
-    x = sr.reverse(lambda x, t: ((x - 0.5 * u).tanh() + 0.05 * t / 1000, None), 0.997 * g["up.unit_noise"], s, None, True)
+    x = sr.reverse(
+        lambda x, t: ((x - 0.5 * u).tanh() + 0.05 * t / 1000, None), 0.997 * g["up.unit_noise"], s, None, True
+    )
     close(x, g["up.samples"], 1e-4)
     assert (sr.as_uint8(x).int() - g["up.uint8"].int()).abs().max() <= 1
     assert torch.equal(sr.as_uint8(g["up.samples"]), g["up.uint8"])
