@@ -188,7 +188,7 @@ class Args:
     pre_batch: int = 512
     """images per step, over all processes"""
     pre_micro_batch: int = 64
-    """images per forward pass, each with its own BatchNorm statistics; processes share them out, bits equal for any number"""
+    """images per forward pass, which BatchNorm sees; bits equal for any number of processes"""
     pre_lr: float = 1e-4
     """learning rate of pre-training (1e-5 from ImageNet weights; sgd 0.2; moco 0.03 at batch 256)"""
     pre_wd: float = 0.05
@@ -274,11 +274,12 @@ IMAGENET_TEMPLATES = (
 )  # fmt: skip
 RG_STEPS = {16: 15, 8: 20, 4: 35, 2: 40, 1: 50}  # of 100: the fewer shots, the further from them
 FAST27 = (
-    997, 800, 799, 600, 599, 500, 400, 399, 377, 355, 333, 311, 288, 266, 244, 222, 200, 199, 177, 155, 133, 111, 88, 66,
-    44, 22, 0,
+    997, 800, 799, 600, 599, 500, 400, 399, 377, 355, 333, 311, 288, 266, 244, 222, 200, 199, 177, 155, 133, 111, 88,
+    66, 44, 22, 0,
 )  # fmt: skip
 SPEED_FLAGS = (
-    "output_dir", "device", "compile", "stages", "resume", "track", "workers", "gen_micro_batch", "filter_while_drawing",
+    "output_dir", "device", "compile", "stages", "resume", "track", "workers", "gen_micro_batch",
+    "filter_while_drawing",
 )  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -359,8 +360,10 @@ def deterministic_step(x, eps, s, i, clamp):
 
 def reverse(denoise, x, s, draw=None, clamp=False):
     """Run the schedule s from its noisiest step to the end. denoise(x, t) -> eps, v or None; draw() -> noise like x,
-    None: DDIM. The number of steps is len(s["t"]): for Real Guidance s holds the r cleanest ones."""
-    s = {k: v.to(x) if v.is_floating_point() else v for k, v in s.items()}
+    None: DDIM. The number of steps is len(s["t"]): for Real Guidance s holds the r cleanest ones.
+
+    The coefficients stay float64 numbers: 1 - abar of the cleanest step has few digits left in float32.
+    """
     for i in reversed(range(len(s["t"]))):
         eps, v = denoise(x, int(s["t"][i]))
         x = deterministic_step(x, eps, s, i, clamp) if draw is None else ancestral_step(x, eps, v, s, i, draw(), clamp)
@@ -488,7 +491,7 @@ def tune_head(W, b, pairs, real, syn, teacher, lr, wd, sl, T, weights=(1.0, 1.0)
 
 
 def info_nce(q, k, queue, temperature=0.2):
-    """MoCo v2: -log of the softmax weight of the own key among it and the queue. q, k [B, d], queue [K, d], unit rows"""
+    """MoCo v2: -log of the softmax weight of the own key among it and the queue. Unit rows q, k [B, d], queue [K, d]"""
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
@@ -670,9 +673,7 @@ class Painter:
         self.pipe = DiffusionPipeline.from_pretrained(generator_path(args.sd_model), dtype=self.dtype, **off)
         self.kind = type(self.pipe).__name__
         if self.kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "IFPipeline"):
-            raise runs.UserError(
-                f"--sd-model {args.sd_model}: a {self.kind}; wanted is Stable Diffusion 1, 2, XL or IF"
-            )
+            raise runs.UserError(f"--sd-model {args.sd_model}: a {self.kind}; wanted: Stable Diffusion 1, 2, XL or IF")
         self.pipe.to(device)
         self.pixel = self.kind == "IFPipeline"
         self.unet, config = self.pipe.unet, self.pipe.unet.config
@@ -700,7 +701,7 @@ class Painter:
 
     @torch.no_grad()
     def encode(self, prompt):
-        """-> text states [L, W], pooled [P] or None; each distinct prompt once and alone: the same bits in any company"""
+        """-> text states [L, W], pooled [P] or None; each prompt once and alone: same bits in any company"""
         if prompt not in self.texts:
             more = dict(device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
             out = self.pipe.encode_prompt(prompt, **more)
@@ -773,7 +774,7 @@ class Painter:
         x = draw()
         if references is not None:
             references = torch.stack([*references, *references[-1:] * (b - n)])
-            x = noised_reference(references, x, s["abar"][-1].float())
+            x = noised_reference(references, x, s["abar"][-1])
         x = reverse(self.denoiser(prompts), x, s, draw if self.args.gen_noise == "ancestral" else None, self.pixel)
         return list(self.pixels(x, prompts, seeds)[:n])
 
@@ -1121,7 +1122,7 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
 
 
 def last_share(tower, share):
-    """The last parameters of the image tower, in order of definition, that make up `share` of it; the rest is frozen."""
+    """The last parameters of the image tower, in order of definition, up to `share` of it; the rest is frozen."""
     params, chosen, total = list(tower.parameters()), [], sum(p.numel() for p in tower.parameters())
     for p in reversed(params):
         take = share > 0 and sum(q.numel() for q in chosen) < share * total

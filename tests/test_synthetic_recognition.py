@@ -145,8 +145,8 @@ def test_golden_tuning_on_synthetic_images(g):
 def test_golden_mix_training(g):
     W0 = g["ct_fsl.W0"]
     W, b = W0.clone().requires_grad_(), torch.zeros(len(W0), requires_grad=True)
-    pairs = [([i for i in real if i >= 0], [i for i in syn if i >= 0])
-             for real, syn in zip(g["ct_fsl.real_idx"].tolist(), g["ct_fsl.syn_idx"].tolist(), strict=True)]  # fmt: skip
+    steps = zip(g["ct_fsl.real_idx"].tolist(), g["ct_fsl.syn_idx"].tolist(), strict=True)
+    pairs = [([i for i in real if i >= 0], [i for i in syn if i >= 0]) for real, syn in steps]
     real, syn = rows_of(g["ct_fsl.Xr"], g["ct_fsl.yr"]), rows_of(g["ct_fsl.Xs"], g["ct_fsl.ys"])
     losses = list(sr.tune_head(W, b, pairs, real, syn, lambda f: sr.head_logits(f, W0, 0.0), 0.02, 0.1, 0.5, 2))
     close(torch.tensor(losses), g["ct_fsl.losses"], 1e-4)
