@@ -740,9 +740,9 @@ class Painter:
         side = self.shape[1] if self.pixel else self.args.gen_resolution
         image = v2.functional.center_crop(v2.functional.resize(image, side, v2.InterpolationMode.BICUBIC), side)
         x = v2.functional.pil_to_tensor(image).float()[None].to(self.device) / 127.5 - 1
-        return (
-            x[0] if self.pixel else self.pipe.vae.encode(x).latent_dist.mode()[0] * self.pipe.vae.config.scaling_factor
-        )
+        if self.pixel:
+            return x[0]
+        return self.pipe.vae.encode(x).latent_dist.mode()[0] * self.pipe.vae.config.scaling_factor
 
     @torch.no_grad()
     def pixels(self, x, prompts, seeds):
