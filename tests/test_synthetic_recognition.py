@@ -7,8 +7,10 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import synthetic_recognition as sr
+from common import models
 from common.run import UserError
 
 
@@ -315,6 +317,74 @@ def test_every_preset_passes_its_own_check():
         sr.check_args(sr.Args(rows=("rg",)))
     with pytest.raises(UserError, match="divide 100"):
         sr.check_args(sr.Args(gen_steps=30))
+
+
+# ---- other generators through the same flag ------------------------------------------------------
+
+
+def tiny_sdxl(folder):
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    blocks = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=4)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **blocks,
+        layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8,
+    )  # fmt: skip
+    two = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **two)
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY_WEIGHTS / "sd" / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=16, max_position_embeddings=tokenizer.model_max_length, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=vae, unet=unet, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=DDIMScheduler(beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def tiny_if(folder):
+    from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY_WEIGHTS / "k2t")
+    text = T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=3, out_channels=6, block_out_channels=(8, 16), norm_num_groups=4,
+        layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    IFPipeline(
+        tokenizer=tokenizer, text_encoder=T5EncoderModel(text), unet=unet, safety_checker=None, feature_extractor=None,
+        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range"), watermarker=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [tiny_sdxl, tiny_if])
+@pytest.mark.parametrize("noise", ["ancestral", "ddim"])
+def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
+    torch.manual_seed(0)
+    family(tmp_path)
+    flags = dict(sd_model=str(tmp_path), gen_resolution=16, gen_steps=4, gen_micro_batch=3, gen_noise=noise)
+    painter = sr.Painter(sr.Args(**{**sr.PRESETS["digits"], **flags}), torch.device("cpu"))
+    pictures = painter.paint(["a seven", "a two"], [1, 2])
+    assert [p.shape for p in pictures] == [(3, 16, 16)] * 2 and pictures[0].dtype == torch.uint8
+    again = painter.paint(["an eight", "a two", "a one"], [5, 2, 9])  # another slot, other neighbours
+    assert torch.equal(again[1], pictures[1]) and not torch.equal(again[0], pictures[0])
+    reference = painter.latent(Image.new("RGB", (20, 30), (200, 30, 90)))
+    guided = painter.paint(["a seven"], [1], 25, [reference])
+    assert guided[0].shape == (3, 16, 16) and not torch.equal(guided[0], pictures[0])
+
+
+def test_a_family_without_a_noise_predicting_unet_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "IFImg2ImgPipeline"}')
+    with pytest.raises(UserError, match="Stable Diffusion 1, 2, XL or IF"):
+        sr.Painter(sr.Args(sd_model=str(tmp_path)), torch.device("cpu"))
 
 
 # ---- the script end to end on the tiny world -----------------------------------------------------
