@@ -689,6 +689,8 @@ class Painter:
         off = {k: v for k, v in off.items() if k in OPTIONAL[self.kind]}
         self.pipe = DiffusionPipeline.from_pretrained(path, dtype=self.dtype, **off)
         self.pipe.to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe.unet.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
         self.pixel = self.kind == "IFPipeline"
         self.unet, config = self.pipe.unet, self.pipe.unet.config
         if args.compile:
@@ -696,7 +698,7 @@ class Painter:
         if self.pixel:
             side, self.stage2 = config.sample_size, self.load_upsampler()
         else:
-            self.pipe.vae.float()
+            self.pipe.vae.to(memory_format=torch.channels_last).float()
             side = args.gen_resolution // 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
         self.shape = (config.in_channels, side, side)
         self.abar = self.pipe.scheduler.alphas_cumprod.double()
