@@ -81,7 +81,7 @@ class Args:
 
     setting: Literal["zero-shot", "few-shot", "pretrain"] = "zero-shot"
     """zero-shot: Sec. 3.1, few-shot: Sec. 3.2, pretrain: Sec. 3.3"""
-    rows: tuple[Row, ...] = ("zero-shot", "basic-ce", "basic-sce", "le-ce", "le-sce", "le+cf-ce", "le+cf-sce")
+    ladder: tuple[Row, ...] = ("zero-shot", "basic-ce", "basic-sce", "le-ce", "le-sce", "le+cf-ce", "le+cf-sce")
     """rows of the table, all of one setting; few-shot rows are repeated for every shot count"""
 
     # ---- models --------------------------------------------------------------------------------
@@ -206,9 +206,9 @@ class Args:
 
 
 FEW = dict(
-    setting="few-shot", rows=("zero-shot", "real", "basic", "rf", "rg", "syn-real", "real-syn"), head_lr=1e-3,
+    setting="few-shot", ladder=("zero-shot", "real", "basic", "rf", "rg", "syn-real", "real-syn"), head_lr=1e-3,
 )  # fmt: skip
-PRE = dict(setting="pretrain", rows=("scratch", "supervised"))
+PRE = dict(setting="pretrain", ladder=("scratch", "supervised"))
 TINY = dict(
     dataset="digits", sd_model="tiny", head_clip="tiny", filter_clip="tiny", sentence_model="tiny", precision="fp32",
     workers=0, sentences=40, gen_images_per_class=60, rg_images=16, gen_resolution=32, gen_steps=20, gen_noise="ddim",
@@ -544,7 +544,7 @@ def gen_prompt(args, text):
 
 def image_sets(args):
     """{set: images per class} that the rows need. le: sentences, in images/; rg<M>: Real Guidance from M shots."""
-    rows, n = set(args.rows), args.gen_images_per_class
+    rows, n = set(args.ladder), args.gen_images_per_class
     sets = {"basic": n} if args.setting == "zero-shot" and {"basic-ce", "basic-sce"} & rows else {}
     if args.setting == "pretrain" or {"le-ce", "le-sce", "le+cf-ce", "le+cf-sce", "basic", "rf"} & rows:
         sets["le"] = n
@@ -991,17 +991,17 @@ PHASE_LR = 2e-3  # Table 7: each phase of syn-real and real-syn
 def table_rows(args):
     """(row, shots or images per class) of every line of the table; 0 where neither matters"""
     if args.setting == "zero-shot":
-        return [(row, 0) for row in args.rows]
+        return [(row, 0) for row in args.ladder]
     if args.setting == "few-shot":
-        return [(row, m) for row in args.rows for m in ((0,) if row == "zero-shot" else args.shot_counts)]
-    return [(row, n) for row in args.rows for n in ((0,) if row == "scratch" else args.pre_amounts)]
+        return [(row, m) for row in args.ladder for m in ((0,) if row == "zero-shot" else args.shot_counts)]
+    return [(row, n) for row in args.ladder for n in ((0,) if row == "scratch" else args.pre_amounts)]
 
 
-def run_name(row, n, seed):
+def classifier_name(row, n, seed):
     return f"{row}-{n}-seed{seed}" if n else f"{row}-seed{seed}"
 
 
-def classifiers_to_train(args):
+def planned_classifiers(args):
     """(row, n, seed) of every classifier to train"""
     seeds = [args.seed + s for s in range(args.clf_seeds)]
     return [(row, n, seed) for row, n in table_rows(args) if row != "zero-shot" for seed in seeds]
@@ -1010,7 +1010,7 @@ def classifiers_to_train(args):
 def metrics_of(args, run, row, n):
     """metrics.json of the finished classifiers of one line of the table"""
     seeds = [args.seed] if row == "zero-shot" else [args.seed + s for s in range(args.clf_seeds)]
-    files = [run.path("classifier", "runs", run_name(row, n, seed), "metrics.json") for seed in seeds]
+    files = [run.path("classifier", "runs", classifier_name(row, n, seed), "metrics.json") for seed in seeds]
     return [json.loads(f.read_text()) for f in files if f.exists()]
 
 
@@ -1051,20 +1051,20 @@ def train_heads(args, run, dist, names, shots, picks, test):
             images[name] = datasets.Images(labels, keys, names, set_folder(run, name))
         for name, source in images.items():
             cached[name] = Cached(run, name, clip, source.keys, 0 if name == "test" else args.train_lowres)
-        if dist.main and "zero-shot" in args.rows:
+        if dist.main and "zero-shot" in args.ladder:
             score = top1(head_logits(cached["test"].features, W0, 0.0), cached["test"].labels)
-            file = run.path("classifier", "runs", run_name("zero-shot", 0, args.seed), "metrics.json")
+            file = run.path("classifier", "runs", classifier_name("zero-shot", 0, args.seed), "metrics.json")
             runs.write_json(file, dict(row="zero-shot", n=0, seed=args.seed, test=score, images=0, updates=0))
-        for row, n, seed in distributed.my_items(classifiers_to_train(args), dist):
+        for row, n, seed in distributed.my_items(planned_classifiers(args), dist):
             train_head(args, run, dist.device, clip, row, n, seed, W0, images, cached, keep, picks)
         distributed.barrier(dist)
         if dist.main:
             export_head(args, run, clip, names, W0)
-    run.done("train", classifiers=len(classifiers_to_train(args)))
+    run.done("train", classifiers=len(planned_classifiers(args)))
 
 
 def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, picks):
-    folder = run.path("classifier", "runs", run_name(row, m, seed))
+    folder = run.path("classifier", "runs", classifier_name(row, m, seed))
     if (folder / "metrics.json").exists():
         return
     found = synthetic_rows(row, m, cached, keep, picks)
@@ -1121,14 +1121,14 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
         for loss in losses:
             step += 1
             if step % max(1, total // 10) == 0 or step == total:
-                runs.check_finite(loss, f"train, {run_name(row, m, seed)}, step {step}")
+                runs.check_finite(loss, f"train, {classifier_name(row, m, seed)}, step {step}")
                 if on_images:
                     x_test = encode_images(clip, images["test"], batch=args.gen_micro_batch)
                 with torch.no_grad():
                     score = top1(head_logits(x_test, W, b), y_test)
                 best = max(best, score)
                 curve.append(dict(step=step, loss=loss, test=score))
-                run.log(step, **{f"train/{run_name(row, m, seed)}/loss": loss})
+                run.log(step, **{f"train/{classifier_name(row, m, seed)}/loss": loss})
     tensors = {"weight": W.detach(), "bias": b.detach()}
     if on_images:
         tensors |= {f"visual.{k}": v for k, v in tower.state_dict().items()}
@@ -1149,7 +1149,7 @@ def last_share(tower, share):
 
 def main_row(args):
     """(row, n, seed) of the classifier that is saved: fixed beforehand, so nothing is chosen on the test set"""
-    order = ["le+cf-sce", "rg", "supervised", "moco", *args.rows[::-1]]
+    order = ["le+cf-sce", "rg", "supervised", "moco", *args.ladder[::-1]]
     trained = [(row, n) for row, n in table_rows(args) if row != "zero-shot"]
     row = min((row for row, _ in trained), key=order.index)
     return row, max(n for r, n in trained if r == row), args.seed
@@ -1158,7 +1158,7 @@ def main_row(args):
 def export_head(args, run, clip, names, W0):
     """classifier/: the CLIP as an open_clip folder, the head beside it in head.safetensors, classes.json"""
     row, n, seed = main_row(args)
-    tensors = runs.load_tensors(run.path("classifier", "runs", run_name(row, n, seed), "weights.safetensors"))
+    tensors = runs.load_tensors(run.path("classifier", "runs", classifier_name(row, n, seed), "weights.safetensors"))
     tower = {k.removeprefix("visual."): v for k, v in tensors.items() if k.startswith("visual.")}
     if tower:
         clip.model.visual.load_state_dict(tower)
@@ -1173,7 +1173,7 @@ def export_head(args, run, clip, names, W0):
 # Reads images/ and the training split; writes classifier/runs/<row>-<n>-seed<s>/ and classifier/.
 
 
-class Views(torch.utils.data.Dataset):
+class AugmentedViews(torch.utils.data.Dataset):
     """Item (position, i): `views` augmentations of image i, drawn from (seed, position)."""
 
     def __init__(self, images, transform, views, *seed):
@@ -1207,7 +1207,9 @@ def augmentation(args, kind, size):
     )
 
 
-def fit(args, run, dist, file, name, modules, images, transform, views, batch, epochs, optimizer, rate, loss_of, seed):
+def train_network(
+    args, run, dist, file, name, modules, images, transform, views, batch, epochs, optimizer, rate, loss_of, seed
+):
     """The training loop of pre-training and transfer. loss_of(x [B, views, 3, S, S], y [B], step) -> mean loss.
 
     A step is cut into micro-batches, shared out over processes and added up in one order (BatchNorm's running
@@ -1218,7 +1220,7 @@ def fit(args, run, dist, file, name, modules, images, transform, views, batch, e
     moving = [b for m in modules for b in m.buffers() if b.is_floating_point()]
     first, _, _ = load_training(file, weights, optimizer)
     per_epoch = math.ceil(len(images) / batch)
-    data = Views(images, transform, views, seed, "data")
+    data = AugmentedViews(images, transform, views, seed, "data")
 
     def units(step):
         epoch, i = divmod(step, per_epoch)
@@ -1305,12 +1307,12 @@ def pretrain(args, run, dist, net, row, images, n_classes, seed, file):
             def rate(e):
                 return args.pre_lr * max(e, 1e-3) / warm if e < warm else cosine[0](e)
 
-    fit(args, run, dist, file, f"pretrain-{name}", modules, images, augmentation(args, kind, args.pre_size), views,
+    train_network(args, run, dist, file, f"pretrain-{name}", modules, images, augmentation(args, kind, args.pre_size), views,
         args.pre_batch, args.pre_epochs, optimizer, rate, loss_of, seed)  # fmt: skip
 
 
 def moco(args, net, seed, device, size=65536, dim=128, momentum=0.999):
-    """MoCo v2 around net: -> modules to train and to save, loss_of for `fit`. The queue is refreshed once per step."""
+    """MoCo v2 around net: -> modules to train and to save, loss_of for `train_network`. The queue is refreshed once per step."""
     import copy
 
     seed_global(distributed.seed_of(seed, "moco"))
@@ -1349,22 +1351,22 @@ def train_backbones(args, run, dist, data, gen_names):
         if args.transfer_images:
             count = args.transfer_images
             real = real.subset(datasets.few_shot(real, data.name, count, args.seed, len(data.class_names)))
-        for row, n, seed in classifiers_to_train(args):
+        for row, n, seed in planned_classifiers(args):
             transfer_one(args, run, dist, row, n, seed, gen_names, real, data)
         if dist.main:
             row, n, seed = main_row(args)
             net = new_backbone(args, len(data.class_names), seed, "cpu")
-            weights = run.path("classifier", "runs", run_name(row, n, seed), "weights.safetensors")
+            weights = run.path("classifier", "runs", classifier_name(row, n, seed), "weights.safetensors")
             net.load_state_dict(runs.load_tensors(weights))
             timm.models.save_for_hf(net, run.path("classifier"), safe_serialization=True)
             about = dict(kind="timm", class_names=data.class_names, row=row, n=n, seed=seed)
             runs.write_json(run.path("classifier", "classes.json"), about)
-    run.done("train", classifiers=len(classifiers_to_train(args)))
+    run.done("train", classifiers=len(planned_classifiers(args)))
 
 
 def transfer_one(args, run, dist, row, n, seed, gen_names, real, data):
     """Pre-train (unless scratch), then fine-tune everything on the real images and score the test split."""
-    folder = run.path("classifier", "runs", run_name(row, n, seed))
+    folder = run.path("classifier", "runs", classifier_name(row, n, seed))
     if (folder / "metrics.json").exists():
         return
     n_classes = len(data.class_names)
@@ -1387,7 +1389,7 @@ def transfer_one(args, run, dist, row, n, seed, gen_names, real, data):
 
     optimizer = torch.optim.SGD(net.parameters(), lr=args.transfer_lr, momentum=0.9, weight_decay=5e-4)
     drops = [share * args.transfer_epochs for share in (0.3, 0.6, 0.8)]
-    fit(args, run, dist, folder / "transfer.safetensors", f"transfer-{folder.name}", [net], real,
+    train_network(args, run, dist, folder / "transfer.safetensors", f"transfer-{folder.name}", [net], real,
         augmentation(args, "plain", args.pre_size), 1, args.transfer_batch, args.transfer_epochs, optimizer,
         lambda e: args.transfer_lr * 0.2 ** sum(e >= d for d in drops),
         lambda x, y, step: F.cross_entropy(net(x[:, 0]).float(), y), seed)  # fmt: skip
@@ -1447,11 +1449,11 @@ def evaluate_saved(args, run, dist, names, shots, picks, test):
         if abs(score - trained) > 0.5:
             raise RuntimeError(f"classifier/ scores {score:.2f} after loading, {trained:.2f} when it was trained")
         if dist.main:
-            write_results(args, run, names, shots, picks, logits.argmax(1), labels, score)
+            write_everything(args, run, names, shots, picks, logits.argmax(1), labels, score)
     run.done("evaluate", top1=score)
 
 
-def write_results(args, run, names, shots, picks, predicted, labels, score):
+def write_everything(args, run, names, shots, picks, predicted, labels, score):
     metrics, table = {}, []
     for row, n in table_rows(args):
         found = metrics_of(args, run, row, n)
@@ -1463,7 +1465,7 @@ def write_results(args, run, names, shots, picks, predicted, labels, score):
         spread = float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
         best = [m["test_selected"] for m in found if "test_selected" in m]
         about = dict(mean=float(np.mean(scores)), std=spread, per_seed=scores, updates=found[0]["updates"])
-        metrics[run_name(row, n, 0).removesuffix("-seed0")] = about | dict(images=found[0]["images"])
+        metrics[classifier_name(row, n, 0).removesuffix("-seed0")] = about | dict(images=found[0]["images"])
         shown = f"{np.mean(scores):.1f}" + (f" ± {spread:.1f}" if len(scores) > 1 else "")
         table.append([ROW_NAMES[row] + unit, shown, f"{np.mean(best):.1f}" if best else "", str(found[0]["images"])])
 
@@ -1525,10 +1527,10 @@ def check_args(args):
     for name in ("sl", "label_smoothing", "tune_share"):
         if not 0 <= getattr(args, name) <= 1:
             raise runs.UserError(f"{runs.flag(name)} is {getattr(args, name)}; it must lie in 0..1")
-    wrong = [row for row in args.rows if row not in SETTING_ROWS[args.setting]]
-    if wrong or set(args.rows) <= {"zero-shot"}:
+    wrong = [row for row in args.ladder if row not in SETTING_ROWS[args.setting]]
+    if wrong or set(args.ladder) <= {"zero-shot"}:
         what = f"{wrong[0]} is no row of" if wrong else "something to train is wanted of"
-        raise runs.UserError(f"--rows: {what} --setting {args.setting}: {', '.join(SETTING_ROWS[args.setting])}")
+        raise runs.UserError(f"--ladder: {what} --setting {args.setting}: {', '.join(SETTING_ROWS[args.setting])}")
     if 100 % args.gen_steps:
         raise runs.UserError(f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
     if args.sl_temperature <= 0 or not 0 <= args.rg_steps < 100:

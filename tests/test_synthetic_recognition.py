@@ -314,7 +314,7 @@ def test_every_preset_passes_its_own_check():
     for name, flags in sr.PRESETS.items():
         sr.check_args(sr.Args(preset=name, **flags))
     with pytest.raises(UserError, match="no row of"):
-        sr.check_args(sr.Args(rows=("rg",)))
+        sr.check_args(sr.Args(ladder=("rg",)))
     with pytest.raises(UserError, match="divide 100"):
         sr.check_args(sr.Args(gen_steps=30))
 
@@ -391,9 +391,9 @@ def test_a_family_without_a_noise_predicting_unet_is_refused(tmp_path):
 
 SMALL = (
     "--sentences 4 --gen-images-per-class 5 --gen-steps 4 --gen-micro-batch 25 --filter-keep 3 --clf-seeds 1 "
-    "--head-epochs 2 --rows zero-shot basic-ce le+cf-sce"
+    "--head-epochs 2 --ladder zero-shot basic-ce le+cf-sce"
 ).split()
-FEW = "--preset digits-few-shot --gen-steps 20 --rg-images 4 --shot-counts 2 4 --rows zero-shot real rf rg syn-real"
+FEW = "--preset digits-few-shot --gen-steps 20 --rg-images 4 --shot-counts 2 4 --ladder zero-shot real rf rg syn-real"
 
 
 @pytest.fixture(scope="module")
@@ -487,7 +487,7 @@ def test_few_shot_end_to_end(launch, tmp_path):
 @pytest.mark.slow
 def test_pretrain_end_to_end_with_two_processes(launch, tmp_path, tree_hash):
     flags = "--preset digits-pretrain --pre-amounts 5 --pre-epochs 2 --transfer-epochs 2 --pre-micro-batch 25".split()
-    flags += [*SMALL[:8], "--clf-seeds", "1", "--rows", "scratch", "supervised", "moco"]
+    flags += [*SMALL[:8], "--clf-seeds", "1", "--ladder", "scratch", "supervised", "moco"]
     launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "one")
     launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "two", processes=2)
     result = json.loads((tmp_path / "one" / "results.json").read_text())
