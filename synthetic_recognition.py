@@ -1307,12 +1307,13 @@ def pretrain(args, run, dist, net, row, images, n_classes, seed, file):
             def rate(e):
                 return args.pre_lr * max(e, 1e-3) / warm if e < warm else cosine[0](e)
 
-    train_network(args, run, dist, file, f"pretrain-{name}", modules, images, augmentation(args, kind, args.pre_size), views,
-        args.pre_batch, args.pre_epochs, optimizer, rate, loss_of, seed)  # fmt: skip
+    view = augmentation(args, kind, args.pre_size)
+    plan = (args.pre_batch, args.pre_epochs, optimizer, rate, loss_of, seed)
+    train_network(args, run, dist, file, f"pretrain-{name}", modules, images, view, views, *plan)
 
 
 def moco(args, net, seed, device, size=65536, dim=128, momentum=0.999):
-    """MoCo v2 around net: -> modules to train and to save, loss_of for `train_network`. The queue is refreshed once per step."""
+    """MoCo v2 around net: -> modules to train and to save, loss_of. The keys' network moves once per step."""
     import copy
 
     seed_global(distributed.seed_of(seed, "moco"))
