@@ -1217,7 +1217,8 @@ def train_network(
     """
     weights = {f"{i}.{k}": v for i, m in enumerate(modules) for k, v in m.state_dict(keep_vars=True).items()}
     params = optimizer.param_groups[0]["params"]
-    moving = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+    buffers = [b for m in modules for name, b in m.named_buffers() if name != "queue"]
+    moving, counters = ([b for b in buffers if b.is_floating_point() == kind] for kind in (True, False))
     first, _, _ = load_training(file, weights, optimizer)
     per_epoch = math.ceil(len(images) / batch)
     data = AugmentedViews(images, transform, views, seed, "data")
@@ -1235,7 +1236,8 @@ def train_network(
     for step in range(first, total):
         for m in modules:
             m.train()
-        parts, sums, before = units(step), {}, [b.clone() for b in moving]
+        parts, sums = units(step), {}
+        before, count = [b.clone() for b in moving], [b.clone() for b in counters]
         n = sum(map(len, parts))
         for j in range(dist.rank, len(parts), dist.world):
             x, y = next(loader)
@@ -1249,6 +1251,8 @@ def train_network(
         sums = distributed.sum_in_order(sums, len(parts), dist)
         for b, new in zip(moving, sums[len(params) + 1 :], strict=True):
             b.copy_(new)
+        for b, old in zip(counters, count, strict=True):  # one step, however many micro-batches this process saw
+            b.copy_(old + 1)
         for p, grad in zip(params, sums, strict=False):
             p.grad = grad
         optimizer.param_groups[0]["lr"] = rate(step / per_epoch)
