@@ -1540,8 +1540,8 @@ def check_args(args):
         raise runs.UserError(f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
     if args.sl_temperature <= 0 or not 0 <= args.rg_steps < 100:
         raise runs.UserError("--sl-temperature must be above 0 and --rg-steps in 0..99")
-    if args.setting == "few-shot" and min(args.shot_counts) < 1:
-        raise runs.UserError(f"--shot-counts {args.shot_counts}: each must be at least 1")
+    if args.setting == "few-shot" and not 1 <= min(args.shot_counts) <= max(args.shot_counts) <= 16:
+        raise runs.UserError(f"--shot-counts {args.shot_counts}: each must lie in 1..16, where the sets are nested")
     if (
         args.setting == "pretrain"
         and not 1 <= min(args.pre_amounts) <= max(args.pre_amounts) <= args.gen_images_per_class
