@@ -1075,6 +1075,8 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
         f, y = syn.features[syn_rows], syn.labels[syn_rows]
         good = real_filter(f, y, shots.features[real_rows], shots.labels[real_rows], args.rf_margin)
         syn_rows = [i for i, ok in zip(syn_rows, good.tolist(), strict=True) if ok]
+        if not syn_rows:
+            raise runs.UserError(f"row rf, {m} shots: Real Filtering left no image; pass a larger --rf-margin")
 
     # Seeds name neither row nor set: rows of equal length see the same order.
     sizes = (args.head_batch_real, args.head_batch, args.head_epochs, seed)
@@ -1124,6 +1126,7 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
                 runs.check_finite(loss, f"train, {classifier_name(row, m, seed)}, step {step}")
                 if on_images:
                     x_test = encode_images(clip, images["test"], batch=args.gen_micro_batch)
+                    tower.train(not args.freeze_bn)  # encode_images leaves the mode of the whole model
                 with torch.no_grad():
                     score = top1(head_logits(x_test, W, b), y_test)
                 best = max(best, score)
@@ -1171,6 +1174,20 @@ def export_head(args, run, clip, names, W0):
 # ---------------------------------------------------------------------------------------------
 # [5] train, pretrain: a backbone on synthetic images, then all its weights on the real ones (Sec. 3.3).
 # Reads images/ and the training split; writes classifier/runs/<row>-<n>-seed<s>/ and classifier/.
+
+
+class Order:
+    """Entry at each position of an endless stream: one shuffled pass over the list after another."""
+
+    def __init__(self, n, seed_parts):
+        self.n, self.seed_parts, self.epoch = n, seed_parts, None
+
+    def __getitem__(self, position):
+        epoch, i = divmod(position, self.n)
+        if epoch != self.epoch:
+            g = distributed.generator(*self.seed_parts, "order", epoch)
+            self.epoch, self.order = epoch, torch.randperm(self.n, generator=g).tolist()
+        return self.order[i]
 
 
 class AugmentedViews(torch.utils.data.Dataset):
@@ -1221,16 +1238,15 @@ def train_network(
     moving, counters = ([b for b in buffers if b.is_floating_point() == kind] for kind in (True, False))
     first, _, _ = load_training(file, weights, optimizer)
     per_epoch = math.ceil(len(images) / batch)
-    data = AugmentedViews(images, transform, views, seed, "data")
+    data, order = AugmentedViews(images, transform, views, seed, "data"), Order(len(images), (seed,))
 
     def units(step):
-        epoch, i = divmod(step, per_epoch)
-        order = torch.randperm(len(images), generator=distributed.generator(seed, "order", epoch)).tolist()
-        rows = [(step * batch + j, row) for j, row in enumerate(order[i * batch : (i + 1) * batch])]
-        return chunks(rows, args.pre_micro_batch)
+        epoch, i = divmod(step, per_epoch)  # an epoch's last batch may be short
+        start, end = epoch * len(images) + i * batch, (epoch + 1) * len(images)
+        return chunks([(p, order[p]) for p in range(start, min(start + batch, end))], args.pre_micro_batch)
 
     total = epochs * per_epoch
-    mine = [unit for step in range(first, total) for unit in units(step)[dist.rank :: dist.world]]
+    mine = (unit for step in range(first, total) for unit in units(step)[dist.rank :: dist.world])
     loader = iter(torch.utils.data.DataLoader(data, batch_sampler=mine, num_workers=args.workers))
     bar = distributed.progress(total, name, dist, initial=first, unit="steps")
     for step in range(first, total):
@@ -1475,8 +1491,8 @@ def write_everything(args, run, names, shots, picks, predicted, labels, score):
         table.append([ROW_NAMES[row] + unit, shown, f"{np.mean(best):.1f}" if best else "", str(found[0]["images"])])
 
     per_class = [(predicted[labels == c] == c).float().mean().item() * 100 for c in range(len(names))]
-    simple = ("zero-shot", "real", "scratch")
-    baselines = {k: v for k, v in metrics.items() if k.split("-")[0] in simple or k in simple}
+    simple = [classifier_name(row, n, 0) for row, n in table_rows(args) if row in ("zero-shot", "real", "scratch")]
+    baselines = {k: v for k, v in metrics.items() if f"{k}-seed0" in simple}
     ours = {k: v for k, v in metrics.items() if k not in baselines}
     ours["saved_classifier"] = dict(top1=score, per_class=dict(zip(names, per_class, strict=True)))
     run.results(
