@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Few-shot on ImageNet: 1, 2, 4, 8 and 16 real images per class, Real Guidance, CLIP RN50 head.
+#
+# Expect: the paper shows a curve only; not run by us
+# Cost:   not measured
+# Data:   data/imagenet with train/<wnid>/ and val/<wnid>/
+torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
+    --preset imagenet-few-shot "$@"

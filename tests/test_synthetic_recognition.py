@@ -1,0 +1,496 @@
+"""Synthetic data for recognition: values of the authors' code, invariants of the method, the script end to end."""
+
+import json
+import subprocess
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import synthetic_recognition as sr
+from common import models
+from common.run import UserError
+
+
+@pytest.fixture
+def g(golden):
+    return golden("synthetic_recognition")
+
+
+def close(a, b, tol):
+    assert a.shape == b.shape
+    assert (a.double() - b.double()).abs().max().item() <= tol
+
+
+# ---- golden ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [2, 4])
+def test_golden_soft_loss(g, T):
+    z, z0, y = g["loss.student_logits"].clone().requires_grad_(), g["loss.teacher_logits"], g["loss.labels"]
+    close(sr.soft_loss(z, z0, T), g[f"loss.T{T}.soft"], 1e-5)
+    total = sr.tuning_loss(z, z0, y, 0.5, T)
+    close(total, g[f"loss.T{T}.total_sl0.5"], 1e-5)
+    close(torch.autograd.grad(total, z)[0], g[f"loss.T{T}.grad_student_sl0.5"], 1e-6)
+
+
+def test_golden_hard_losses(g):
+    z, z0, y = g["loss.student_logits"], g["loss.teacher_logits"], g["loss.labels"]
+    close(sr.tuning_loss(z, None, y, 0, 2), g["loss.hard_ce"], 1e-5)
+    close(sr.tuning_loss(z, None, y, 0, 2, smoothing=0.1), g["loss.label_smoothing_0.1"], 1e-5)
+    close(sr.tuning_loss(z, None, z0.argmax(1), 0, 2), g["loss.hard_pseudo_label"], 1e-5)
+
+
+def test_golden_learning_rate(g):
+    total = g["lr.nowarm.steps"].item()
+    ours = torch.tensor([sr.head_rate(s, total, 2e-3) for s in range(total)], dtype=torch.float64)
+    close(ours, g["lr.nowarm.base2e-3"], 1e-12)
+    total, warmup = g["lr.warm.steps_warm"].tolist()
+    ours = torch.tensor([sr.head_rate(s, total, 1e-3, warmup) for s in range(total)], dtype=torch.float64)
+    close(ours, g["lr.warm.base1e-3"], 1e-12)
+
+
+def test_golden_zero_shot_head(g):
+    W = sr.zero_shot_head(g["zs.text_emb"], g["zs.logit_scale"].exp())
+    close(W, g["zs.weight"], 1e-4)
+    close(sr.head_logits(g["zs.image_features"], W, g["zs.bias"]), g["zs.logits"], 1e-4)
+    assert not g["zs.bias"].any()
+
+
+def test_golden_filter(g):
+    f, c, scale = g["filter.image_features"], g["filter.class"].item(), g["filter.logit_scale_log"].exp()
+    W = sr.zero_shot_head(g["filter.text_features"][:, None], scale)
+    close(sr.head_logits(f, W, 0.0), g["filter.logits"], 1e-4)
+    confidence = sr.own_confidence(f, W, c)
+    close(confidence, g["filter.confidence"], 1e-5)
+    keep = sr.clip_filter(confidence, len(W), 0, None)
+    assert torch.equal(torch.zeros(48, dtype=torch.uint8).index_fill(0, keep, 1), g["filter.keep_mask"])
+    few = g["filter.topk_when_too_few"]
+    assert torch.equal(sr.most_confident(confidence, len(few)), few)
+    assert torch.equal(sr.clip_filter(confidence, len(W), len(few), None), few.sort().values)
+    drawn = sr.clip_filter(confidence, len(W), 3, torch.Generator().manual_seed(0))
+    assert len(set(drawn.tolist())) == 3 and set(drawn.tolist()) <= set(keep.tolist())
+
+
+def relative(a, b, tol=1e-10):
+    assert a.shape == b.shape and a.dtype == torch.float64
+    assert ((a - b).abs() <= tol * b.abs().clamp(min=1e-300)).all()
+
+
+def base(g):
+    kept = sr.kept_timesteps()
+    assert torch.equal(kept, g["sched.base.timestep_map"])
+    return sr.respaced(sr.cosine_alphas(), kept)
+
+
+def test_golden_schedules(g):
+    s = base(g)
+    relative(s["abar"], g["sched.base.alphas_cumprod"])
+    relative(s["beta"], g["sched.base.betas"])
+    relative(s["log_variance"], g["sched.base.posterior_log_variance_clipped"])
+    kept = torch.tensor(sr.FAST27[::-1])
+    assert torch.equal(kept, g["sched.up.timestep_map"])
+    relative(sr.respaced(sr.linear_alphas(), kept)["abar"], g["sched.up.alphas_cumprod"])
+
+
+@pytest.mark.parametrize("shots", [16, 8, 4, 2, 1])
+def test_golden_real_guidance_start(g, shots):
+    r = sr.RG_STEPS[shots]
+    x = sr.noised_reference(g["rg.ref"], g[f"rg.noise_r{r}"], base(g)["abar"][r - 1].float())
+    close(x, g[f"rg.xt_r{r}"], 1e-5)
+
+
+def test_golden_guided_ancestral_loop(g):
+    r, noises = g["loop.r"].item(), g["loop.noises"][:, :2]
+    s = {k: v[:r] for k, v in base(g).items()}
+    calls = []
+
+    def denoise(x, t):
+        calls.append(t)
+        shift = 0.1 * torch.sin(torch.tensor(2 * torch.pi * t / 1000))
+        return sr.guided((0.4 * x).tanh() + shift, (0.9 * x).tanh() + shift, 3.0), 0.5 * x.tanh()
+
+    draws = iter(noises[1:])
+    x = sr.noised_reference(g["rg.ref"], noises[0], s["abar"][-1].float())
+    x = sr.reverse(denoise, x, s, lambda: next(draws), clamp=True)
+    close(x, g["loop.samples"], 1e-5)
+    assert len(calls) == r
+
+
+def test_golden_upsampler(g):
+    low = sr.quantised(g["loop.samples"])
+    close(low, g["up.low_res"], 1e-6)
+    u = F.interpolate(low, size=32, mode="bilinear", align_corners=False)
+    s = sr.respaced(sr.linear_alphas(), torch.tensor(sr.FAST27[::-1]))
+    x = sr.reverse(
+        lambda x, t: ((x - 0.5 * u).tanh() + 0.05 * t / 1000, None), 0.997 * g["up.unit_noise"], s, None, True
+    )
+    close(x, g["up.samples"], 1e-4)
+    assert (sr.as_uint8(x).int() - g["up.uint8"].int()).abs().max() <= 1
+    assert torch.equal(sr.as_uint8(g["up.samples"]), g["up.uint8"])
+
+
+def rows_of(x, y):
+    return lambda rows: (x[rows], y[rows])
+
+
+def test_golden_tuning_on_synthetic_images(g):
+    W0, order = g["ct_zsl.W0"], g["ct_zsl.order"].tolist()
+    W, b = W0.clone().requires_grad_(), torch.zeros(len(W0), requires_grad=True)
+    pairs = [([], rows) for epoch in order for rows in sr.chunks(epoch, 16)]
+    data = rows_of(g["ct_zsl.X"], g["ct_zsl.y"])
+    losses = list(sr.tune_head(W, b, pairs, None, data, lambda f: sr.head_logits(f, W0, 0.0), 0.05, 0.1, 0.5, 2))
+    close(torch.tensor(losses), g["ct_zsl.losses"], 1e-4)
+    close(W, g["ct_zsl.W"], 1e-4)
+    close(b, g["ct_zsl.b"], 1e-4)
+
+
+def test_golden_mix_training(g):
+    W0 = g["ct_fsl.W0"]
+    W, b = W0.clone().requires_grad_(), torch.zeros(len(W0), requires_grad=True)
+    steps = zip(g["ct_fsl.real_idx"].tolist(), g["ct_fsl.syn_idx"].tolist(), strict=True)
+    pairs = [([i for i in real if i >= 0], [i for i in syn if i >= 0]) for real, syn in steps]
+    real, syn = rows_of(g["ct_fsl.Xr"], g["ct_fsl.yr"]), rows_of(g["ct_fsl.Xs"], g["ct_fsl.ys"])
+    losses = list(sr.tune_head(W, b, pairs, real, syn, lambda f: sr.head_logits(f, W0, 0.0), 0.02, 0.1, 0.5, 2))
+    close(torch.tensor(losses), g["ct_fsl.losses"], 1e-4)
+    close(W, g["ct_fsl.W"], 1e-4)
+    close(b, g["ct_fsl.b"], 1e-4)
+    ours = sr.step_pairs(12, 40, 5, 16, 3, "test")  # the loader rule that the indices document: same sizes
+    assert [(len(r), len(s)) for r, s in ours] == [(len(r), len(s)) for r, s in pairs]
+
+
+def test_golden_every_key_is_used(g, request):
+    ours = {i.name for i in request.session.items if i.fspath == request.node.fspath and "golden" in i.name}
+    if len(ours) < 16:
+        pytest.skip("only when all golden tests of this file run")
+    assert g.unread() == []
+
+
+# ---- invariants (section 11 of the method) ------------------------------------------------------
+
+
+@pytest.fixture
+def problem():
+    gen = torch.Generator().manual_seed(0)
+    W0 = 10 * F.normalize(torch.randn(4, 16, generator=gen), dim=-1)
+    x, y = torch.randn(60, 16, generator=gen), torch.randint(4, (60,), generator=gen)
+    x_real, y_real = torch.randn(12, 16, generator=gen), torch.arange(12) % 4
+    return W0, x, y, x_real, y_real
+
+
+def tuned(problem, pairs, **more):
+    W0, x, y, x_real, y_real = problem
+    W, b = W0.clone().requires_grad_(), torch.zeros(4, requires_grad=True)
+    flags = dict(lr=0.05, wd=0.1, sl=0.5, T=2) | more
+    teacher = W0.clone()
+    steps = sr.tune_head(
+        W, b, pairs, rows_of(x_real, y_real), rows_of(x, y), lambda f: sr.head_logits(f, teacher, 0.0), **flags
+    )
+    losses = list(steps)
+    assert torch.equal(teacher, W0)  # the teacher never changes
+    return W.detach(), b.detach(), losses
+
+
+def test_head_has_rows_of_the_temperature_and_ignores_feature_length(problem):
+    W0, x, *_ = problem
+    text = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(1))
+    close(sr.zero_shot_head(text, 100.0).norm(dim=1), torch.full((5,), 100.0), 1e-3)
+    close(sr.head_logits(7 * x, W0, 0.0), sr.head_logits(x, W0, 0.0), 1e-5)
+
+
+def test_soft_loss_is_flat_at_the_teacher_over_T(problem):
+    W0, x, *_ = problem
+    z0 = sr.head_logits(x, W0, 0.0)
+    for T in (1.0, 2.0):
+        W = (W0 / T).requires_grad_()
+        gradient = torch.autograd.grad(sr.soft_loss(sr.head_logits(x, W, 0.0), z0, T), W)[0]
+        assert gradient.norm() < 1e-6
+    W = W0.clone().requires_grad_()
+    assert torch.autograd.grad(sr.soft_loss(sr.head_logits(x, W, 0.0), z0, 2.0), W)[0].norm() > 1e-3
+
+
+def test_loss_ignores_shifts_and_sl_zero_is_cross_entropy(problem):
+    W0, x, y, *_ = problem
+    z0, shift = sr.head_logits(x, W0, 0.0), torch.randn(60, 1, generator=torch.Generator().manual_seed(2))
+    z = 1.3 * z0.flip(0)
+    loss = sr.tuning_loss(z, z0, y, 0.5, 2)
+    close(sr.tuning_loss(z + shift, z0 - 3 * shift, y, 0.5, 2), loss, 1e-5)
+    assert torch.equal(sr.tuning_loss(z, z0, y, 0, 2), F.cross_entropy(z, y))
+
+
+def test_filter_branches():
+    confidence = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    assert len(sr.clip_filter(confidence, 10**9, 0, None)) == 50  # threshold about 0: all stay
+    two = torch.stack([confidence, 1 - confidence], 1)
+    assert torch.equal(sr.clip_filter(confidence, 2, 0, None), (two.argmax(1) == 0).nonzero().flatten())
+    assert len(sr.clip_filter(confidence, 2, 45, None)) == 45 and len(sr.clip_filter(confidence, 2, 99, None)) == 50
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(1))
+    few = sr.clip_filter(confidence[order], 2, 45, None)
+    assert set(order[few].tolist()) == set(sr.clip_filter(confidence, 2, 45, None).tolist())
+
+
+def test_real_filter_drops_only_what_lies_nearer_to_another_class():
+    real, y_real = torch.eye(3), torch.arange(3)
+    f, y = torch.tensor([[1.0, 0.1, 0], [0.2, 1, 0], [0, 0, 1]]), torch.tensor([0, 0, 2])
+    assert sr.real_filter(f, y, real, y_real, 0.0).tolist() == [True, False, True]
+    assert sr.real_filter(f, y, real, y_real, 2.0).all()
+
+
+def test_schedule_begins_at_the_base_rate_and_never_reaches_zero():
+    rates = [sr.head_rate(s, 30, 2e-3) for s in range(30)]
+    assert rates[0] == 2e-3 and 0 < rates[-1] < rates[-2] and len(sr.step_pairs(0, 50, 8, 16, 3, 0)) == 3 * 4
+
+
+def test_mix_training_with_one_weight_zero_is_the_other_alone(problem):
+    pairs = sr.step_pairs(12, 60, 5, 16, 3, 0)
+    real_only = tuned(problem, [(r, []) for r, _ in pairs])
+    mixed = tuned(problem, pairs, weights=(1.0, 0.0))
+    for a, b in zip(real_only[:2], mixed[:2], strict=True):
+        close(a, b, 1e-5)
+    syn_only, mixed = tuned(problem, [([], s) for _, s in pairs]), tuned(problem, pairs, weights=(0.0, 1.0))
+    for a, b in zip(syn_only[:2], mixed[:2], strict=True):
+        close(a, b, 1e-5)
+    assert len(mixed[2]) == len(pairs)  # one step per pair
+
+
+def test_epochs_cover_every_image_and_the_real_loader_starts_again():
+    pairs = sr.step_pairs(12, 60, 5, 16, 2, 3)
+    for epoch in (pairs[:4], pairs[4:]):
+        assert sorted(i for _, syn in epoch for i in syn) == list(range(60))
+        assert sorted(i for real, _ in epoch[:3] for i in real) == list(range(12))
+    assert pairs[3][0] and pairs == sr.step_pairs(12, 60, 5, 16, 2, 3) != sr.step_pairs(12, 60, 5, 16, 2, 4)
+
+
+@pytest.mark.parametrize("steps", [100, 20])
+def test_real_guidance_runs_r_steps_and_a_perfect_denoiser_returns_the_reference(steps):
+    abar, ref = sr.linear_alphas(), torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for r in (5, 15, 20, 35, 50, 100):
+        s, calls = sr.respaced(abar, sr.kept_timesteps()[sr.run_indices(r, steps)]), []
+
+        def denoise(x, t, calls=calls):
+            calls.append(t)
+            return (x - abar[t].sqrt() * ref) / (1 - abar[t]).sqrt(), None
+
+        gen = torch.Generator().manual_seed(r)
+        x = sr.noised_reference(ref, torch.randn(ref.shape, generator=gen), s["abar"][-1])
+        for draw in (None, lambda gen=gen: torch.randn(ref.shape, generator=gen)):
+            close(sr.reverse(denoise, x, s, draw), ref, 1e-4)
+        assert len(calls) == 2 * len(sr.run_indices(r, steps)) == 2 * -(-r * steps // 100)
+        assert calls[0] == sr.kept_timesteps()[r - 1]  # the noise level is the paper's, whatever the number of steps
+
+
+def test_guidance_one_is_conditional_and_equal_texts_make_the_scale_idle():
+    u, c = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    close(sr.guided(u, c, 1.0), c, 1e-6)
+    close(sr.guided(c, c, 9.0), c, 1e-5)
+
+
+def test_sentences_are_different_and_hold_the_class_name():
+    drawn = ["a red seven", " a red  seven", "a dog", "Seven birds\nfly", ""]
+    assert sr.usable(drawn, "seven", True) == ["a red seven", "Seven birds fly"]
+    assert sr.usable(drawn, "seven", False) == ["a red seven", "a dog", "Seven birds fly"]
+    args = sr.Args(**{**sr.PRESETS["digits"], "sentences": 3})
+    speak = lambda words, n: [f"{words} {torch.randint(9, ()).item()}" for _ in range(n)]  # noqa: E731
+    one = sr.sentences_of(args, speak, 0, "sea_lake", None)
+    assert len(set(one)) == 3 and all("sea lake" in s for s in one)
+    assert one == sr.sentences_of(args, speak, 0, "sea_lake", None)
+
+
+def test_info_nce_prefers_its_own_key():
+    q = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert sr.info_nce(q, q, -q) < sr.info_nce(q, -q, q)
+
+
+def test_last_share_counts_from_the_end():
+    tower = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 10, bias=False))
+    assert sr.last_share(tower, 0.0) == [] and not any(p.requires_grad for p in tower.parameters())
+    assert [id(p) for p in sr.last_share(tower, 0.5)] == [id(tower[1].weight)] and not tower[0].weight.requires_grad
+    assert len(sr.last_share(tower, 1.0)) == 2
+
+
+def test_every_preset_passes_its_own_check():
+    for name, flags in sr.PRESETS.items():
+        sr.check_args(sr.Args(preset=name, **flags))
+    with pytest.raises(UserError, match="no row of"):
+        sr.check_args(sr.Args(ladder=("rg",)))
+    with pytest.raises(UserError, match="divide 100"):
+        sr.check_args(sr.Args(gen_steps=30))
+
+
+# ---- other generators through the same flag ------------------------------------------------------
+
+
+def tiny_sdxl(folder):
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    blocks = dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=4)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), **blocks,
+        layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=16 + 6 * 8,
+    )  # fmt: skip
+    two = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    vae = AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, **two)
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY_WEIGHTS / "sd" / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=16, max_position_embeddings=tokenizer.model_max_length, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1,
+    )  # fmt: skip
+    StableDiffusionXLPipeline(
+        vae=vae, unet=unet, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=DDIMScheduler(beta_schedule="scaled_linear"),
+        add_watermarker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def tiny_if(folder):
+    from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY_WEIGHTS / "k2t")
+    text = T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=3, out_channels=6, block_out_channels=(8, 16), norm_num_groups=4,
+        layers_per_block=1, cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    IFPipeline(
+        tokenizer=tokenizer, text_encoder=T5EncoderModel(text), unet=unet, safety_checker=None, feature_extractor=None,
+        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range"), watermarker=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [tiny_sdxl, tiny_if])
+@pytest.mark.parametrize("noise", ["ancestral", "ddim"])
+def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
+    torch.manual_seed(0)
+    family(tmp_path)
+    flags = dict(sd_model=str(tmp_path), gen_resolution=16, gen_steps=4, gen_micro_batch=3, gen_noise=noise)
+    painter = sr.Painter(sr.Args(**{**sr.PRESETS["digits"], **flags}), torch.device("cpu"))
+    pictures = painter.paint(["a seven", "a two"], [1, 2])
+    assert [p.shape for p in pictures] == [(3, 16, 16)] * 2 and pictures[0].dtype == torch.uint8
+    again = painter.paint(["an eight", "a two", "a one"], [5, 2, 9])  # another slot, other neighbours
+    assert torch.equal(again[1], pictures[1]) and not torch.equal(again[0], pictures[0])
+    reference = painter.latent(Image.new("RGB", (20, 30), (200, 30, 90)))
+    guided = painter.paint(["a seven"], [1], 25, [reference])
+    assert guided[0].shape == (3, 16, 16) and not torch.equal(guided[0], pictures[0])
+
+
+def test_a_family_without_a_noise_predicting_unet_is_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "IFImg2ImgPipeline"}')
+    with pytest.raises(UserError, match="Stable Diffusion 1, 2, XL or IF"):
+        sr.Painter(sr.Args(sd_model=str(tmp_path)), torch.device("cpu"))
+
+
+# ---- the script end to end on the tiny world -----------------------------------------------------
+
+SMALL = (
+    "--sentences 4 --gen-images-per-class 5 --gen-steps 4 --gen-micro-batch 25 --filter-keep 3 --clf-seeds 1 "
+    "--head-epochs 2 --ladder zero-shot basic-ce le+cf-sce"
+).split()
+FEW = "--preset digits-few-shot --gen-steps 20 --rg-images 4 --shot-counts 2 4 --ladder zero-shot real rf rg syn-real"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    from conftest import Launch
+
+    folder = tmp_path_factory.mktemp("small")
+    done = Launch(folder, folder / "hub")("synthetic_recognition.py", *SMALL, "--output-dir", folder / "run")
+    return folder / "run", done.stdout
+
+
+def test_run_leaves_every_file_with_its_content(small):
+    out, stdout = small
+    result = json.loads((out / "results.json").read_text())
+    assert result["images"] == {"basic": 50, "le": 50}
+    assert set(result["metrics"]) == {"basic-ce", "le+cf-sce", "saved_classifier"}
+    assert result["metrics"]["saved_classifier"]["top1"] == pytest.approx(
+        result["metrics"]["le+cf-sce"]["mean"], abs=0.5
+    )
+    assert result["baselines"]["zero-shot"]["mean"] > 65  # the tiny CLIP on real digits; its model card says 70.4
+    assert result["metrics"]["le+cf-sce"]["mean"] > 50
+    for folder in ("images", "basic"):
+        assert len(list((out / folder).glob("*/*.png"))) == 50
+        rows = [json.loads(line) for line in (out / folder / "metadata.jsonl").read_text().splitlines()]
+        assert len(rows) == 50 and all(0 <= row["clip_confidence"] <= 1 for row in rows)
+    sentences = json.loads((out / "sentences.json").read_text())
+    assert all(row["class_name"] in s for row in sentences for s in row["sentences"])
+    assert all(len(set(row["sentences"])) == 4 for row in sentences)
+    keep = json.loads((out / "keep.json").read_text())
+    assert len(keep["keep"]["le"]) == 30 and all(row["kept"] == 3 for row in keep["report"]["le"])
+    for name in (
+        "samples.png",
+        "filtered.png",
+        "report.html",
+        "classifier/head.safetensors",
+        "classifier/classes.json",
+    ):
+        assert (out / name).stat().st_size > 100
+    assert "LE + CF, SCE" in stdout
+
+
+def test_second_call_does_no_work(small, launch, tree_hash):
+    before = tree_hash(small[0])
+    launch("synthetic_recognition.py", *SMALL, "--output-dir", small[0])
+    assert tree_hash(small[0]) == before
+
+
+def test_features_from_memory_are_those_from_the_files(small, launch, tmp_path, tree_hash):
+    launch("synthetic_recognition.py", *SMALL, "--no-filter-while-drawing", "--output-dir", tmp_path / "b")
+    for pattern in ("features/*", "keep.json", "classifier/**/*.safetensors"):
+        assert tree_hash(tmp_path / "b", pattern) == tree_hash(small[0], pattern)
+
+
+def same_result(a, b, tree_hash):
+    for pattern in ("**/*.png", "**/*.safetensors", "keep.json", "sentences.json", "**/metadata.jsonl"):
+        assert tree_hash(a, pattern) == tree_hash(b, pattern), pattern
+
+
+def test_two_processes_leave_the_same_bytes_as_one(small, launch, tmp_path, tree_hash):
+    launch("synthetic_recognition.py", *SMALL, "--output-dir", tmp_path / "two", processes=2)
+    same_result(tmp_path / "two", small[0], tree_hash)
+
+
+def test_killed_run_resumes_to_the_same_bytes(small, launch, tmp_path, tree_hash):
+    out = tmp_path / "killed"
+    flags = [*SMALL, "--output-dir", out]
+    process = subprocess.Popen(
+        launch.command("synthetic_recognition.py", *flags), env=launch.env(), cwd=tmp_path, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 500
+    while len(list(out.glob("basic/*/*.png"))) < 25 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()  # no time for an orderly end
+    process.wait()
+    assert not (out / "stages" / "filter.json").exists()
+    launch("synthetic_recognition.py", *flags)
+    same_result(out, small[0], tree_hash)
+
+
+@pytest.mark.slow
+def test_few_shot_end_to_end(launch, tmp_path):
+    out = tmp_path / "few"
+    launch("synthetic_recognition.py", *FEW.split(), *SMALL[:4], *SMALL[6:-4], "--output-dir", out)
+    result = json.loads((out / "results.json").read_text())
+    assert result["images"] == {"le": 50, "rg2": 40, "rg4": 40}
+    assert {"rf-2", "rg-4", "syn-real-2"} <= set(result["metrics"]) and {"real-2", "zero-shot"} <= set(
+        result["baselines"]
+    )
+
+
+@pytest.mark.slow
+def test_pretrain_end_to_end_with_two_processes(launch, tmp_path, tree_hash):
+    flags = "--preset digits-pretrain --pre-amounts 5 --pre-epochs 2 --transfer-epochs 2 --pre-micro-batch 25".split()
+    flags += [*SMALL[:8], "--clf-seeds", "1", "--ladder", "scratch", "supervised", "moco"]
+    launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "one")
+    launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "two", processes=2)
+    result = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert {"supervised-5", "moco-5"} <= set(result["metrics"]) and "scratch" in result["baselines"]
+    pattern = "classifier/runs/supervised*/weights.safetensors"
+    assert tree_hash(tmp_path / "one", pattern) == tree_hash(tmp_path / "two", pattern)
