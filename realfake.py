@@ -508,9 +508,8 @@ def caption_all(args, run, dist, real):
         if args.captions_file:
             captions = read_captions(args.captions_file, real)
         else:
-            write = captioner_of(args, dist.device)
-            captions = in_parts(run, dist, "captions", real, lambda images: [write(c) for c in chunks(images, 16)])
-            captions = [text for part in captions or [] for batch in part for text in batch]
+            captions = in_parts(run, dist, "captions", real, captioner_of(args, dist.device))
+            captions = [text for part in captions or [] for text in part]
         if dist.main:
             runs.write_json(run.path("captions.json"), dict(zip(real.keys, captions, strict=True)))
     run.done("caption", captions=len(real))
@@ -547,7 +546,7 @@ def read_captions(file, real):
 
 
 def captioner_of(args, device):
-    """-> function: Images -> captions. Greedy, no prompt, at most 16 new tokens, stripped."""
+    """-> function: Images -> list of captions. Greedy, no prompt, at most 16 new tokens, stripped."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     where = models.resolve(args.captioner, "captioner")
@@ -556,14 +555,14 @@ def captioner_of(args, device):
     model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype).to(device).eval()
 
     @torch.no_grad()
-    def write(images):
-        inputs = processor(images=[images[i] for i in range(len(images))], return_tensors="pt").to(device)
+    def write(pictures):
+        inputs = processor(images=pictures, return_tensors="pt").to(device)
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         # Trap: in transformers 5 max_length=16, the sister repository's setting, counts BLIP-2's 32 image tokens too.
         ids = model.generate(**inputs, max_new_tokens=16, num_beams=1, do_sample=False)
         return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
-    return lambda rows: write(rows)
+    return lambda images: [c for rows in chunks(range(len(images)), 16) for c in write([images[i] for i in rows])]
 
 
 def embed(args, run, dist, real):
