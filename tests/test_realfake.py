@@ -505,7 +505,7 @@ def test_no_non_member_reaches_a_shadow_model(pipe, tmp_path):
 
 # ---- the script, end to end on the tiny world ------------------------------------------------------------
 
-SMALL = """--real-per-class 4 --tune-epochs 1 --gen-versions 2 --gen-steps 4 --gen-micro-batch 20 --ablations no-token
+SMALL = """--real-per-class 3 --tune-max-steps 1 --gen-versions 2 --gen-steps 3 --gen-micro-batch 30 --ablations no-token
 --net-versions 1 2 --clf-seeds 1 --net-epochs 2 --net-milestones 2 --net-size 32 --mia-models 4""".split()
 RESULT_FILES = ("images/**/*.png", "ablations/**/*.png", "shadows/**/*.*", "lora/**/*.safetensors", "captions.json")
 RESULT_FILES += ("embeddings.safetensors", "classifier/**/*.safetensors", "attack.json")
@@ -527,20 +527,20 @@ def small(tmp_path_factory):
 
 def test_run_leaves_every_file_with_its_content(small):
     out, done = small
-    for folder, count in (("images", 80), ("ablations/no-token", 40)):
+    for folder, count in (("images", 60), ("ablations/no-token", 30)):
         rows = [json.loads(line) for line in (out / folder / "metadata.jsonl").read_text().splitlines()]
         assert len(rows) == count == len(list((out / folder).glob("*/*.png")))
         assert len({(r["source"], r["version"]) for r in rows}) == len({r["seed"] for r in rows}) == count
         assert all(r["class_name"] in r["prompt"] and (out / folder / r["file_name"]).exists() for r in rows)
         assert all(int(r["file_name"][:2]) == r["label"] for r in rows)
     captions = json.loads((out / "captions.json").read_text())
-    assert len(captions) == 40 and all(captions.values())
+    assert len(captions) == 30 and all(captions.values())
     shadows = [len(list((out / f"shadows/{m}/images").glob("*/*.png"))) for m in range(4)]
-    assert sum(shadows) == 80, "each of the 40 real images is a member of two of four models"
+    assert sum(shadows) == 60, "each of the 30 real images is a member of two of four models"
     result = json.loads((out / "results.json").read_text())
     assert result["script"] == "realfake" and set(result["baselines"]) == {"zero-shot", "real"}
     rows = {"synthetic-1x", "synthetic-2x", "real+synthetic-2x", "no-token"}
-    assert rows <= set(result["metrics"]) and result["images"]["images"] == 80
+    assert rows <= set(result["metrics"]) and result["images"]["images"] == 60
     assert set(result["metrics"]["membership"]) == {"synthetic", "real"}
     verdicts = {claim: verdict for claim, _, verdict in result["orderings"]}
     assert verdicts["LoRA beats the stock generator"] == "not run", "a row that was not asked for is not invented"
