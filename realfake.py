@@ -1028,11 +1028,11 @@ def train(args, run, dist, real, sets):
             sources = [real] * with_real
             sources += [generated_images(run, sets[folder], real, versions)] if folder else []
             place = run.path("classifier", "runs", f"{row}-seed{seed}")
-            fit(args, run, dist if share else alone, place, f"{row}/seed{seed}", sources, len(real), seed)
+            train_net(args, run, dist if share else alone, place, f"{row}/seed{seed}", sources, len(real), seed)
     run.done("train", classifiers=len(jobs))
 
 
-def fit(args, run, team, folder, chart, sources, n_real, seed):
+def train_net(args, run, team, folder, chart, sources, n_real, seed):
     """Train one network to the last epoch and save it in folder. team: the processes that share each step."""
     if (folder / "metrics.json").exists():
         return
@@ -1102,7 +1102,7 @@ def trained_net(args, folder, n_classes, device):
 
 
 @torch.no_grad()
-def predict(args, net, images, device):
+def logits_of(args, net, images, device):
     """Logits [N, C] float32 of images under the evaluation transform"""
     view = Views(images, transforms(args, training=False))
     loader = torch.utils.data.DataLoader(view, batch_size=args.net_micro_batch, num_workers=args.workers)
@@ -1136,12 +1136,14 @@ def attack(args, run, dist, real, sets):
             v, folder = sets[f"shadows/{m}/images"], run.path("shadows", str(m), kind)
             members = real.subset(v.rows)
             sources = [generated_images(run, v, real, v.versions) if kind == "synthetic" else members]
-            fit(args, run, dist if share else alone, folder, f"shadow-{kind}/{m}", sources, len(members), args.seed + m)
+            train_net(
+                args, run, dist if share else alone, folder, f"shadow-{kind}/{m}", sources, len(members), args.seed + m
+            )
         distributed.barrier(dist)
         scores = {}
         for kind, m in distributed.my_items(jobs, dist):
             net = trained_net(args, run.path("shadows", str(m), kind), n_classes, dist.device)
-            scores[kind, m] = membership_logit(predict(args, net, real, dist.device), torch.tensor(real.labels))
+            scores[kind, m] = membership_logit(logits_of(args, net, real, dist.device), torch.tensor(real.labels))
         scores = {k: v for part in distributed.all_gather_object(scores, dist) for k, v in part.items()}
         if dist.main:
             kinds = ("synthetic", "real")
@@ -1247,16 +1249,16 @@ def evaluate(args, run, dist, data, real, sets):
         mine = {}
         for row, seed in distributed.my_items(jobs, dist):
             net = trained_net(args, run.path("classifier", "runs", f"{row}-seed{seed}"), n, dist.device)
-            logits = {name: predict(args, net, images, dist.device) for name, (images, _) in scored.items()}
+            logits = {name: logits_of(args, net, images, dist.device) for name, (images, _) in scored.items()}
             top1 = {name: restricted_top1(logits[name], images.labels, k) for name, (images, k) in scored.items()}
             mine[row, seed] = (top1, logits["test"].argmax(1))
         found = {k: v for part in distributed.all_gather_object(mine, dist) for k, v in part.items()}
         if dist.main:
-            write_report(args, run, data, real, sets, found, list(scored), zero_shot(args, test, dist.device))
+            write_report(args, run, data, real, sets, found, list(scored), zero_shot_top1(args, test, dist.device))
     run.done("evaluate", classifiers=len(jobs))
 
 
-def zero_shot(args, test, device):
+def zero_shot_top1(args, test, device):
     """Top-1 of the CLIP that gave the tokens: what a foundation model knows without any of this."""
     clip = load_clip(args.token_clip, device)
     weights = zero_shot_weights(clip, prompt_names(args.dataset, test.class_names), ["a photo of a {}"])

@@ -626,7 +626,7 @@ def test_the_test_split_is_not_opened_before_evaluate(launch, tmp_path):
                 file = photos / split / name / f"{i}.png"
                 Image.effect_noise((40 + 9 * c, 36), 60).save(file) if split == "train" else file.write_bytes(b"no")
     flags = ["--dataset", "folder", "--data-dir", photos]
-    flags += ["--ablations", "no-lora", "--mia-models", 0, "--gen-versions", 1]
+    flags += ["--real-per-class", 4, "--ablations", "no-lora", "--mia-models", 0, "--gen-versions", 1]
     flags += ["--net-versions", 1]
     before = ["--stages", "caption", "embed", "finetune", "generate", "train"]
     done = run_small(launch, tmp_path / "run", *flags, *before)
