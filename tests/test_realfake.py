@@ -505,8 +505,8 @@ def test_no_non_member_reaches_a_shadow_model(pipe, tmp_path):
 
 # ---- the script, end to end on the tiny world ------------------------------------------------------------
 
-SMALL = """--real-per-class 3 --tune-max-steps 1 --gen-versions 2 --gen-steps 3 --gen-micro-batch 30 --ablations no-token
---net-versions 1 2 --clf-seeds 1 --net-epochs 2 --net-milestones 2 --net-size 32 --mia-models 4""".split()
+SMALL = """--real-per-class 3 --tune-max-steps 1 --gen-versions 2 --gen-steps 3 --gen-micro-batch 30
+--ablations no-token --net-versions 1 2 --clf-seeds 1 --net-epochs 2 --net-milestones 2 --net-size 32 --mia-models 4""".split()
 RESULT_FILES = ("images/**/*.png", "ablations/**/*.png", "shadows/**/*.*", "lora/**/*.safetensors", "captions.json")
 RESULT_FILES += ("embeddings.safetensors", "classifier/**/*.safetensors", "attack.json")
 
