@@ -685,7 +685,7 @@ def finetune(args, run, dist, pipe, real, names, sets):
             condition = Condition(args, run, pipe, v, real, names)
             tune_lora(args, run, dist if share else alone, pipe, v, real, condition)
     distributed.barrier(dist)
-    pipe.unet.delete_adapters("default")
+    pipe.unload_lora_weights()
     run.done("finetune", adapters=[v.adapter for v in jobs])
 
 
@@ -1240,8 +1240,6 @@ def evaluate(args, run, dist, data, real, sets):
         n, test = len(data.class_names), data.test
         every = list(range(n))
         scored = {"test": (test, every)}
-        if args.ood and args.dataset not in datasets.IMAGENET_SUBSETS:
-            raise runs.UserError(f"--ood: needs ImageNet or a subset of it, not {args.dataset}")
         for entry in args.ood:
             name, _, folder = entry.partition("=")
             scored[name] = ood_images(folder, datasets.IMAGENET_SUBSETS[args.dataset])
@@ -1388,6 +1386,8 @@ def check_args(args):
         or list(args.net_versions) != sorted(set(args.net_versions))
     ):
         raise runs.UserError(f"--net-versions {args.net_versions}: ascending numbers, at most --gen-versions")
+    if args.ood and args.dataset not in datasets.IMAGENET_SUBSETS:
+        raise runs.UserError(f"--ood: needs ImageNet or a subset of it, not {args.dataset}")
     if args.mia_models % 2 or args.mia_models in (2,):
         raise runs.UserError(f"--mia-models {args.mia_models}: an even number from 4 on, or 0 for no attack")
 
