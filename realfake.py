@@ -1357,6 +1357,7 @@ def samples(args, run, real, sets):
 def save_classifier(args, run, row, class_names):
     """classifier/: loads with timm.create_model("local-dir:...", pretrained=True); the cifar stem needs ours first"""
     net = trained_net(args, run.path("classifier", "runs", f"{row}-seed{args.seed}"), len(class_names), "cpu")
+    net = net.to(memory_format=torch.contiguous_format)  # the file format knows no other layout
     timm.models.save_for_hf(net, run.path("classifier"), safe_serialization=True)
     runs.write_json(run.path("classifier", "classes.json"), dict(class_names=class_names, row=row, seed=args.seed))
 
