@@ -6,6 +6,9 @@ Replace a labelled set of real images by generated ones: one image per real imag
     one sentence    CLIP image    LoRA with the    from the noised   a network     who was in     top-1 on the
     per image       embedding     matching term    real latent       from scratch  the data?      real test set
 
+State: a draft. The formulas agree with the authors' code (golden tests); stages ran once on a few images; the
+membership attack has a bias that is not understood yet, trust no figure of it.
+
 Run:
     python realfake.py  # 10 digits, 20 real images per class, tiny models, 2 CPU cores
     torchrun --standalone --nproc-per-node 8 realfake.py --preset imagenette --sd-batch 64
@@ -69,9 +72,9 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: frozen weights and activations in bfloat16, trained weights in float32"""
+    """bf16: mixed precision; trained weights and what is sensitive stay in float32"""
     compile: bool = False
-    """torch.compile the U-Net for generation: minutes of start-up, then faster on a GPU"""
+    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
     stages: tuple[Stage, ...] = ("caption", "embed", "finetune", "generate", "train", "attack", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
     resume: bool = True

@@ -7,6 +7,9 @@ zero-shot (class names only), few-shot (1 to 16 real images per class) and pre-t
     real shots     class name to     from noise, or   CLIP sees its  linear head   top-1 on the
     (few-shot)     200 sentences     from a real shot class: p>1/C   of CLIP, SCE  real test set
 
+State: a draft. The formulas agree with the authors' code (golden tests); the zero-shot setting ran once on a few
+images, few-shot and pretrain never.
+
 Run:
     python synthetic_recognition.py  # zero-shot on 10 digits, tiny models, 2 CPU cores
     python synthetic_recognition.py --preset digits-few-shot
@@ -67,9 +70,9 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: frozen weights and activations in bfloat16, trained weights in float32"""
+    """bf16: mixed precision; trained weights and what is sensitive stay in float32"""
     compile: bool = False
-    """torch.compile the U-Net for generation: minutes of start-up, then faster on a GPU"""
+    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
     stages: tuple[Stage, ...] = ("select", "sentences", "generate", "filter", "train", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
     resume: bool = True
