@@ -192,7 +192,7 @@ class Args:
 
     # ---- [6] attack, [7] evaluate ----------------------------------------------------------------
     mia_models: int = 0
-    """shadow models of the membership inference (even; the official split has 10); 0: no attack"""
+    """shadow models of the membership inference (even, 6 or more; the official split has 10); 0: no attack"""
     mia_versions: int = 1
     """versions that each shadow model generates from its members"""
     ood: tuple[str, ...] = ()
@@ -208,7 +208,7 @@ PRESETS = {
         ablations=("no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no-caption"),
         net_model="test_resnet", net_versions=(1, 2, 4), net_epochs=12, net_milestones=(6, 9, 11), net_warmup=1,
         net_batch=32, net_micro_batch=32, net_size=64, net_crop=0.7, net_flip=0.0, net_crop_pct=1.0,
-        mia_models=4,
+        mia_models=6,
     ),
     "imagenette": dict(dataset="imagenette", data_dir="data"),
     "imagewoof": dict(dataset="imagewoof", data_dir="data"),
@@ -307,6 +307,8 @@ def visual_tokens(features, labels, rows, mode, n_classes):
     """
     if mode == "none":
         return None
+    if mode == "image" and len(rows) == len(features):
+        return features  # as it lies in the file: memory-mapped, not copied
     rows, tokens = torch.as_tensor(rows), torch.full(features.shape, float("nan"))
     own = features[rows].float()
     tokens[rows] = own if mode == "image" else class_means(own, labels[rows], n_classes)[labels[rows]]
@@ -370,14 +372,26 @@ def membership_logit(logits, labels):
     return (own - z.scatter(1, labels[:, None], -math.inf).logsumexp(1, keepdim=True))[:, 0]
 
 
-def lira_score(shadow, keep, target, pool=False):
-    """LiRA (Carlini et al. 2022): log N(phi; member shadows) - log N(phi; the others), the constant dropped.
+def balanced(keep):
+    """Shadows to compare for each sample: equally many that saw it and that did not. bool [M, N] -> 2 x bool [M, N]
 
-    shadow [M, N] phi of the shadow models, keep bool [M, N] their members, target [N] phi of the attacked model
-    -> [N] float64. Population deviation per sample; pool: one over all samples, for few shadows.
+    Where each model in turn is the target, a member has one shadow fewer on its own side than a non-member. A mean of
+    fewer shadows lies farther from the target, so that without this a network that learnt nothing would seem to
+    say "not a member" (AUC below 50 %; negligible with hundreds of shadows, large with ten).
+    """
+    n = torch.minimum(keep.sum(0), (~keep).sum(0))
+    return keep & (keep.cumsum(0) <= n), ~keep & ((~keep).cumsum(0) <= n)
+
+
+def lira_score(shadow, inside, outside, target, pool=False):
+    """LiRA (Carlini et al. 2022): log N(phi; shadows inside) - log N(phi; shadows outside), the constant dropped.
+
+    shadow [M, N] phi of the shadow models, inside and outside bool [M, N]: which of them were trained with the sample
+    and which without, target [N] phi of the attacked model -> [N] float64. Population deviation per sample; pool: one
+    over all samples, for few shadows.
     """
     shadow, target, score = shadow.double(), target.double(), 0
-    for sign, mask in ((1, keep), (-1, ~keep)):
+    for sign, mask in ((1, inside), (-1, outside)):
         mask = mask.double()
         count = mask.sum(0)
         mean = (shadow * mask).sum(0) / count
@@ -1163,16 +1177,13 @@ def attack_results(phi, keep):
     """Each model in turn is the target, the others the shadows. phi [M, N], keep bool [M, N] -> figures, scores
 
     -> {"lira": {figure: mean over targets}, "threshold": ...}, [(score, member)] of LiRA for the curve.
-    A sample without a shadow on both sides cannot be scored by LiRA and is left out (few shadows only).
     """
     found, curve = {"lira": [], "threshold": []}, []
     for t in range(len(phi)):
         others = torch.arange(len(phi)) != t
-        n_in = keep[others].sum(0)
-        usable = (n_in > 0) & (n_in < others.sum())
-        score = lira_score(phi[others][:, usable], keep[others][:, usable], phi[t, usable], pool=len(phi) < 64)
-        curve.append((score, keep[t, usable]))
-        found["lira"].append(attack_figures(score, keep[t, usable]))
+        score = lira_score(phi[others], *balanced(keep[others]), phi[t], pool=len(phi) < 64)
+        curve.append((score, keep[t]))
+        found["lira"].append(attack_figures(score, keep[t]))
         found["threshold"].append(attack_figures(phi[t], keep[t]))  # a threshold on p_y is one on phi
     mean = {name: {k: float(np.mean([f[k] for f in rows])) for k in rows[0]} for name, rows in found.items()}
     return mean, curve
@@ -1392,8 +1403,8 @@ def check_args(args):
         raise runs.UserError(f"--net-versions {args.net_versions}: ascending numbers, at most --gen-versions")
     if args.ood and args.dataset not in datasets.IMAGENET_SUBSETS:
         raise runs.UserError(f"--ood: needs ImageNet or a subset of it, not {args.dataset}")
-    if args.mia_models % 2 or args.mia_models in (2,):
-        raise runs.UserError(f"--mia-models {args.mia_models}: an even number from 4 on, or 0 for no attack")
+    if args.mia_models % 2 or 0 < args.mia_models < 6:  # 6: every target then has two shadows on each side
+        raise runs.UserError(f"--mia-models {args.mia_models}: an even number from 6 on, or 0 for no attack")
 
 
 def check_order(args, run, todo):
