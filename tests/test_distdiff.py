@@ -122,9 +122,8 @@ def test_golden_denoise(g):
 
 @pytest.mark.parametrize("case", "ABCDE")
 def test_golden_transform_guidance(g, case):
-    tol = 1e-4 if setting(g, case)[3] > 1e3 else 1e-5  # nothing bounds the result
     moved, info, trace = guide_case(g, case)
-    i, period, *_, lam_g = setting(g, case)
+    i, period, rho, _, _, lam_g = setting(g, case)
     assert torch.equal(Toy(g).t[i : i + period], g[f"tg.{case}.timesteps"])
     for r, (x0, f, j) in enumerate(trace):
         close(f, g[f"tg.{case}.feat.{r}"])
@@ -134,8 +133,11 @@ def test_golden_transform_guidance(g, case):
             close(x0, g[f"tg.{case}.x0.{r}"])
     assert len(trace) == period
     close(info["energy"], g[f"tg.{case}.score"])
-    for name, key in (("grad_e", "grad_e"), ("grad_b", "grad_b"), ("e", "e1"), ("b", "b1")):
-        close(info[name], g[f"tg.{case}.{key}"], tol)
+    close(info["grad_e"], g[f"tg.{case}.grad_e"])
+    close(info["grad_b"], g[f"tg.{case}.grad_b"])
+    tol = 1e-5 * max(1, rho)  # the step rho * grad magnifies what processors differ by in the gradient
+    close(info["e"], g[f"tg.{case}.e1"], tol)
+    close(info["b"], g[f"tg.{case}.b1"], tol)
     close(moved, g[f"tg.{case}.z_out"], tol)
 
 
