@@ -1,7 +1,4 @@
-"""Real-Fake: values of the authors' code, invariants of the method, the script end to end on the tiny world.
-
-The script is a draft: only the golden tests have been seen to pass. The others are marked slow until they have.
-"""
+"""Real-Fake: values of the authors' code, invariants of the method, the script end to end on the tiny world."""
 
 import json
 import math
@@ -538,7 +535,6 @@ def small(tmp_path_factory):
     return out, done
 
 
-@pytest.mark.slow
 def test_run_leaves_every_file_with_its_content(small):
     out, done = small
     for folder, count in (("images", 60), ("ablations/no-token", 30)):
@@ -564,7 +560,6 @@ def test_run_leaves_every_file_with_its_content(small):
     assert not [p for pattern in ("*.pt", "*.pkl", "*.bin") for p in out.rglob(pattern)]
 
 
-@pytest.mark.slow
 def test_adapter_loads_in_a_stock_pipeline(small):
     from diffusers import StableDiffusionPipeline
 
@@ -574,7 +569,6 @@ def test_adapter_loads_in_a_stock_pipeline(small):
     assert loaded and any(p.abs().max() > 0 for p in loaded)
 
 
-@pytest.mark.slow
 def test_saved_classifier_loads_in_timm(small):
     import timm
 
@@ -587,7 +581,6 @@ def test_saved_classifier_loads_in_timm(small):
     assert weights and all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
 
-@pytest.mark.slow
 def test_second_call_does_no_work(small, launch):
     out, _ = small
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".png", ".safetensors", ".json")}
@@ -595,7 +588,6 @@ def test_second_call_does_no_work(small, launch):
     assert not [p.name for p in before if p.stat().st_mtime_ns != before[p] and p.name != "args.json"]
 
 
-@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bytes(small, launch, tmp_path, tree_hash):
     """Killed (-9) as soon as each of these files appears: in the middle of tuning, drawing and training."""
     import time
@@ -620,7 +612,6 @@ def test_killed_run_resumes_to_the_same_bytes(small, launch, tmp_path, tree_hash
         assert tree_hash(out, pattern) == tree_hash(small[0], pattern), pattern
 
 
-@pytest.mark.slow
 def test_two_processes_leave_the_same_bytes_as_one(small, launch, tmp_path, tree_hash):
     run_small(launch, tmp_path / "two", processes=2)
     for pattern in RESULT_FILES:
@@ -636,7 +627,6 @@ def test_two_processes_share_a_step_and_leave_the_same_bytes(launch, tmp_path, t
         assert tree_hash(tmp_path / "1", pattern) == tree_hash(tmp_path / "2", pattern), pattern
 
 
-@pytest.mark.slow
 def test_the_test_split_is_not_opened_before_evaluate(launch, tmp_path):
     """Test images that cannot be read stop the stage evaluate, and nothing before it."""
     photos = tmp_path / "photos"
@@ -656,7 +646,6 @@ def test_the_test_split_is_not_opened_before_evaluate(launch, tmp_path):
     assert done.returncode == 2 and "test" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, words",
     [

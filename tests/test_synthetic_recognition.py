@@ -1,7 +1,4 @@
-"""Synthetic data for recognition: values of the authors' code, invariants of the method, the script end to end.
-
-The script is a draft: only the golden tests have been seen to pass. The others are marked slow until they have.
-"""
+"""Synthetic data for recognition: values of the authors' code, invariants of the method, the script end to end."""
 
 import json
 import subprocess
@@ -196,7 +193,6 @@ def tuned(problem, pairs, **more):
     return W.detach(), b.detach(), losses
 
 
-@pytest.mark.slow
 def test_head_has_rows_of_the_temperature_and_ignores_feature_length(problem):
     W0, x, *_ = problem
     text = torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(1))
@@ -204,7 +200,6 @@ def test_head_has_rows_of_the_temperature_and_ignores_feature_length(problem):
     close(sr.head_logits(7 * x, W0, 0.0), sr.head_logits(x, W0, 0.0), 1e-5)
 
 
-@pytest.mark.slow
 def test_soft_loss_is_flat_at_the_teacher_over_T(problem):
     W0, x, *_ = problem
     z0 = sr.head_logits(x, W0, 0.0)
@@ -216,7 +211,6 @@ def test_soft_loss_is_flat_at_the_teacher_over_T(problem):
     assert torch.autograd.grad(sr.soft_loss(sr.head_logits(x, W, 0.0), z0, 2.0), W)[0].norm() > 1e-3
 
 
-@pytest.mark.slow
 def test_loss_ignores_shifts_and_sl_zero_is_cross_entropy(problem):
     W0, x, y, *_ = problem
     z0, shift = sr.head_logits(x, W0, 0.0), torch.randn(60, 1, generator=torch.Generator().manual_seed(2))
@@ -226,7 +220,6 @@ def test_loss_ignores_shifts_and_sl_zero_is_cross_entropy(problem):
     assert torch.equal(sr.tuning_loss(z, z0, y, 0, 2), F.cross_entropy(z, y))
 
 
-@pytest.mark.slow
 def test_filter_branches():
     confidence = torch.rand(50, generator=torch.Generator().manual_seed(0))
     assert len(sr.clip_filter(confidence, 10**9, 0, None)) == 50  # threshold about 0: all stay
@@ -238,7 +231,6 @@ def test_filter_branches():
     assert set(order[few].tolist()) == set(sr.clip_filter(confidence, 2, 45, None).tolist())
 
 
-@pytest.mark.slow
 def test_real_filter_drops_only_what_lies_nearer_to_another_class():
     real, y_real = torch.eye(3), torch.arange(3)
     f, y = torch.tensor([[1.0, 0.1, 0], [0.2, 1, 0], [0, 0, 1]]), torch.tensor([0, 0, 2])
@@ -246,13 +238,11 @@ def test_real_filter_drops_only_what_lies_nearer_to_another_class():
     assert sr.real_filter(f, y, real, y_real, 2.0).all()
 
 
-@pytest.mark.slow
 def test_schedule_begins_at_the_base_rate_and_never_reaches_zero():
     rates = [sr.head_rate(s, 30, 2e-3) for s in range(30)]
     assert rates[0] == 2e-3 and 0 < rates[-1] < rates[-2] and len(sr.step_pairs(0, 50, 8, 16, 3, 0)) == 3 * 4
 
 
-@pytest.mark.slow
 def test_mix_training_with_one_weight_zero_is_the_other_alone(problem):
     pairs = sr.step_pairs(12, 60, 5, 16, 3, 0)
     real_only = tuned(problem, [(r, []) for r, _ in pairs])
@@ -265,7 +255,6 @@ def test_mix_training_with_one_weight_zero_is_the_other_alone(problem):
     assert len(mixed[2]) == len(pairs)  # one step per pair
 
 
-@pytest.mark.slow
 def test_epochs_cover_every_image_and_the_real_loader_starts_again():
     pairs = sr.step_pairs(12, 60, 5, 16, 2, 3)
     for epoch in (pairs[:4], pairs[4:]):
@@ -274,7 +263,6 @@ def test_epochs_cover_every_image_and_the_real_loader_starts_again():
     assert pairs[3][0] and pairs == sr.step_pairs(12, 60, 5, 16, 2, 3) != sr.step_pairs(12, 60, 5, 16, 2, 4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("steps", [100, 20])
 def test_real_guidance_runs_r_steps_and_a_perfect_denoiser_returns_the_reference(steps):
     abar, ref = sr.linear_alphas(), torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -293,14 +281,12 @@ def test_real_guidance_runs_r_steps_and_a_perfect_denoiser_returns_the_reference
         assert calls[0] == sr.kept_timesteps()[r - 1]  # the noise level is the paper's, whatever the number of steps
 
 
-@pytest.mark.slow
 def test_guidance_one_is_conditional_and_equal_texts_make_the_scale_idle():
     u, c = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     close(sr.guided(u, c, 1.0), c, 1e-6)
     close(sr.guided(c, c, 9.0), c, 1e-5)
 
 
-@pytest.mark.slow
 def test_sentences_are_different_and_hold_the_class_name():
     drawn = ["a red seven", " a red  seven", "a dog", "Seven birds\nfly", ""]
     assert sr.usable(drawn, "seven", True) == ["a red seven", "Seven birds fly"]
@@ -312,13 +298,11 @@ def test_sentences_are_different_and_hold_the_class_name():
     assert one == sr.sentences_of(args, speak, 0, "sea_lake", None)
 
 
-@pytest.mark.slow
 def test_info_nce_prefers_its_own_key():
     q = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     assert sr.info_nce(q, q, -q) < sr.info_nce(q, -q, q)
 
 
-@pytest.mark.slow
 def test_last_share_counts_from_the_end():
     tower = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 10, bias=False))
     assert sr.last_share(tower, 0.0) == [] and not any(p.requires_grad for p in tower.parameters())
@@ -326,7 +310,6 @@ def test_last_share_counts_from_the_end():
     assert len(sr.last_share(tower, 1.0)) == 2
 
 
-@pytest.mark.slow
 def test_every_preset_passes_its_own_check():
     for name, flags in sr.PRESETS.items():
         sr.check_args(sr.Args(preset=name, **flags))
@@ -382,7 +365,6 @@ def tiny_if(folder):
     ).save_pretrained(folder)  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", [tiny_sdxl, tiny_if])
 @pytest.mark.parametrize("noise", ["ancestral", "ddim"])
 def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
@@ -399,7 +381,6 @@ def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
     assert guided[0].shape == (3, 16, 16) and not torch.equal(guided[0], pictures[0])
 
 
-@pytest.mark.slow
 def test_a_family_without_a_noise_predicting_unet_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "IFImg2ImgPipeline"}')
     with pytest.raises(UserError, match="Stable Diffusion 1, 2, XL or IF"):
@@ -424,7 +405,6 @@ def small(tmp_path_factory):
     return folder / "run", done.stdout
 
 
-@pytest.mark.slow
 def test_run_leaves_every_file_with_its_content(small):
     out, stdout = small
     result = json.loads((out / "results.json").read_text())
@@ -455,7 +435,6 @@ def test_run_leaves_every_file_with_its_content(small):
     assert "LE + CF, SCE" in stdout
 
 
-@pytest.mark.slow
 def test_second_call_does_no_work(small, launch, tree_hash):
     before = tree_hash(small[0])
     launch("synthetic_recognition.py", *SMALL, "--output-dir", small[0])
@@ -474,13 +453,11 @@ def same_result(a, b, tree_hash):
         assert tree_hash(a, pattern) == tree_hash(b, pattern), pattern
 
 
-@pytest.mark.slow
 def test_two_processes_leave_the_same_bytes_as_one(small, launch, tmp_path, tree_hash):
     launch("synthetic_recognition.py", *SMALL, "--output-dir", tmp_path / "two", processes=2)
     same_result(tmp_path / "two", small[0], tree_hash)
 
 
-@pytest.mark.slow
 def test_killed_run_resumes_to_the_same_bytes(small, launch, tmp_path, tree_hash):
     out = tmp_path / "killed"
     flags = [*SMALL, "--output-dir", out]
@@ -497,7 +474,6 @@ def test_killed_run_resumes_to_the_same_bytes(small, launch, tmp_path, tree_hash
     same_result(out, small[0], tree_hash)
 
 
-@pytest.mark.slow
 def test_few_shot_end_to_end(launch, tmp_path):
     out = tmp_path / "few"
     launch("synthetic_recognition.py", *FEW.split(), *SMALL[:4], *SMALL[6:-4], "--output-dir", out)
