@@ -203,11 +203,11 @@ class Args:
 PRESETS = {
     "digits": dict(  # 20 real images per class, tiny models; our measured table stands in docs/realfake.md
         dataset="digits", sd_model="tiny", token_clip="tiny", captioner="tiny", precision="fp32", workers=0, seed=0,
-        real_per_class=20, tune_epochs=12, tune_flip=False, sd_lr=1e-3,
+        real_per_class=20, tune_epochs=10, tune_flip=False, sd_lr=1e-3,
         gen_versions=4, gen_resolution=32, gen_micro_batch=50,
         ablations=("no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no-caption"),
-        net_model="test_resnet", net_versions=(1, 2, 4), net_epochs=12, net_milestones=(6, 9, 11), net_warmup=1,
-        net_batch=32, net_micro_batch=32, net_size=64, net_crop=0.7, net_flip=0.0, net_crop_pct=1.0,
+        net_model="test_resnet", net_versions=(1, 2, 4), net_epochs=16, net_milestones=(8, 12, 15), net_warmup=1,
+        net_batch=32, net_micro_batch=32, net_size=32, net_crop=0.7, net_flip=0.0, net_crop_pct=1.0,
         mia_models=6,
     ),
     "imagenette": dict(dataset="imagenette", data_dir="data"),
