@@ -138,6 +138,8 @@ class Args:
     """the average is a plain copy up to this step"""
     gan_monitor: int = 10
     """epochs between measurements of the averaged generator (feature distances, acceptance)"""
+    gan_inception: bool = False
+    """also FID and IS on Inception features with torchmetrics, which downloads their weights (91 MB)"""
 
     # ---- [3] search, [4] final -----------------------------------------------------------------------
     gen_seed: int = 0
@@ -1095,6 +1097,7 @@ def train_gan(args, run, dist, data, n_classes, classifier, seed):
     steps = len(labels) // b  # the last incomplete batch is dropped
     if steps == 0:
         raise runs.UserError(f"--gan-batch {b}: there are only {len(labels)} images to train the GAN on")
+    inception = inception_metrics(device) if args.gan_inception else None
     gan = BigGAN(args, n_classes, images.shape[1], seed, device)
     state, checkpoint = gan.state(), run.path("gan", f"seed{seed}", "checkpoint.safetensors")
     first, _, _ = load_training(checkpoint, state, gan.optimizer)
@@ -1119,7 +1122,7 @@ def train_gan(args, run, dist, data, n_classes, classifier, seed):
         runs.check_finite(sum(d) + g_mean, f"gan, seed {seed}, epoch {epoch}")
         row = dict(d_real=np.mean(d[0::2]), d_fake=np.mean(d[1::2]), g=g_mean)
         if epoch % args.gan_monitor == 0 or epoch == args.gan_epochs:
-            row |= measured(args, gan.ema, classifier, data["val"], n_classes, seed)
+            row |= measured(args, gan.ema, classifier, data["val"], n_classes, seed, inception)
         run.log(epoch, **{f"gan/seed{seed}/{k}": v for k, v in row.items()})
         bar.set_postfix(d=f"{row['d_real'] + row['d_fake']:.2f}", g=f"{g_mean:.2f}")
         if epoch in wanted:
@@ -1131,12 +1134,40 @@ def train_gan(args, run, dist, data, n_classes, classifier, seed):
     checkpoint.unlink(missing_ok=True)
 
 
+def inception_metrics(device):
+    """torchmetrics' FID and IS with their Inception network. Raises UserError when it cannot be had."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.inception import InceptionScore
+
+        return [metric(normalize=True).to(device) for metric in (FrechetInceptionDistance, InceptionScore)]
+    except ModuleNotFoundError as error:
+        raise runs.UserError("--gan-inception: pip install torchmetrics torch-fidelity") from error
+    except OSError as error:  # urllib's errors are
+        raise runs.UserError(f"--gan-inception: the weights of Inception could not be downloaded ({error})") from error
+
+
 @torch.no_grad()
-def measured(args, generator, classifier, real, n_classes, seed):
+def inception_figures(metrics, real, fake):
+    """FID of fake to real and IS of fake. metrics: of inception_metrics; images [N, C, H, W] in [-1, 1] -> dict"""
+    fid, score = metrics
+    fid.reset(), score.reset()
+    for images, is_real in ((real, True), (fake, False)):
+        for part in images.split(100):
+            part = (part.float() / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)  # grey images get three channels
+            fid.update(part, real=is_real)
+            if not is_real:
+                score.update(part)
+    return dict(fid=fid.compute().item(), inception_score=score.compute()[0].item())
+
+
+@torch.no_grad()
+def measured(args, generator, classifier, real, n_classes, seed, inception=None):
     """Frechet and kernel distance to the validation images and a score like IS, all on features of F; F's acceptance.
 
-    Not comparable with FID and IS of the literature, whose features come from an ImageNet network. As many samples as
-    validation images (10,000 at most), with the same latents every time.
+    Not comparable with FID and IS of the literature, whose features come from an ImageNet network; these come with
+    inception, the metrics of inception_metrics. As many samples as validation images (10,000 at most), with the same
+    latents every time. FID falls with the number of images: the literature takes 50,000.
     """
     n, device = min(len(real[1]), 10_000), real[0].device
     z = torch.randn(n, args.gan_latent, generator=distributed.generator(seed, "monitor")).to(device)
@@ -1146,6 +1177,8 @@ def measured(args, generator, classifier, real, n_classes, seed):
     true = torch.cat([classifier.features(normalised_images(part)) for part in real[0][:n].split(500)])
     probs = classifier.fc(fake).softmax(1)
     distances = dict(frechet=frechet_distance(true, fake), kernel=kernel_distance(true, fake))
+    if inception:
+        distances |= inception_figures(inception, normalised_images(real[0][:n]), x)
     return distances | dict(score=inception_score(probs), accepted=keep_mask(probs, y, 0).float().mean().item())
 
 

@@ -661,6 +661,44 @@ def test_presets_are_the_methods_table():
         gf.check_args(args)
 
 
+class ToyInception(nn.Module):
+    """Stands for Inception: fixed features of a picture"""
+
+    num_features = 12
+
+    def forward(self, x):
+        return nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+
+
+def test_inception_figures_are_the_distances_on_those_features():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.inception import InceptionScore
+
+    toy = ToyInception()
+    shape = dict(feature=toy, normalize=True)
+    metrics = [FrechetInceptionDistance(input_img_size=(3, 16, 16), **shape), InceptionScore(splits=1, **shape)]
+    g = torch.Generator().manual_seed(0)
+    real, fake = (torch.rand(250, 1, 16, 16, generator=g) * 2 - 1 for _ in range(2))
+    fake = fake * 0.5 + 0.3
+    shown = [(x / 2 + 0.5).expand(-1, 3, -1, -1) for x in (real, fake)]
+    features, of_bytes = [toy(x) for x in shown], toy((shown[1] * 255).byte())  # torchmetrics' IS shows it bytes
+    for _ in range(2):  # the second time nothing is left of the first
+        found = gf.inception_figures(metrics, real, fake)
+        assert found["fid"] == pytest.approx(gf.frechet_distance(*features), abs=1e-4)
+        assert found["inception_score"] == pytest.approx(gf.inception_score(of_bytes.softmax(1)), abs=1e-3)
+
+
+def test_inception_that_cannot_be_had_is_told(monkeypatch):
+    import torchmetrics.image.fid as fid
+
+    def offline(**_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", offline)
+    with pytest.raises(UserError, match="could not be downloaded"):
+        gf.inception_metrics(torch.device("cpu"))
+
+
 # ---- data and bad input ------------------------------------------------------------------------------------------
 
 
