@@ -112,7 +112,7 @@ def main():
     flags = "--gen-images-per-class 20 --clf-epochs 2 --clf-seeds 1 --sd-epochs 20".split() if short else []
     with tempfile.TemporaryDirectory() as folder:
         rows = stages(Path(folder) / "run", flags)
-        rows += compare(Path(folder), 20 if short else 50, 15)
+        rows += compare(Path(folder), 50, 5 if short else 15)  # 50: a full micro-batch, nothing is padded
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     runs.print_table(["figure", "value"], rows)
 
