@@ -1083,12 +1083,13 @@ def gan_file(run, seed, epoch):
 
 def train_gans(args, run, dist, data, n_classes, classifier):
     with run.timed("gan", memory_flag="--gan-batch"):
+        inception = inception_metrics(dist.device) if args.gan_inception else None
         for seed in distributed.my_items(args.gan_seeds, dist):
-            train_gan(args, run, dist, data, n_classes, classifier, seed)
+            train_gan(args, run, dist, data, n_classes, classifier, seed, inception)
     run.done("gan", generators=len(args.gan_seeds))
 
 
-def train_gan(args, run, dist, data, n_classes, classifier, seed):
+def train_gan(args, run, dist, data, n_classes, classifier, seed, inception):
     if gan_file(run, seed, args.gan_epochs).exists():
         return
     parts = [data["train"], data["val"]] if args.gan_images == "train+val" else [data["train"]]
@@ -1097,7 +1098,6 @@ def train_gan(args, run, dist, data, n_classes, classifier, seed):
     steps = len(labels) // b  # the last incomplete batch is dropped
     if steps == 0:
         raise runs.UserError(f"--gan-batch {b}: there are only {len(labels)} images to train the GAN on")
-    inception = inception_metrics(device) if args.gan_inception else None
     gan = BigGAN(args, n_classes, images.shape[1], seed, device)
     state, checkpoint = gan.state(), run.path("gan", f"seed{seed}", "checkpoint.safetensors")
     first, _, _ = load_training(checkpoint, state, gan.optimizer)
@@ -1140,7 +1140,8 @@ def inception_metrics(device):
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.inception import InceptionScore
 
-        return [metric(normalize=True).to(device) for metric in (FrechetInceptionDistance, InceptionScore)]
+        fid = FrechetInceptionDistance(normalize=True, reset_real_features=False)
+        return fid.to(device), InceptionScore(normalize=True).to(device)
     except ModuleNotFoundError as error:
         raise runs.UserError("--gan-inception: pip install torchmetrics torch-fidelity") from error
     except OSError as error:  # urllib's errors are
@@ -1149,10 +1150,14 @@ def inception_metrics(device):
 
 @torch.no_grad()
 def inception_figures(metrics, real, fake):
-    """FID of fake to real and IS of fake. metrics: of inception_metrics; images [N, C, H, W] in [-1, 1] -> dict"""
+    """FID of fake to real and IS of fake. metrics: of inception_metrics; images [N, C, H, W] in [-1, 1] -> dict
+
+    The real images go through Inception at the first call only; later ones must come with the same.
+    """
     fid, score = metrics
     fid.reset(), score.reset()
-    for images, is_real in ((real, True), (fake, False)):
+    seen = int(fid.real_features_num_samples) > 0
+    for images, is_real in ((fake, False),) if seen else ((real, True), (fake, False)):
         for part in images.split(100):
             part = (part.float() / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)  # grey images get three channels
             fid.update(part, real=is_real)

@@ -676,16 +676,18 @@ def test_inception_figures_are_the_distances_on_those_features():
 
     toy = ToyInception()
     shape = dict(feature=toy, normalize=True)
-    metrics = [FrechetInceptionDistance(input_img_size=(3, 16, 16), **shape), InceptionScore(splits=1, **shape)]
+    fid = FrechetInceptionDistance(input_img_size=(3, 16, 16), reset_real_features=False, **shape)
+    metrics = [fid, InceptionScore(splits=1, **shape)]
     g = torch.Generator().manual_seed(0)
     real, fake = (torch.rand(250, 1, 16, 16, generator=g) * 2 - 1 for _ in range(2))
     fake = fake * 0.5 + 0.3
     shown = [(x / 2 + 0.5).expand(-1, 3, -1, -1) for x in (real, fake)]
     features, of_bytes = [toy(x) for x in shown], toy((shown[1] * 255).byte())  # torchmetrics' IS shows it bytes
-    for _ in range(2):  # the second time nothing is left of the first
+    for _ in range(2):  # the second time nothing is left of the first but the real images
         found = gf.inception_figures(metrics, real, fake)
         assert found["fid"] == pytest.approx(gf.frechet_distance(*features), abs=1e-4)
         assert found["inception_score"] == pytest.approx(gf.inception_score(of_bytes.softmax(1)), abs=1e-3)
+        assert fid.real_features_num_samples == 250, "real images are looked at once"
 
 
 def test_inception_that_cannot_be_had_is_told(monkeypatch):
