@@ -1,9 +1,11 @@
 """Synthetic data for recognition: values of the authors' code, invariants of the method, the script end to end."""
 
 import json
+import shutil
 import subprocess
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,8 @@ from PIL import Image
 
 import synthetic_recognition as sr
 from common import models
-from common.run import UserError
+from common.datasets import Images
+from common.run import UserError, save_tensors
 
 
 @pytest.fixture
@@ -141,7 +144,8 @@ def test_golden_tuning_on_synthetic_images(g):
     W, b = W0.clone().requires_grad_(), torch.zeros(len(W0), requires_grad=True)
     pairs = [([], rows) for epoch in order for rows in sr.chunks(epoch, 16)]
     data = rows_of(g["ct_zsl.X"], g["ct_zsl.y"])
-    losses = list(sr.tune_head(W, b, pairs, None, data, lambda f: sr.head_logits(f, W0, 0.0), 0.05, 0.1, 0.5, 2))
+    rates = [sr.head_rate(s, len(pairs), 0.05) for s in range(len(pairs))]
+    losses = list(sr.tune_head(W, b, pairs, None, data, lambda f: sr.head_logits(f, W0, 0.0), rates, 0.1, 0.5, 2))
     close(torch.tensor(losses), g["ct_zsl.losses"], 1e-4)
     close(W, g["ct_zsl.W"], 1e-4)
     close(b, g["ct_zsl.b"], 1e-4)
@@ -153,7 +157,8 @@ def test_golden_mix_training(g):
     steps = zip(g["ct_fsl.real_idx"].tolist(), g["ct_fsl.syn_idx"].tolist(), strict=True)
     pairs = [([i for i in real if i >= 0], [i for i in syn if i >= 0]) for real, syn in steps]
     real, syn = rows_of(g["ct_fsl.Xr"], g["ct_fsl.yr"]), rows_of(g["ct_fsl.Xs"], g["ct_fsl.ys"])
-    losses = list(sr.tune_head(W, b, pairs, real, syn, lambda f: sr.head_logits(f, W0, 0.0), 0.02, 0.1, 0.5, 2))
+    rates = [sr.head_rate(s, len(pairs), 0.02) for s in range(len(pairs))]
+    losses = list(sr.tune_head(W, b, pairs, real, syn, lambda f: sr.head_logits(f, W0, 0.0), rates, 0.1, 0.5, 2))
     close(torch.tensor(losses), g["ct_fsl.losses"], 1e-4)
     close(W, g["ct_fsl.W"], 1e-4)
     close(b, g["ct_fsl.b"], 1e-4)
@@ -183,7 +188,8 @@ def problem():
 def tuned(problem, pairs, **more):
     W0, x, y, x_real, y_real = problem
     W, b = W0.clone().requires_grad_(), torch.zeros(4, requires_grad=True)
-    flags = dict(lr=0.05, wd=0.1, sl=0.5, T=2) | more
+    rates = [sr.head_rate(s, len(pairs), 0.05) for s in range(len(pairs))]
+    flags = dict(rates=rates, wd=0.1, sl=0.5, T=2) | more
     teacher = W0.clone()
     steps = sr.tune_head(
         W, b, pairs, rows_of(x_real, y_real), rows_of(x, y), lambda f: sr.head_logits(f, teacher, 0.0), **flags
@@ -301,6 +307,114 @@ def test_sentences_are_different_and_hold_the_class_name():
 def test_info_nce_prefers_its_own_key():
     q = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     assert sr.info_nce(q, q, -q) < sr.info_nce(q, -q, q)
+
+
+def test_official_rates_saw_and_rise_again_at_the_end():
+    rates = sr.official_rates(30, 63, 16, 1e-3)  # EuroSAT, 800 images per class: trap T1 states the factor
+    assert len(rates) == 1890 and rates[63] > rates[62] and min(rates[-63:]) < 1e-9 < rates[-1]
+    assert sum(rates) / sum(sr.head_rate(s, 480, 1e-3) for s in range(480)) == pytest.approx(3.6, abs=0.05)
+
+
+def test_official_keywords_keep_double_quotes_and_cut_at_full_stops():
+    assert sr.official_keywords("a seven") == ["a seven </s>"]
+    assert sr.official_keywords("a colt's foot") == ['"a colts foot" </s>']
+    assert sr.official_keywords("a St. Bernard") == ["a St </s>", "Bernard </s>"]
+
+
+def test_official_names_and_filter_prompt():
+    flags = dict(dataset="eurosat", official=("names", "filter-prompt"))
+    assert sr.head_names(sr.Args(**flags), ["Forest", "Highway or Road"]) == ["rest", "ghway or road"]
+    assert sr.head_names(sr.Args(dataset="eurosat"), ["Forest"]) == ["Forest"]
+    assert sr.filter_templates(sr.Args(**flags)) == ("a centered satellite photo of a {}.",)
+    assert len(sr.filter_templates(sr.Args(dataset="imagenet", official=("filter-prompt",)))) == 1
+    assert sr.filter_templates(sr.Args(dataset="imagenet")) == sr.IMAGENET_TEMPLATES
+
+
+def test_pseudo_labels_take_the_teachers_class(problem):
+    W0, x, _, x_real, y_real = problem
+    pairs = sr.step_pairs(0, 60, 5, 16, 2, 0)
+    drawn = tuned(problem, pairs, sl=0.0, pseudo=True)
+    seen = tuned((W0, x, sr.head_logits(x, W0, 0.0).argmax(1), x_real, y_real), pairs, sl=0.0)
+    assert torch.equal(drawn[0], seen[0]) and not torch.equal(drawn[0], tuned(problem, pairs, sl=0.0)[0])
+
+
+def test_label_spaces(tmp_path):
+    own = tmp_path / "names.txt"
+    own.write_text("sorrel\n\nrose hip \nsorrel\n")
+    spaces = [
+        sr.label_space(sr.Args(label_space=s), ["cat"]) for s in ("dataset", str(own), "imagenet-1k", "imagenet-2k")
+    ]
+    assert spaces[:2] == [["cat"], ["sorrel", "rose hip"]] and spaces[2] == spaces[3][: len(spaces[2])]
+    assert len(spaces[2]) == 998 and len(spaces[3]) == 1998 == len({name.lower() for name in spaces[3]})
+    with pytest.raises(UserError, match="no such file"):
+        sr.check_args(sr.Args(setting="pretrain", ladder=("scratch",), label_space=str(tmp_path / "none.txt")))
+
+
+def test_repeated_augmentation_keeps_the_length_of_an_epoch():
+    order = sr.Order(10, (0, "x"), repeats=3)
+    epoch = [order[p] for p in range(10)]
+    assert epoch[0] == epoch[1] == epoch[2] != epoch[3] and len(set(epoch)) == 4
+    once = sr.Order(10, (0, "x"))
+    assert sorted(once[p] for p in range(10, 20)) == list(range(10))
+
+
+def test_deit_augmentation_is_a_function_of_the_seed_and_never_asks_pillow_for_no_bits():
+    from PIL import ImageOps
+
+    image = Image.effect_noise((16, 16), 90).convert("RGB")
+    transform = sr.augmentation(sr.Args(), "deit", 16)
+    (op,) = [o for t in transform.transforms if isinstance(t, sr.RandAugment) for o in t.ops if "Poster" in o.name]
+    assert op.aug_fn(image, 0).tobytes() == ImageOps.posterize(image, 1).tobytes()
+    pictures = Images([0] * 3, ["a", "b", "c"], ["x"], pixels=np.stack([np.asarray(image)] * 3))
+    views = sr.AugmentedViews(pictures, transform, 1, 0, "data")
+    first = [views[(p, 0)][0] for p in range(20)]
+    assert all(torch.equal(views[(p, 1)][0], first[p]) for p in reversed(range(20)))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_deit_objective_mixes_labels_and_averages_weights():
+    net = torch.nn.Linear(4, 3, bias=False)
+    net.forward = lambda x: x.flatten(1)[:, :4] @ net.weight.T
+    objective = sr.Supervised(net, 3, 0, mix=True, decay=0.9)
+    x, y = torch.randn(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    assert torch.equal(objective.loss(x, y, 5)[0], objective.loss(x, y, 5)[0])  # a function of seed and step
+    assert not torch.equal(objective.loss(x, y, 5)[0], F.cross_entropy(net(x[:, 0]), y))
+    before = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight += 1
+    objective.end(None)
+    (average,) = objective.kept().values()
+    close(average.detach(), before + 0.1, 1e-6)
+
+
+def test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries():
+    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "pre_batch": 4, "pre_micro_batch": 4})
+    net = sr.new_backbone(args, 10, 0, "cpu")
+    objective = sr.MoCo(args, net, 0, torch.device("cpu"), momentum=0.75)
+    x = torch.randn(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    objective.begin(0)
+    loss, k = objective.loss(x, torch.zeros(4), 0)
+    close(k.norm(dim=1), torch.ones(4), 1e-5)
+    assert not k.requires_grad and torch.isfinite(torch.autograd.grad(loss, objective.query[1][0].weight)[0]).all()
+    old = objective.queue.clone()
+    objective.end(k)
+    assert torch.equal(objective.queue, torch.cat([k, old[:-4]]))
+    q, before = objective.query[1][0].weight, objective.key[1][0].weight.clone()
+    with torch.no_grad():
+        q += 1
+    objective.begin(1)
+    close(objective.key[1][0].weight, 0.75 * before + 0.25 * q.detach(), 1e-5)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    args = sr.Args(**sr.PRESETS["digits-pretrain"])
+    net = sr.new_backbone(args, 7, 0, "cpu")
+    save_tensors(tmp_path / "net.safetensors", net.state_dict())
+    other = sr.new_backbone(args, 10, 1, "cpu", tmp_path / "net.safetensors")  # its own head, the file's body
+    assert torch.equal(other.conv1[0].weight, net.conv1[0].weight) and len(other.fc.bias) == 10
+    save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
+    with pytest.raises(UserError, match="no weights of --backbone"):
+        sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
 
 
 def test_last_share_counts_from_the_end():
@@ -484,13 +598,35 @@ def test_few_shot_end_to_end(launch, tmp_path):
     )
 
 
-@pytest.mark.slow
 def test_pretrain_end_to_end_with_two_processes(launch, tmp_path, tree_hash):
-    flags = "--preset digits-pretrain --pre-amounts 5 --pre-epochs 2 --transfer-epochs 2 --pre-micro-batch 25".split()
-    flags += [*SMALL[:8], "--clf-seeds", "1", "--ladder", "scratch", "supervised", "moco"]
+    flags = "--preset digits-pretrain --pre-amounts 5 --pre-epochs 1 --transfer-epochs 1 --pre-micro-batch 25".split()
+    flags += [*SMALL[:8], "--clf-seeds", "1", "--ladder", "scratch", "supervised", "moco", "real-init+moco"]
+    flags += ["--transfer-images", "90"]
     launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "one")
     launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "two", processes=2)
     result = json.loads((tmp_path / "one" / "results.json").read_text())
-    assert {"supervised-5", "moco-5"} <= set(result["metrics"]) and "scratch" in result["baselines"]
-    pattern = "classifier/runs/supervised*/weights.safetensors"
+    assert {"supervised-5", "moco-5", "real-init+moco-5"} <= set(result["metrics"]) and "scratch" in result["baselines"]
+    pattern = "classifier/runs/**/*.safetensors"
     assert tree_hash(tmp_path / "one", pattern) == tree_hash(tmp_path / "two", pattern)
+
+
+def test_deit_recipe_resumes_to_the_same_bytes(launch, tmp_path, tree_hash):
+    flags = "--preset digits-pretrain --recipe deit --backbone test_vit.r160_in1k --pre-ema 0.9 --pre-amounts 5 "
+    flags += "--pre-epochs 3 --pre-micro-batch 25 --transfer-epochs 1 --clf-seeds 1 --ladder supervised"
+    flags = [*flags.split(), *SMALL[:8], "--pre-size", "160"]
+    stages = "select sentences generate filter".split()
+    launch("synthetic_recognition.py", *flags, "--stages", *stages, "--output-dir", tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "killed")
+    launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "one")
+    command = launch.command("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "killed")
+    process = subprocess.Popen(command, env=launch.env(), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed" / "classifier" / "runs" / "supervised-5-seed0" / "checkpoint.safetensors"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert checkpoint.exists()
+    launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "killed")
+    pattern = "classifier/runs/**/*.safetensors"
+    assert tree_hash(tmp_path / "one", pattern) == tree_hash(tmp_path / "killed", pattern)
