@@ -3,7 +3,7 @@
 #
 # Expect: top-1 34.33 -> 38.05 (the paper's Table 1; not run by us); ViT-B/16: 41.90 -> 46.84
 #         with --head-clip ViT-B-16-quickgelu/openai
-# Cost:   154 GPU hours, estimated: 83 TFLOP an image (50 steps) at 300 TFLOP/s; twice that for 100 steps
+# Cost:   302 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   give --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/
 torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
     --preset birdsnap "$@"

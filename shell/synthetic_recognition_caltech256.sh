@@ -3,7 +3,7 @@
 #
 # Expect: top-1 73.36 -> 75.74 (the paper's Table 1; not run by us); ViT-B/16: 80.14 -> 81.43
 #         with --head-clip ViT-B-16-quickgelu/openai
-# Cost:   79 GPU hours, estimated: 83 TFLOP an image (50 steps) at 300 TFLOP/s; twice that for 100 steps
+# Cost:   155 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   give --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/
 torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
     --preset caltech256 "$@"

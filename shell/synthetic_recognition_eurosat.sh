@@ -3,7 +3,7 @@
 #
 # Expect: top-1 37.51 -> 55.37 (the paper's Table 1; not run by us); ViT-B/16: 47.77 -> 59.86
 #         with --head-clip ViT-B-16-quickgelu/openai
-# Cost:   3 GPU hours, estimated: 83 TFLOP an image (50 steps) at 300 TFLOP/s; twice that for 100 steps
+# Cost:   6 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   below data/; the paper's split: --split-file split_zhou_<Name>.json where CoOp has one
 torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
     --preset eurosat "$@"

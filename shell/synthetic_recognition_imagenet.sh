@@ -3,7 +3,7 @@
 #
 # Expect: top-1 60.33 -> 60.78 (the paper's Table 1; not run by us); ViT-B/16: 68.75 -> 69.16
 #         with --head-clip ViT-B-16-quickgelu/openai
-# Cost:   307 GPU hours, estimated: 83 TFLOP an image (50 steps) at 300 TFLOP/s; twice that for 100 steps
+# Cost:   603 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   data/imagenet with train/<wnid>/ and val/<wnid>/
 torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
     --preset imagenet "$@"
