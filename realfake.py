@@ -1239,6 +1239,17 @@ def ood_images(root, indices):
     return datasets.Images(mapped, [keys[i] for i in kept], names, root), sorted(set(mapped))
 
 
+def ood_sets(args):
+    """--ood NAME=DIR ... -> {name: (Images, labels that occur)}"""
+    found = {}
+    for entry in args.ood:
+        name, _, folder = entry.partition("=")
+        if not folder or name in ("", "test", *found):
+            raise runs.UserError(f"--ood {entry}: wanted is NAME=DIR, each NAME once and none of them test")
+        found[name] = ood_images(folder, datasets.IMAGENET_SUBSETS[args.dataset])
+    return found
+
+
 def restricted_top1(logits, labels, known):
     """Percent right when only the classes in `known` may be answered: the protocol of ImageNet-A and -R."""
     allowed = torch.full((logits.shape[1],), -math.inf)
@@ -1250,10 +1261,7 @@ def evaluate(args, run, dist, data, real, sets):
     with run.timed("evaluate"):
         n, test = len(data.class_names), data.test
         every = list(range(n))
-        scored = {"test": (test, every)}
-        for entry in args.ood:
-            name, _, folder = entry.partition("=")
-            scored[name] = ood_images(folder, datasets.IMAGENET_SUBSETS[args.dataset])
+        scored = {"test": (test, every)} | ood_sets(args)
         jobs = [(row, args.seed + s) for row in training_rows(args) for s in range(args.clf_seeds)]
         mine = {}
         for row, seed in distributed.my_items(jobs, dist):
@@ -1400,6 +1408,7 @@ def check_args(args):
         raise runs.UserError(f"--net-versions {args.net_versions}: ascending numbers, at most --gen-versions")
     if args.ood and args.dataset not in datasets.IMAGENET_SUBSETS:
         raise runs.UserError(f"--ood: needs ImageNet or a subset of it, not {args.dataset}")
+    ood_sets(args)  # a wrong folder is told now, not after days
     if args.mia_models % 2 or 0 < args.mia_models < 6:  # 6: every target then has two shadows on each side
         raise runs.UserError(f"--mia-models {args.mia_models}: an even number from 6 on, or 0 for no attack")
 

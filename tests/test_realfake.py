@@ -414,6 +414,70 @@ def test_ready_captions(tmp_path):
         rf.read_captions(file, real)
 
 
+def tiny_blip2(folder):
+    """BLIP-2 with random weights in the layout of Salesforce/blip2-opt-2.7b: OPT, 4 query tokens, 8 x 8 pixels"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        BlipImageProcessor,
+        OPTConfig,
+        PreTrainedTokenizerFast,
+    )
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *"a the digit photo of red white bold one two seven nine on".split()]
+    bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    size = dict(height=8, width=8)
+    processor = Blip2Processor(
+        BlipImageProcessor(size=size), PreTrainedTokenizerFast(tokenizer_object=bare, **special), num_query_tokens=4
+    )
+    width = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    text = OPTConfig(
+        vocab_size=len(words) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
+        word_embed_proj_dim=16, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = Blip2Config(
+        vision_config=dict(image_size=8, patch_size=4, **width), text_config=text.to_dict(), num_query_tokens=4,
+        qformer_config=dict(encoder_hidden_size=16, cross_attention_frequency=1, vocab_size=len(words), **width),
+        image_token_index=len(words),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Blip2ForConditionalGeneration(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(30 if p.ndim > 1 else 1)  # the usual small weights would say the same about every image
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return words
+
+
+def test_blip2_folder_writes_captions(tmp_path):
+    words = tiny_blip2(tmp_path / "blip2")
+    args = rf.Args(captioner=str(tmp_path / "blip2"), precision="fp32")
+    rng = torch.Generator().manual_seed(0)
+    pixels = (torch.rand(20, 12, 9, 3, generator=rng) * 255).byte().numpy()
+    real = datasets.Images([0] * 20, [f"{i}.png" for i in range(20)], ["x"], pixels=pixels)
+    write = rf.captioner_of(args, torch.device("cpu"))
+    captions = write(real)
+    assert len(captions) == 20 and max(len(c.split()) for c in captions) in range(1, 17)
+    assert {word for c in captions for word in c.split()} <= set(words[4:]), "no image, end or padding tokens"
+    assert captions == rf.captioner_of(args, torch.device("cpu"))(real) and write(real.subset([3])) == [captions[3]]
+
+    from transformers import Blip2ForConditionalGeneration, Blip2Processor
+
+    model = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "blip2")
+    with torch.no_grad():
+        model.query_tokens.zero_()  # what the captions say comes through the queries from the image
+        model.language_projection.weight.zero_()
+        model.save_pretrained(tmp_path / "blind")
+    Blip2Processor.from_pretrained(tmp_path / "blip2").save_pretrained(tmp_path / "blind")
+    blind = rf.captioner_of(replace(args, captioner=str(tmp_path / "blind")), torch.device("cpu"))(real)
+    assert len(set(blind)) == 1 < len(set(captions))
+
+
 # ---- the tiny generator ---------------------------------------------------------------------------
 
 
@@ -625,6 +689,55 @@ def test_two_processes_share_a_step_and_leave_the_same_bytes(launch, tmp_path, t
         run_small(launch, tmp_path / str(processes), *flags, processes=processes)
     for pattern in ("images/**/*.png", "lora/**/*.safetensors", "classifier/**/*.safetensors"):
         assert tree_hash(tmp_path / "1", pattern) == tree_hash(tmp_path / "2", pattern), pattern
+
+
+def test_ready_captions_other_test_sets_and_equal_updates_end_to_end(launch, tmp_path):
+    """ImageNette's layout with noise for photos: what runs is the captions file, --ood and --net-equal-updates."""
+    from timm.data import ImageNetInfo
+
+    wnids = [ImageNetInfo().label_names()[i] for i in datasets.IMAGENET_SUBSETS["imagenette"]]
+    captions = {}
+    for c, wnid in enumerate(wnids):
+        for split, count in (("train", 3), ("val", 1)):
+            (tmp_path / "photos" / split / wnid).mkdir(parents=True)
+            for i in range(count):
+                noise = Image.effect_noise((40 + c, 36), 60)
+                noise.save(tmp_path / "photos" / split / wnid / f"{wnid}_{i}.JPEG")
+        captions[wnid] = {f"{wnid}_{i}.JPEG": f"caption {c} {i}" for i in range(3)}
+        for root, folder in (("v2", str(datasets.IMAGENET_SUBSETS["imagenette"][c])), ("r", wnid)):
+            if root == "v2" or c < 4:
+                (tmp_path / root / folder).mkdir(parents=True)
+                Image.effect_noise((36, 36), 60).save(tmp_path / root / folder / "a b.png")
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    flags = ["--dataset", "imagenette", "--data-dir", tmp_path / "photos", "--mia-models", 0, "--net-equal-updates"]
+    flags += ["--captions-file", tmp_path / "captions.json", "--ood", f"v2={tmp_path / 'v2'}", f"r={tmp_path / 'r'}"]
+    run_small(launch, tmp_path / "run", *flags)
+    rows = [json.loads(line) for line in (tmp_path / "run/images/metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 60 and "caption 3 2" in "".join(r["prompt"] for r in rows if r["label"] == 3)
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    scores = {k: v for k, v in {**result["metrics"], **result["baselines"]}.items() if "per_seed" in v}
+    trained = {row: v for row, v in scores.items() if row != "zero-shot"}
+    assert {"real", "synthetic-2x", "no-token"} <= set(trained)
+    assert all(0 <= v[f"ood/{name}"]["mean"] <= 100 for v in trained.values() for name in ("v2", "r"))
+    assert len({v["updates"] for v in trained.values()}) == 1, "as many updates for every row"
+
+    captions[wnids[2]].pop(f"{wnids[2]}_1.JPEG")
+    (tmp_path / "captions.json").write_text(json.dumps(captions))
+    done = run_small(launch, tmp_path / "wrong", *flags, check=False)
+    assert done.returncode == 2 and f"no caption for {wnids[2]}_1.JPEG" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_ood_folders_are_told_before_anything_runs(tmp_path):
+    (tmp_path / "r" / "cats").mkdir(parents=True)
+    for ood, words in (
+        (f"r={tmp_path / 'r'}", "neither a WordNet id"),
+        (f"r={tmp_path / 'nowhere'}", "no such folder"),
+        ("nowhere", "NAME=DIR"),
+        (f"test={tmp_path / 'r'}", "none of them test"),
+    ):
+        with pytest.raises(runs.UserError, match=words):
+            rf.check_args(rf.Args(dataset="imagenette", ood=(ood,)))
 
 
 def test_the_test_split_is_not_opened_before_evaluate(launch, tmp_path):
