@@ -1500,6 +1500,9 @@ def new_backbone(args, n_classes, seed, device, weights=None, drop_path=0.0):
         if {k: v.shape for k, v in state.items()} != wanted:
             raise runs.UserError(f"{weights}: these are no weights of --backbone {args.backbone}")
         net.load_state_dict(state, strict=False)
+        # Another head than the one the body began its pre-training with: it would know that one's directions.
+        seed_global(distributed.seed_of(seed, "new head"))
+        net.reset_classifier(n_classes)
     return net.to(device)
 
 

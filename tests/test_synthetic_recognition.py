@@ -410,8 +410,9 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     args = sr.Args(**sr.PRESETS["digits-pretrain"])
     net = sr.new_backbone(args, 7, 0, "cpu")
     save_tensors(tmp_path / "net.safetensors", net.state_dict())
-    other = sr.new_backbone(args, 10, 1, "cpu", tmp_path / "net.safetensors")  # its own head, the file's body
-    assert torch.equal(other.conv1[0].weight, net.conv1[0].weight) and len(other.fc.bias) == 10
+    other = sr.new_backbone(args, 7, 0, "cpu", tmp_path / "net.safetensors")  # the file's body, a head of its own
+    assert torch.equal(other.conv1[0].weight, net.conv1[0].weight) and not torch.equal(other.fc.weight, net.fc.weight)
+    assert len(sr.new_backbone(args, 10, 0, "cpu", tmp_path / "net.safetensors").fc.bias) == 10
     save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="no weights of --backbone"):
         sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
