@@ -228,10 +228,10 @@ def _preprocessed(clip: Clip, images: Sequence | Tensor, batch: int, workers: in
     """Batches [B, 3, S, S] float32 of preprocessed images, in order."""
     if isinstance(images, Tensor):
         if tuple(images.shape[2:]) == (clip.image_size, clip.image_size):
-            # Nothing to resize or crop: the arithmetic of ToTensor and Normalize for the whole batch at once.
-            mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
+            # Nothing to resize or crop: the arithmetic of ToTensor and Normalize, on the device, from a byte per value.
+            mean, std = (torch.tensor(v, device=clip.device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
             for start in range(0, len(images), batch):
-                yield images[start : start + batch].cpu().float().div(255).sub_(mean).div_(std)
+                yield images[start : start + batch].to(clip.device).float().div(255).sub_(mean).div_(std)
             return
         images = _PilView(images)
 
