@@ -11,7 +11,7 @@ Run:
     torchrun --standalone --nproc-per-node 8 realfake.py --preset imagenette --sd-batch 64
 
 Expect:
-    digits: real 95.6, synthetic 82.8 (1 version) to 95.9 (4), real + synthetic 97.4; all of it in docs/realfake.md
+    digits: real 95.8, synthetic 83.1 (1 version) to 95.2 (4), real + synthetic 97.4; all of it in docs/realfake.md
     ImageNet-1K, ResNet-50, synthetic only: 70.9 (1 version), 76.0 (10 versions) (paper); not run by us for want of GPUs
 
 Differs:

