@@ -1270,21 +1270,24 @@ def export_head(args, run, clip, names, W0):
 
 
 class Order:
-    """Entry at each position of an endless stream: one shuffled pass over the list after another.
+    """Entry at each position of an endless stream: one shuffled pass over the list after another."""
 
-    repeats: an epoch visits the first n / repeats entries of its shuffle, each this often in a row (DeiT's repeated
-    augmentation, 3); the number of positions in an epoch stays n.
-    """
-
-    def __init__(self, n, seed_parts, repeats=1):
-        self.n, self.seed_parts, self.repeats, self.epoch = n, seed_parts, repeats, None
+    def __init__(self, n, seed_parts):
+        self.n, self.seed_parts, self.epoch = n, seed_parts, None
 
     def __getitem__(self, position):
         epoch, i = divmod(position, self.n)
         if epoch != self.epoch:
             g = distributed.generator(*self.seed_parts, "order", epoch)
             self.epoch, self.order = epoch, torch.randperm(self.n, generator=g).tolist()
-        return self.order[i // self.repeats]
+        return self.order[i]
+
+
+def repeated(position, n, repeats):
+    """DeiT's repeated augmentation: where position looks in the stream of shuffles of n entries. An epoch visits the
+    first n / repeats of its shuffle, each `repeats` times in a row; it stays n long."""
+    epoch, i = divmod(position, n)
+    return epoch * n + i // repeats
 
 
 class AugmentedViews(torch.utils.data.Dataset):
@@ -1422,14 +1425,15 @@ def train_network(
     moving, counters = ([b for b in buffers if b.is_floating_point() == floats] for floats in (True, False))
     first, _, _ = load_training(file, weights, optimizer)
     per_epoch = max(1, math.ceil((len(images) - 1) / batch))  # a last batch of one image is left out: BatchNorm
-    order = Order(len(images), (seed,), repeats)
+    order = Order(len(images), (seed,))
     data = AugmentedViews(images, augmentation(args, kind, args.pre_size), objective.views, seed, "data")
 
     def units(step):
         """Micro-batches of a step, lists of (position, image), none of one; an epoch's last batch may be short."""
         epoch, i = divmod(step, per_epoch)
         start, end = epoch * len(images) + i * batch, (epoch + 1) * len(images)
-        parts = chunks([(p, order[p]) for p in range(start, min(start + batch, end))], args.pre_micro_batch)
+        entries = [(p, order[repeated(p, len(images), repeats)]) for p in range(start, min(start + batch, end))]
+        parts = chunks(entries, args.pre_micro_batch)
         return parts if len(parts) == 1 or len(parts[-1]) > 1 else [*parts[:-2], parts[-2] + parts[-1]]
 
     total = epochs * per_epoch

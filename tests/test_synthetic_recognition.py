@@ -351,11 +351,11 @@ def test_label_spaces(tmp_path):
 
 
 def test_repeated_augmentation_keeps_the_length_of_an_epoch():
-    order = sr.Order(10, (0, "x"), repeats=3)
-    epoch = [order[p] for p in range(10)]
-    assert epoch[0] == epoch[1] == epoch[2] != epoch[3] and len(set(epoch)) == 4
-    once = sr.Order(10, (0, "x"))
-    assert sorted(once[p] for p in range(10, 20)) == list(range(10))
+    order = sr.Order(10, (0, "x"))
+    first, second = ([order[sr.repeated(p, 10, 3)] for p in range(start, start + 10)] for start in (0, 10))
+    for epoch in (first, second):
+        assert epoch[0] == epoch[1] == epoch[2] != epoch[3] and len(set(epoch)) == 4
+    assert first != second and sorted(order[sr.repeated(p, 10, 1)] for p in range(10, 20)) == list(range(10))
 
 
 def test_deit_augmentation_is_a_function_of_the_seed_and_never_asks_pillow_for_no_bits():
