@@ -549,6 +549,8 @@ def read_captions(file, real):
         given = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise runs.UserError(f"--captions-file {file}: {error}") from error
+    if not isinstance(given, dict) or not all(isinstance(texts, dict) for texts in given.values()):
+        raise runs.UserError(f"--captions-file {file}: wanted is {{class: {{file name: caption}}}}")
     found = []
     for key, label in zip(real.keys, real.labels, strict=True):
         folder, _, name = key.rpartition("/")
@@ -567,6 +569,8 @@ def captioner_of(args, device):
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     processor = AutoProcessor.from_pretrained(where)
     model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype).to(device).eval()
+    if getattr(model.config, "image_token_index", 0) is None:  # BLIP-2 as saved before November 2024
+        model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
 
     @torch.no_grad()
     def write(pictures):
@@ -581,7 +585,7 @@ def captioner_of(args, device):
 
 def embed(args, run, dist, real):
     """Projected CLIP image embeddings, not normalised, float16: what the text encoder's own width can hold."""
-    clip = load_clip(args.token_clip, dist.device)
+    clip = load_clip(args.token_clip, dist.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     with run.timed("embed"):
         parts = [range(i, min(i + PART, len(real))) for i in range(0, len(real), PART)]
         files = [run.path("parts", f"embeddings-{j:05d}.safetensors") for j in range(len(parts))]

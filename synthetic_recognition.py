@@ -1734,8 +1734,9 @@ def label_space(args, names):
     if args.label_space == "imagenet-2k":
         more = timm.data.ImageNetInfo("imagenet-22k")
         more = [more.index_to_description(i).split(",")[0].strip() for i in range(more.num_classes())]
-        known = {name.lower() for name in found}
-        more = sorted({name for name in more if name.lower() not in known})
+        known = {runs.slug(name) for name in found}  # names of the same folder are the same
+        more = {runs.slug(name): name for name in sorted(more, reverse=True)}
+        more = [name for slug, name in sorted(more.items()) if slug not in known]
         order = torch.randperm(len(more), generator=distributed.generator(args.gen_seed, "imagenet-2k"))[:1000]
         found += [more[i] for i in order.tolist()]
     return found
@@ -1756,7 +1757,7 @@ def check_args(args):
     ).split():
         if getattr(args, name) < 1:
             raise runs.UserError(f"{runs.flag(name)} is {getattr(args, name)}; it must be at least 1")
-    for name in ("sl", "label_smoothing", "tune_share"):
+    for name in ("sl", "label_smoothing", "tune_share", "pre_ema"):
         if not 0 <= getattr(args, name) <= 1:
             raise runs.UserError(f"{runs.flag(name)} is {getattr(args, name)}; it must lie in 0..1")
     wrong = [row for row in args.ladder if row not in SETTING_ROWS[args.setting]]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 from dataclasses import replace
 
@@ -409,18 +410,35 @@ def test_ready_captions(tmp_path):
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({"n01": {"a.JPEG": " a fish "}, "dog": {"b c.JPEG": "a dog"}}))
     assert rf.read_captions(file, real) == ["a fish", "a dog"]
-    file.write_text(json.dumps({"n01": {"a.JPEG": "a fish"}}))
-    with pytest.raises(runs.UserError, match="no caption for b c.JPEG"):
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "captions.json: .*No such file"),
+        ("{", "captions.json: Expecting"),
+        ('{"n01": {"a.JPEG": "a fish"}}', "no caption for b c.JPEG of 'dog'"),
+        ('{"n01": {"a.JPEG": "a fish"}, "n02": {"a.JPEG": "a dog"}}', "no caption for b c.JPEG of 'dog'"),
+        ('{"n01/a.JPEG": "a fish", "n02/b c.JPEG": "a dog"}', "wanted is {class: {file name: caption}}"),
+        ('["a fish", "a dog"]', "wanted is {class: {file name: caption}}"),
+    ],
+)
+def test_wrong_captions_are_told_in_one_line(tmp_path, content, words):
+    real = datasets.Images([0, 1], ["train/n01/a.JPEG", "train/n02/b c.JPEG"], ["tench", "dog"])
+    file = tmp_path / "captions.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(runs.UserError, match=words) as caught:
         rf.read_captions(file, real)
+    assert "\n" not in str(caught.value)
 
 
 def tiny_blip2(folder):
-    """BLIP-2 with random weights in the layout of Salesforce/blip2-opt-2.7b: OPT, 4 query tokens, 8 x 8 pixels"""
+    """BLIP-2 with random weights, in the files of Salesforce/blip2-opt-2.7b: OPT, 4 queries, 8 x 8 pixels -> words"""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         Blip2Config,
         Blip2ForConditionalGeneration,
-        Blip2Processor,
         BlipImageProcessor,
         OPTConfig,
         PreTrainedTokenizerFast,
@@ -430,10 +448,6 @@ def tiny_blip2(folder):
     bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
     special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    size = dict(height=8, width=8)
-    processor = Blip2Processor(
-        BlipImageProcessor(size=size), PreTrainedTokenizerFast(tokenizer_object=bare, **special), num_query_tokens=4
-    )
     width = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     text = OPTConfig(
         vocab_size=len(words) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
@@ -444,38 +458,58 @@ def tiny_blip2(folder):
         qformer_config=dict(encoder_hidden_size=16, cross_attention_frequency=1, vocab_size=len(words), **width),
         image_token_index=len(words),
     )  # fmt: skip
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = Blip2ForConditionalGeneration(config)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(30 if p.ndim > 1 else 1)  # the usual small weights would say the same about every image
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    BlipImageProcessor(size=dict(height=8, width=8)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bare, **special).save_pretrained(folder)
+    about = dict(num_query_tokens=4, processor_class="Blip2Processor")
+    (folder / "processor_config.json").write_text(json.dumps(about))
     return words
 
 
-def test_blip2_folder_writes_captions(tmp_path):
-    words = tiny_blip2(tmp_path / "blip2")
-    args = rf.Args(captioner=str(tmp_path / "blip2"), precision="fp32")
-    rng = torch.Generator().manual_seed(0)
-    pixels = (torch.rand(20, 12, 9, 3, generator=rng) * 255).byte().numpy()
-    real = datasets.Images([0] * 20, [f"{i}.png" for i in range(20)], ["x"], pixels=pixels)
-    write = rf.captioner_of(args, torch.device("cpu"))
-    captions = write(real)
-    assert len(captions) == 20 and max(len(c.split()) for c in captions) in range(1, 17)
-    assert {word for c in captions for word in c.split()} <= set(words[4:]), "no image, end or padding tokens"
-    assert captions == rf.captioner_of(args, torch.device("cpu"))(real) and write(real.subset([3])) == [captions[3]]
-
+def greedy_caption(folder, image):
+    """The definition: image, <s>, no prompt, then the likeliest token up to </s> or 16 -> caption, number of tokens"""
     from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
-    model = Blip2ForConditionalGeneration.from_pretrained(tmp_path / "blip2")
+    processor = Blip2Processor.from_pretrained(folder)
+    model = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
+    ids = [1]
     with torch.no_grad():
-        model.query_tokens.zero_()  # what the captions say comes through the queries from the image
-        model.language_projection.weight.zero_()
-        model.save_pretrained(tmp_path / "blind")
-    Blip2Processor.from_pretrained(tmp_path / "blip2").save_pretrained(tmp_path / "blind")
-    blind = rf.captioner_of(replace(args, captioner=str(tmp_path / "blind")), torch.device("cpu"))(real)
-    assert len(set(blind)) == 1 < len(set(captions))
+        said = model.get_image_features(processor(images=image, return_tensors="pt").pixel_values).pooler_output
+        while len(ids) <= 16 and ids[-1] != 2:
+            h = torch.cat([said, model.get_input_embeddings()(torch.tensor([ids]))], 1)
+            ids.append(model.language_model(inputs_embeds=h).logits[0, -1].argmax().item())
+    return processor.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) - 1
+
+
+def test_blip2_folder_writes_captions(tmp_path):
+    folder, cpu = tmp_path / "blip2", torch.device("cpu")
+    words = tiny_blip2(folder)
+    args = rf.Args(captioner=str(folder), precision="fp32")
+    rng = torch.Generator().manual_seed(0)
+    pixels = (torch.rand(40, 12, 9, 3, generator=rng) * 255).byte().numpy()
+    real = datasets.Images([0] * 40, [f"{i}.png" for i in range(40)], ["x"], pixels=pixels)
+    captions = rf.captioner_of(args, cpu)(real)
+    expected, lengths = zip(*[greedy_caption(folder, real[i]) for i in range(40)], strict=True)
+    assert captions == list(expected) and len(set(captions)) > 20
+    assert max(lengths) == 16 > min(lengths), "some captions end by themselves, others at 16 tokens"
+    assert {word for c in captions for word in c.split()} <= set(words[4:]), "no image, end or padding tokens"
+    assert rf.captioner_of(args, cpu)(real.subset([39, 3, 20])) == [captions[i] for i in (39, 3, 20)]
+
+    halved = rf.captioner_of(replace(args, precision="bf16"), cpu)(real)
+    assert len(halved) == 40 and len(set(halved)) > 20
+
+    config = json.loads((folder / "config.json").read_text())
+    del config["image_token_index"]  # a checkpoint that transformers wrote before it had image tokens for BLIP-2
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "processor_config.json").unlink()
+    about = json.loads((folder / "preprocessor_config.json").read_text()) | {"processor_class": "Blip2Processor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(about))
+    assert rf.captioner_of(args, cpu)(real) == captions
 
 
 # ---- the tiny generator ---------------------------------------------------------------------------
@@ -708,18 +742,30 @@ def test_ready_captions_other_test_sets_and_equal_updates_end_to_end(launch, tmp
             if root == "v2" or c < 4:
                 (tmp_path / root / folder).mkdir(parents=True)
                 Image.effect_noise((36, 36), 60).save(tmp_path / root / folder / "a b.png")
+    other = tmp_path / "r" / ImageNetInfo().label_names()[1]  # a class that ImageNette has not
+    other.mkdir()
+    Image.effect_noise((36, 36), 60).save(other / "a b.png")
     (tmp_path / "captions.json").write_text(json.dumps(captions))
     flags = ["--dataset", "imagenette", "--data-dir", tmp_path / "photos", "--mia-models", 0, "--net-equal-updates"]
     flags += ["--captions-file", tmp_path / "captions.json", "--ood", f"v2={tmp_path / 'v2'}", f"r={tmp_path / 'r'}"]
-    run_small(launch, tmp_path / "run", *flags)
+    done = run_small(launch, tmp_path / "run", *flags)
     rows = [json.loads(line) for line in (tmp_path / "run/images/metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 60 and "caption 3 2" in "".join(r["prompt"] for r in rows if r["label"] == 3)
     result = json.loads((tmp_path / "run" / "results.json").read_text())
-    scores = {k: v for k, v in {**result["metrics"], **result["baselines"]}.items() if "per_seed" in v}
-    trained = {row: v for row, v in scores.items() if row != "zero-shot"}
-    assert {"real", "synthetic-2x", "no-token"} <= set(trained)
-    assert all(0 <= v[f"ood/{name}"]["mean"] <= 100 for v in trained.values() for name in ("v2", "r"))
-    assert len({v["updates"] for v in trained.values()}) == 1, "as many updates for every row"
+    trained = {k: v for k, v in {**result["metrics"], **result["baselines"]}.items() if "per_seed" in v}
+    assert set(trained) == {"real", "synthetic-1x", "synthetic-2x", "real+synthetic-2x", "no-token"}
+    assert {v["updates"] for v in trained.values()} == {2}, "one update in each of two epochs, with 30 images or 90"
+    header = next(line for line in done.stdout.splitlines() if "training set" in line)
+    assert re.split(r"\s{2,}", header.strip()) == ["training set", "test top-1", "v2", "r", "images", "updates"]
+
+    args, cpu = rf.Args(**{**rf.PRESETS["digits"], "net_size": 32}), torch.device("cpu")
+    for name, few in (("v2", 10), ("r", 4)):
+        images, known = rf.ood_images(tmp_path / name, datasets.IMAGENET_SUBSETS["imagenette"])
+        assert images.labels == known == list(range(few))
+        for row, v in trained.items():
+            net = rf.trained_net(args, tmp_path / "run/classifier/runs" / f"{row}-seed0", 10, cpu)
+            right = (rf.logits_of(args, net, images, cpu)[:, :few].argmax(1) == torch.arange(few)).sum().item()
+            assert v[f"ood/{name}"]["mean"] == pytest.approx(100 * right / few), "only classes that occur are answers"
 
     captions[wnids[2]].pop(f"{wnids[2]}_1.JPEG")
     (tmp_path / "captions.json").write_text(json.dumps(captions))
@@ -738,6 +784,33 @@ def test_wrong_ood_folders_are_told_before_anything_runs(tmp_path):
     ):
         with pytest.raises(runs.UserError, match=words):
             rf.check_args(rf.Args(dataset="imagenette", ood=(ood,)))
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_caption_stage_with_a_blip2_folder_goes_on_after_a_kill(launch, tmp_path, processes):
+    """Killed (-9) after its first part of 256 images: in the end the captions that are written without a break."""
+    import time
+
+    tiny_blip2(tmp_path / "blip2")
+    out, flags = tmp_path / "run", ["--captioner", tmp_path / "blip2", "--real-per-class", 60, "--stages", "caption"]
+    command = launch.command("realfake.py", "--output-dir", out, *flags)
+    silent = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=launch.env(), cwd=launch.cwd, **silent)
+    first = out / "parts" / "captions-00000.json"
+    while process.poll() is None and not first.exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert first.exists() and not (out / "captions.json").exists(), "killed between two parts"
+    written = first.stat().st_mtime_ns
+    launch("realfake.py", "--output-dir", out, *flags, processes=processes)
+    assert first.stat().st_mtime_ns == written, "a part that exists is not written again"
+
+    args = rf.Args(**{**rf.PRESETS["digits"], "captioner": str(tmp_path / "blip2"), "real_per_class": 60})
+    real = rf.choose_real(args, datasets.load_dataset("digits"))
+    captions = rf.captioner_of(args, torch.device("cpu"))(real)
+    assert json.loads((out / "captions.json").read_text()) == dict(zip(real.keys, captions, strict=True))
+    assert len(captions) == 600 and len(set(captions)) > 20
 
 
 def test_the_test_split_is_not_opened_before_evaluate(launch, tmp_path):
