@@ -93,7 +93,8 @@ class Args:
 
     # ---- [1] caption, [2] embed ----------------------------------------------------------------
     captions_file: str | None = None
-    """ready captions, JSON {class: {file name: caption}}, class by name or folder; None: write them with captioner"""
+    """ready captions: JSON {class: {file name: caption}}, class by name or folder, a folder of <class>.json, or
+    captions.json of another run; None: write them with captioner"""
     caption: bool = True
     """prompts hold the caption of the image; --no-caption: the class name alone"""
     token: Token = "image"
@@ -544,17 +545,25 @@ def in_parts(run, dist, name, real, work):
 
 
 def read_captions(file, real):
-    """The published form, {class: {file name: caption}}; class: its name, or its folder as for ImageNet."""
+    """Captions of the images: {class: {file name: caption}}, class by its name or, as published for ImageNet, by its
+    folder; the published form, a folder of <class>.json; or the captions.json of another run, {image: caption}."""
     try:
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
+        if Path(file).is_dir():
+            given = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(Path(file).glob("*.json"))}
+        else:
+            given = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise runs.UserError(f"--captions-file {file}: {error}") from error
-    if not isinstance(given, dict) or not all(isinstance(texts, dict) for texts in given.values()):
-        raise runs.UserError(f"--captions-file {file}: wanted is {{class: {{file name: caption}}}}")
+    kinds = {type(entry) for entry in given.values()} if isinstance(given, dict) else set()
+    if kinds not in ({dict}, {str}):
+        raise runs.UserError(
+            f"--captions-file {file}: wanted is {{class: {{file name: caption}}}}, or {{image: caption}}"
+        )
     found = []
     for key, label in zip(real.keys, real.labels, strict=True):
         folder, _, name = key.rpartition("/")
         texts = given.get(real.class_names[label]) or given.get(folder.rpartition("/")[2]) or {}
+        texts, name = (given, key) if kinds == {str} else (texts, name)
         if name not in texts:
             raise runs.UserError(f"--captions-file {file}: no caption for {name} of {real.class_names[label]!r}")
         found.append((texts[name] or "").strip())
@@ -569,7 +578,7 @@ def captioner_of(args, device):
     dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     processor = AutoProcessor.from_pretrained(where)
     model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype).to(device).eval()
-    if getattr(model.config, "image_token_index", 0) is None:  # BLIP-2 as saved before November 2024
+    if getattr(model.config, "image_token_index", 0) is None:  # BLIP-2 as older transformers saved it
         model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
 
     @torch.no_grad()
