@@ -38,7 +38,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import ImageOps
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from timm.data.auto_augment import RandAugment
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -1768,11 +1768,11 @@ def check_args(args):
         raise runs.UserError(f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
     if args.sl_temperature <= 0 or not 0 <= args.rg_steps < 100:
         raise runs.UserError("--sl-temperature must be above 0 and --rg-steps in 0..99")
-    if args.setting == "few-shot" and not 1 <= min(args.shot_counts) <= max(args.shot_counts) <= 16:
+    if args.setting == "few-shot" and not 1 <= min(args.shot_counts, default=0) <= max(args.shot_counts) <= 16:
         raise runs.UserError(f"--shot-counts {args.shot_counts}: each must lie in 1..16, where the sets are nested")
     if (
         args.setting == "pretrain"
-        and not 1 <= min(args.pre_amounts) <= max(args.pre_amounts) <= args.gen_images_per_class
+        and not 1 <= min(args.pre_amounts, default=0) <= max(args.pre_amounts) <= args.gen_images_per_class
     ):
         raise runs.UserError(f"--pre-amounts {args.pre_amounts}: from 1 to --gen-images-per-class")
     real = any(row.startswith("real-init") for row in args.ladder)
@@ -1785,6 +1785,22 @@ def check_args(args):
             raise runs.UserError(f"--label-space {args.label_space}: only --setting pretrain has one of its own")
         if args.label_space not in ("imagenet-1k", "imagenet-2k") and not Path(args.label_space).is_file():
             raise runs.UserError(f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
+
+
+def check_models(args, gen_names):
+    """Names and networks of pre-training, before days of generation"""
+    if args.setting != "pretrain":
+        return
+    if not gen_names:
+        raise runs.UserError(f"--label-space {args.label_space}: no names in it")
+    runs.class_folders(gen_names)  # refuses two names of one folder
+    real = any(row.startswith("real-init") for row in args.ladder) and args.real_weights not in ("train", "imagenet")
+    if real:
+        try:
+            safe_open(args.real_weights, "pt").__enter__()
+        except SafetensorError as error:
+            raise runs.UserError(f"--real-weights {args.real_weights}: no safetensors file ({error})") from error
+    new_backbone(args, len(gen_names), args.seed, "cpu", args.real_weights if real else None)
 
 
 def check_order(args, run, todo):
@@ -1802,6 +1818,7 @@ def main(args):
     data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file)
     names = EUROSAT_NAMES if args.dataset == "eurosat" else data.class_names
     gen_names = label_space(args, names)
+    check_models(args, gen_names)
     if data.note:
         distributed.say(dist, data.note)
     shots, picks = choose_shots(args, data)

@@ -304,6 +304,44 @@ def test_sentences_are_different_and_hold_the_class_name():
     assert one == sr.sentences_of(args, speak, 0, "sea_lake", None)
 
 
+def tiny_chat(folder):
+    """A causal language model with random weights and a chat template, in transformers' layout"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = '<pad> <s> </s> <unk> user assistant : a seven two red photo of Write one short caption . " the Use'.split()
+    bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    bare.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def test_a_chat_model_writes_sentences_without_repeating_the_question(tmp_path):
+    tiny_chat(tmp_path)
+    flags = dict(sentence_kind="chat", sentence_model=str(tmp_path), sentences=5, gen_seed=3)
+    args = sr.Args(**{**sr.PRESETS["digits"], **flags})
+    speak = sr.load_writer(args, torch.device("cpu"))
+    sr.seed_global(0)
+    drawn = speak("a seven", 8)
+    assert len(drawn) == 8 and all(len(s.split()) <= 32 for s in drawn) and len(set(drawn)) > 1
+    assert not any("Write one short" in s for s in drawn)
+    first = sr.sentences_of(args, speak, 0, "seven", None)
+    assert len(set(first)) == 5 and all("seven" in s for s in first)
+    assert first == sr.sentences_of(args, speak, 0, "seven", None)
+
+
 def test_info_nce_prefers_its_own_key():
     q = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     assert sr.info_nce(q, q, -q) < sr.info_nce(q, -q, q)
@@ -319,6 +357,9 @@ def test_official_keywords_keep_double_quotes_and_cut_at_full_stops():
     assert sr.official_keywords("a seven") == ["a seven </s>"]
     assert sr.official_keywords("a colt's foot") == ['"a colts foot" </s>']
     assert sr.official_keywords("a St. Bernard") == ["a St </s>", "Bernard </s>"]
+    speak = sr.load_writer(sr.Args(sentence_model="tiny", official=("keywords",)), torch.device("cpu"))
+    drawn = speak("a seven. a two", 4)
+    assert len(drawn) == 4 and all("two" in s.split("seven")[-1] for s in drawn if "seven" in s) and any(drawn)
 
 
 def test_official_names_and_filter_prompt():
@@ -346,8 +387,18 @@ def test_label_spaces(tmp_path):
     ]
     assert spaces[:2] == [["cat"], ["sorrel", "rose hip"]] and spaces[2] == spaces[3][: len(spaces[2])]
     assert len(spaces[2]) == 998 and len(spaces[3]) == 1998 == len(class_folders(spaces[3]))
+    flags = dict(setting="pretrain", ladder=("scratch",))
     with pytest.raises(UserError, match="no such file"):
-        sr.check_args(sr.Args(setting="pretrain", ladder=("scratch",), label_space=str(tmp_path / "none.txt")))
+        sr.check_args(sr.Args(**flags, label_space=str(tmp_path / "none.txt")))
+    with pytest.raises(UserError, match="no names"):
+        sr.check_models(sr.Args(**flags), [])
+    with pytest.raises(UserError, match="same name"):
+        sr.check_models(sr.Args(**flags), ["cat", "dog", "Cat!"])
+    with pytest.raises(UserError, match="--backbone nosuch"):
+        sr.check_models(sr.Args(**flags, backbone="nosuch"), ["cat"])
+    for empty in (dict(pre_amounts=()), dict(setting="few-shot", ladder=("rg",), shot_counts=())):
+        with pytest.raises(UserError, match="--pre-amounts|--shot-counts"):
+            sr.check_args(sr.Args(**{**flags, **empty}))
 
 
 def test_repeated_augmentation_keeps_the_length_of_an_epoch():
@@ -413,6 +464,10 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     other = sr.new_backbone(args, 7, 0, "cpu", tmp_path / "net.safetensors")  # the file's body, a head of its own
     assert torch.equal(other.conv1[0].weight, net.conv1[0].weight) and not torch.equal(other.fc.weight, net.fc.weight)
     assert len(sr.new_backbone(args, 10, 0, "cpu", tmp_path / "net.safetensors").fc.bias) == 10
+    (tmp_path / "text").write_text("no weights at all")
+    flags = {**sr.PRESETS["digits-pretrain"], "real_weights": str(tmp_path / "text")}
+    with pytest.raises(UserError, match="no safetensors file"):
+        sr.check_models(sr.Args(**flags), ["cat"])
     save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="no weights of --backbone"):
         sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
