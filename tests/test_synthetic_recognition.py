@@ -611,7 +611,6 @@ def test_second_call_does_no_work(small, launch, tree_hash):
     assert tree_hash(small[0]) == before
 
 
-@pytest.mark.slow
 def test_features_from_memory_are_those_from_the_files(small, launch, tmp_path, tree_hash):
     launch("synthetic_recognition.py", *SMALL, "--no-filter-while-drawing", "--output-dir", tmp_path / "b")
     for pattern in ("features/*", "keep.json", "classifier/**/*.safetensors"):
