@@ -22,27 +22,10 @@ Differs:
     4. two controls that the paper has not: real images with as many updates, and the random shift without its gradient
 """
 
-import importlib
-import json
-import math
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-import timm
-import torch
-import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
-from PIL import Image
-from torch import nn
-from torchvision.transforms import v2
-
-from common import datasets, distributed, models
-from common import run as runs
-from common.checkpoint import load_training, save_training
-from common.clip import encode_images, encode_texts, load_clip, save_clip
+from common.cli import Frame, parse, start
 
 Row = Literal[
     "zero-shot", "real", "real-repeated", "autoaugment", "randaugment", "erasing", "cutout", "gridmask", "mixup",
@@ -52,23 +35,9 @@ Transform = Literal["none", "autoaugment", "randaugment", "erasing", "cutout", "
 
 
 @dataclass
-class Args:
-    preset: str = "digits"
-    """configuration to start from; every other flag overrides it"""
+class Args(Frame):
     dataset: str = "caltech101"
-    """real data set: class names, training, validation and test images; also pathmnist, bloodmnist, breastmnist"""
-    data_dir: str | None = None
-    """where the data set lies or is downloaded to; for `folder`: DIR/train/<class>/, DIR/test/<class>/"""
-    output_dir: str | None = None
-    """run folder; None: runs/distdiff/<preset>-seed<seed>"""
-    seed: int = 0
-    """seed of the choice of real images, of the guide and of the first classifier"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: mixed precision; trained weights and what is sensitive stay in float32"""
-    compile: bool = False
-    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
+    """real data set; `folder`: your own images in data_dir"""
     stages: tuple[Literal["select", "guide", "prototypes", "encode", "expand", "train", "evaluate"], ...] = (
         "select",
         "guide",
@@ -79,12 +48,6 @@ class Args:
         "evaluate",
     )
     """stages to run, in order; a finished stage is never run again"""
-    resume: bool = True
-    """continue in the run folder; --no-resume: refuse a folder that is not empty"""
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """where scalars go besides metrics.jsonl"""
-    workers: int = 8
-    """loader processes per rank; 0: load in the training process"""
 
     # ---- models (Sec. 4.1) ---------------------------------------------------------------------
     sd_model: str = "CompVis/stable-diffusion-v1-4"
@@ -122,7 +85,7 @@ class Args:
     gen_resolution: int = 512
     """pixels per side of a generated image"""
     gen_save_size: int | None = None
-    """pixels per side of the stored images, None: as generated; at clf_resize the training sees the same bits"""
+    """pixels per side of the stored images, None: as generated; half the side is a quarter of disk and decoding"""
     gen_prompt: str | None = None
     """prompt with {} for the class name; None: the official code's for this data set"""
     gen_steps: int = 50
@@ -212,6 +175,29 @@ PRESETS = {
     "fgvc_aircraft": dict(dataset="fgvc_aircraft", data_dir="data"),
     "stl10": dict(dataset="stl10", data_dir="data"),
 }  # fmt: skip
+
+if __name__ == "__main__":
+    ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
+
+import importlib
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+from common import datasets, distributed, models
+from common import run as runs
+from common.checkpoint import load_training, save_training
+from common.clip import encode_images, encode_texts, load_clip, save_clip
 
 # Official code. The paper's appendix has "a photo of a {} car." for Cars: --gen-prompt. No period for the tiny world.
 PROMPTS = {
@@ -1175,7 +1161,7 @@ def run_name(row, k, seed):
 
 def first_copies(images, real, k):
     """The generated images of the first k copies, from the folder's file names."""
-    size = [real.labels.count(c) for c in range(len(images.class_names))]
+    size = [len(real.of_class(c)) for c in range(len(images.class_names))]
     rows = range(len(images))
     return images.subset([i for i in rows if int(Path(images.keys[i]).stem) < k * size[images.labels[i]]])
 
@@ -1305,7 +1291,7 @@ def write_table(args, run, real, class_names, predicted, labels, saved):
     )
 
     folders, n = runs.class_folders(class_names), len(class_names)
-    source = [real.labels.index(c) for c in range(n)]
+    source = [int(real.of_class(c)[0]) for c in range(n)]
     rows, place = {"real": [real[i] for i in source]}, image_places(real)
     for row in (row for row in ("sd", "rho0", "direct", "distdiff") if run.path(GENERATED[row]).exists()):
         for copy in range(min(3, args.gen_copies)):  # the same noise in every row
@@ -1407,4 +1393,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, PRESETS, __doc__)
+    start(main, ARGS)

@@ -29,52 +29,23 @@ Differs:
     5. filtering gives up after 50 attempts per class, with a warning; officially it may never end
 """
 
-import json
-import math
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import nn
-
-from common import datasets, distributed
-from common import run as runs
-from common.checkpoint import load_training, save_training
+from common.cli import Frame, parse, start
 
 Stage = Literal["real", "gan", "search", "final", "evaluate"]
 Row = Literal["real", "baseline", "filter", "recycle", "expansion", "single", "multi"]
 
 
 @dataclass
-class Args:
-    preset: str = "digits"
-    """configuration to start from; every other flag overrides it"""
+class Args(Frame):
     dataset: str = "cifar10"
-    """real data set: class names, training, validation and test split"""
-    data_dir: str | None = None
-    """where the data set lies or is downloaded to; for `folder`: DIR/train/<class>/, DIR/test/<class>/"""
-    output_dir: str | None = None
-    """run folder; None: runs/<script>/<preset>-seed<seed>"""
-    seed: int = 0
-    """seed of every choice and of everything that is trained; classifiers take seed, seed + 1, ..."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
+    """real data set; `folder`: your own images in data_dir"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: mixed precision; trained weights and what is sensitive stay in float32"""
-    compile: bool = False
-    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
+    """bf16: mixed precision; trained weights, the sampler's state and what is sensitive stay in float32"""
     stages: tuple[Stage, ...] = ("real", "gan", "search", "final", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
-    resume: bool = True
-    """continue in the run folder; --no-resume: refuse a folder that is not empty"""
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """where scalars go besides metrics.jsonl"""
     val_per_class: int = 1000
     """training images of each class held out for every choice, where the data set has no validation split"""
 
@@ -200,6 +171,26 @@ PRESETS = {
         threshold_grid=(0.0, 0.5, 0.1), gan_seeds=(42, 1412, 19281),
     ),
 }  # fmt: skip
+
+if __name__ == "__main__":
+    ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from common import datasets, distributed
+from common import run as runs
+from common.checkpoint import load_training, save_training
+
 SPEED_FLAGS = ("output_dir", "device", "compile", "stages", "resume", "track", "gen_micro_batch", "search_share")
 
 
@@ -1497,7 +1488,7 @@ def check_order(args, run, todo):
 
 def main(args):
     check_args(args)
-    dist = distributed.setup_distributed(args.device, timeout_minutes=14 * 24 * 60)  # a GAN is one process's work
+    dist = distributed.setup_distributed(args.device)
     if dist.device.type == "cuda" and args.precision == "bf16":
         torch.set_float32_matmul_precision("high")
     data, class_names = load_data(args, dist)
@@ -1522,4 +1513,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, PRESETS, __doc__)
+    start(main, ARGS)

@@ -21,32 +21,10 @@ Differs:
     4. its captioning, its evaluation out of distribution and its membership inference were never released: ours
 """
 
-import json
-import math
-import random
-import shutil
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import timm
-import torch
-import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
-from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
-from timm.optim import create_optimizer_v2
-from torch import nn
-from torchvision.transforms import v2
-
-from common import datasets, distributed, models
-from common import run as runs
-from common.checkpoint import load_training, save_training
-from common.clip import encode_images, load_clip, zero_shot_weights
+from common.cli import Frame, Natural, parse, start
 
 Stage = Literal["caption", "embed", "finetune", "generate", "train", "attack", "evaluate"]
 Token = Literal["image", "class_mean", "none"]
@@ -55,31 +33,13 @@ Ablation = Literal["no-lora", "no-matching", "no-token", "class-mean", "no-prior
 
 
 @dataclass
-class Args:
-    preset: str = "digits"
-    """configuration to start from; every other flag overrides it"""
+class Args(Frame):
     dataset: str = "imagenette"
-    """real data set: class names, the images to replace, test split"""
-    data_dir: str | None = None
-    """where the data set lies or is downloaded to; for `folder`: DIR/train/<class>/, DIR/test/<class>/"""
-    output_dir: str | None = None
-    """run folder; None: runs/realfake/<preset>-seed<seed>"""
-    seed: int = 42
-    """seed of the tuning, of the choice of real images and of the first classifier"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: mixed precision; trained weights and what is sensitive stay in float32"""
-    compile: bool = False
-    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
+    """real data set; `folder`: your own images in data_dir"""
+    seed: Natural = 42
+    """seed of the trainings; what is drawn has gen_seed"""
     stages: tuple[Stage, ...] = ("caption", "embed", "finetune", "generate", "train", "attack", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
-    resume: bool = True
-    """continue in the run folder; --no-resume: refuse a folder that is not empty"""
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """where scalars go besides metrics.jsonl"""
-    workers: int = 8
-    """loader processes per rank; 0: load in the training process"""
     real_per_class: int | None = None
     """real images drawn from each class of the training split; None: all"""
 
@@ -218,6 +178,36 @@ PRESETS = {
         dataset="cifar10", data_dir="data", net_model="resnet18", net_stem="cifar", net_size=32,
     ),
 }  # fmt: skip
+
+if __name__ == "__main__":
+    ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
+
+import json
+import math
+import random
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torchvision.transforms import v2
+
+from common import datasets, distributed, models
+from common import run as runs
+from common.checkpoint import load_training, save_training
+from common.clip import encode_images, load_clip, zero_shot_weights
+from common.loop import sum_in_order
+from common.loop import units_of as micro_batches
 
 # The replacements that the official code makes in open_clip's list of class names.
 IMAGENET_NAMES = {
@@ -752,7 +742,7 @@ def tune_lora(args, run, team, pipe, v, real, condition):
         t = torch.randint(len(abar), (len(batch),), generator=g)
         noise, eps = torch.randn(2, len(batch), *latent_shape(pipe, size), generator=g)
         gradients, units = {}, [slice(k, k + b) for k in range(0, len(batch), b)]
-        for j in range(team.rank, len(units), team.world):
+        for j in micro_batches(team.rank, len(units), team.world):
             u = units[j]
             flips = (where[2, u] < 0.5).logical_and(torch.tensor(args.tune_flip)).tolist()
             crops = zip(batch[u], where[0, u].tolist(), where[1, u].tolist(), flips, strict=True)
@@ -769,7 +759,7 @@ def tune_lora(args, run, team, pipe, v, real, condition):
             loss, diffusion, dm = matching_loss(prediction, target, w, lam)
             gradients[j] = [*torch.autograd.grad(loss, params), torch.stack([loss, diffusion, dm]).detach()]
 
-        *grads, values = distributed.sum_in_order(gradients, len(units), team)
+        *grads, values = sum_in_order(gradients, len(units), team)
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad / len(units)  # averaged over the matching batches, which are never summed into one
         nn.utils.clip_grad_norm_(params, 1.0)
@@ -789,7 +779,7 @@ def tune_lora(args, run, team, pipe, v, real, condition):
     if team.main:
         tensors = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
         tensors = {f"unet.{k}": t.float().cpu().contiguous() for k, t in tensors.items()}
-        runs.save_tensors(file, tensors, {"format": "pt"})
+        runs.save_tensors(file, tensors)
         checkpoint.unlink(missing_ok=True)
     distributed.barrier(team)
 
@@ -1081,7 +1071,12 @@ def train_net(args, run, team, folder, chart, sources, n_real, seed):
         stream = [(epoch * len(data) + p, entry) for p, entry in enumerate(order)]
         return [chunks(stream[s * size : (s + 1) * size], args.net_micro_batch) for s in range(steps)]
 
-    mine = (u for e in range(first, args.net_epochs) for units in units_of(e) for u in units[team.rank :: team.world])
+    mine = (
+        u
+        for e in range(first, args.net_epochs)
+        for units in units_of(e)
+        for u in (units[j] for j in micro_batches(team.rank, len(units), team.world))
+    )
     loader = iter(torch.utils.data.DataLoader(data, batch_sampler=mine, num_workers=args.workers))
     bar = distributed.progress(args.net_epochs, f"train {chart}", team, initial=first, unit="epochs")
     for epoch in range(first, args.net_epochs):
@@ -1091,7 +1086,7 @@ def train_net(args, run, team, folder, chart, sources, n_real, seed):
         losses = torch.zeros((), device=team.device)
         for units in units_of(epoch):
             before, gradients = [b.clone() for b in running], {}
-            for j in range(team.rank, len(units), team.world):
+            for j in micro_batches(team.rank, len(units), team.world):
                 x, labels = (t.to(team.device, non_blocking=True) for t in next(loader))
                 for b, old in zip(running, before, strict=True):
                     b.copy_(old)
@@ -1100,7 +1095,7 @@ def train_net(args, run, team, folder, chart, sources, n_real, seed):
                 loss = classifier_loss(logits, labels, args.net_smoothing) * len(labels) / size
                 after = [b.clone() * len(labels) / size for b in running]
                 gradients[j] = [*torch.autograd.grad(loss, params), loss.detach(), *after]
-            total = distributed.sum_in_order(gradients, len(units), team)
+            total = sum_in_order(gradients, len(units), team)
             for p, grad in zip(params, total, strict=False):
                 p.grad = grad
             for b, mean in zip(running, total[len(params) + 1 :], strict=True):
@@ -1376,7 +1371,7 @@ def summary_of(args, real):
 
 def samples(args, run, real, sets):
     """samples.png: the first image of each class, its versions, and what each ablation makes of it"""
-    first = [real.labels.index(c) for c in range(len(real.class_names))]
+    first = [int(real.of_class(c)[0]) for c in range(len(real.class_names))]
     rows = {"real": [real[i] for i in first]}
     for v in (v for v in sets.values() if not v.folder.startswith("shadows")):
         for k in range(min(v.versions, 4)):
@@ -1480,4 +1475,4 @@ def keys_hash(real):
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, PRESETS, __doc__)
+    start(main, ARGS)

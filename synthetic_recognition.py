@@ -25,29 +25,10 @@ Differs:
     5. other faults that numbers depend on are mended; --official brings them back one by one
 """
 
-import copy
-import json
-import math
-import random
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import timm
-import torch
-import torch.nn.functional as F
-from PIL import ImageOps
-from safetensors import SafetensorError, safe_open
-from timm.data.auto_augment import RandAugment
-from timm.optim import create_optimizer_v2
-from torch import nn
-from torchvision.transforms import v2
-
-from common import datasets, distributed, models
-from common import run as runs
-from common.checkpoint import load_training, save_training
-from common.clip import encode_images, load_clip, save_clip, zero_shot_weights
+from common.cli import Frame, parse, start
 
 Stage = Literal["select", "sentences", "generate", "filter", "train", "evaluate"]
 Row = Literal[
@@ -59,33 +40,11 @@ Official = Literal["names", "batches", "filter-prompt", "keywords"]
 
 
 @dataclass
-class Args:
-    preset: str = "digits"
-    """configuration to start from; every other flag overrides it"""
-    dataset: str = "digits"
-    """real data set: class names, shots, and the test split"""
-    data_dir: str | None = None
-    """where the data set lies or is downloaded to; for `folder`: DIR/train/<class>/, DIR/test/<class>/"""
+class Args(Frame):
     split_file: str | None = None
     """CoOp's split_zhou_<Name>.json, or DISEF's csv: the paper's train/val/test split"""
-    output_dir: str | None = None
-    """run folder; None: runs/synthetic_recognition/<preset>-seed<seed>"""
-    seed: int = 0
-    """seed of the few-shot choice, of the filter's draw and of the first classifier"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: mixed precision; trained weights and what is sensitive stay in float32"""
-    compile: bool = False
-    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
     stages: tuple[Stage, ...] = ("select", "sentences", "generate", "filter", "train", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
-    resume: bool = True
-    """continue in the run folder; --no-resume: refuse a folder that is not empty"""
-    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """where scalars go besides metrics.jsonl"""
-    workers: int = 8
-    """loader processes per rank; 0: load in the training process"""
 
     setting: Literal["zero-shot", "few-shot", "pretrain"] = "zero-shot"
     """zero-shot: Sec. 3.1, few-shot: Sec. 3.2, pretrain: Sec. 3.3"""
@@ -300,6 +259,33 @@ PRESETS = {
         recipe="sgd", gen_images_per_class=2400, pre_amounts=(1200, 2400), pre_lr=0.2, pre_lr_real=1e-3, pre_wd=1e-4,
     ),
 }  # fmt: skip
+
+if __name__ == "__main__":
+    ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
+
+import copy
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import ImageOps
+from safetensors import SafetensorError, safe_open
+from timm.data.auto_augment import RandAugment
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torchvision.transforms import v2
+
+from common import datasets, distributed, models
+from common import run as runs
+from common.checkpoint import load_training, save_training
+from common.clip import encode_images, load_clip, save_clip, zero_shot_weights
+from common.loop import sum_in_order
+from common.loop import units_of as micro_batches
 
 PREFIX = {"eurosat": "a centered satellite photo of"}
 KIND = {"fgvc_aircraft": "aircraft", "flowers102": "flower", "food101": "food", "pets": "pet"}
@@ -1020,7 +1006,7 @@ def filter_images(args, run, dist, names, shots, picks, test, seen):
                 key = features_key(clips[args.head_clip], images.keys, args.train_lowres)
                 runs.save_tensors(
                     run.path("features", f"{name}.safetensors"),
-                    dict(features=tensors[args.head_clip], labels=labels), {"key": key},
+                    dict(features=tensors[args.head_clip], labels=labels), key,
                 )  # fmt: skip
                 list_set(run, name, names, items, confidence)
         others = {"test": test} | ({"shots": shots} if shots is not None else {})
@@ -1031,7 +1017,7 @@ def filter_images(args, run, dist, names, shots, picks, test, seen):
             if dist.main:
                 tensors = dict(features=features, labels=torch.tensor(images.labels))
                 key = features_key(clip, images.keys, lowres)
-                runs.save_tensors(run.path("features", f"{name}.safetensors"), tensors, {"key": key})
+                runs.save_tensors(run.path("features", f"{name}.safetensors"), tensors, key)
         if dist.main:
             runs.save_tensors(run.path("features", "head.safetensors"), {"weight": head})
             runs.write_json(run.path("keep.json"), {"keep": keep, "report": report})
@@ -1107,7 +1093,7 @@ class Cached:
         file = run.path("features", f"{name}.safetensors")
         tensors = runs.load_tensors(file)
         with safe_open(file, "pt") as f:
-            if f.metadata()["key"] != features_key(clip, keys, lowres):
+            if f.metadata()["cleansynth"] != features_key(clip, keys, lowres):
                 raise runs.UserError(f"{file}: features of other images or another CLIP; use a new --output-dir")
         self.features, self.labels = tensors["features"], tensors["labels"]
 
@@ -1436,8 +1422,11 @@ def train_network(
         parts = chunks(entries, args.pre_micro_batch)
         return parts if len(parts) == 1 or len(parts[-1]) > 1 else [*parts[:-2], parts[-2] + parts[-1]]
 
+    def my_units(parts):
+        return [parts[j] for j in micro_batches(dist.rank, len(parts), dist.world)]
+
     total = epochs * per_epoch
-    mine = (unit for step in range(first, total) for unit in units(step)[dist.rank :: dist.world])
+    mine = (unit for step in range(first, total) for unit in my_units(units(step)))
     loader = iter(torch.utils.data.DataLoader(data, batch_sampler=mine, num_workers=args.workers))
     bar = distributed.progress(total, name, dist, initial=first, unit="steps")
     for step in range(first, total):
@@ -1448,7 +1437,7 @@ def train_network(
         before, count = [b.clone() for b in moving], [b.clone() for b in counters]
         n, start = sum(map(len, parts)), 0
         for j, part in enumerate(parts):
-            if j % dist.world == dist.rank:
+            if j in micro_batches(dist.rank, len(parts), dist.world):
                 x, y = next(loader)
                 for b, old in zip(moving, before, strict=True):
                     b.copy_(old)
@@ -1461,7 +1450,7 @@ def train_network(
                 if rows is not None:  # in their place among the step's; 0 + x is exact
                     sums[j].append(F.pad(rows, (0, 0, start, n - start - len(rows))))
             start += len(part)
-        sums = distributed.sum_in_order(sums, len(parts), dist)
+        sums = sum_in_order(sums, len(parts), dist)
         grads, (loss, *new), rows = sums[: len(params)], sums[len(params) : len(params) + 1 + len(moving)], sums[-1]
         for b, value in zip(moving, new, strict=True):
             b.copy_(value)
@@ -1699,7 +1688,7 @@ def write_everything(args, run, names, shots, picks, predicted, labels, score):
 
     rows, gen_names = {}, label_space(args, names)
     if shots is not None:
-        rows["real shots"] = [shots[shots.labels.index(c)] for c in range(len(names))]
+        rows["real shots"] = [shots[int(shots.of_class(c)[0])] for c in range(len(names))]
     for name, n in image_sets(args).items():
         for k in range(min(3, n)):
             files = [set_folder(run, name) / f / f"{k}.png" for f in runs.class_folders(gen_names)]
@@ -1844,4 +1833,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, PRESETS, __doc__)
+    start(main, ARGS)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from common.run import UserError, save_tensors
+from common.files import save_tensors
+from common.launch import UserError
 
 
 def save_training(
@@ -29,7 +30,7 @@ def save_training(
     flat = {f"optimizer.{i}.{k}": v for i, entry in state.items() for k, v in entry.items()}
     flat |= {f"weights.{k}": v for k, v in weights.items()} | {f"tensors.{k}": v for k, v in (tensors or {}).items()}
     flat = {k: v.detach().cpu().contiguous() for k, v in flat.items()}
-    save_tensors(path, flat, {"step": str(step), "extra": json.dumps(extra)})
+    save_tensors(path, flat, json.dumps({"step": step, "extra": extra}))
 
 
 def load_training(
@@ -43,7 +44,7 @@ def load_training(
     if not path.exists():
         return 0, None, {}
     with safe_open(path, "pt") as f:
-        meta, flat = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}
+        meta, flat = json.loads(f.metadata()["cleansynth"]), {k: f.get_tensor(k) for k in f.keys()}
     saved = {k.removeprefix("weights."): v for k, v in flat.items() if k.startswith("weights.")}
     if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in weights.items()}:
         raise UserError(f"{path}: this checkpoint does not fit the model; delete it or use a new --output-dir")
@@ -57,4 +58,4 @@ def load_training(
             state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     tensors = {k.removeprefix("tensors."): v for k, v in flat.items() if k.startswith("tensors.")}
-    return int(meta["step"]), json.loads(meta["extra"]), tensors
+    return meta["step"], meta["extra"], tensors

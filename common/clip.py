@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import models
-from common.run import UserError, save_tensors, write_bytes, write_json
+from common.files import save_tensors, write_bytes, write_json
+from common.launch import UserError
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -117,7 +118,7 @@ def save_clip(
         if file.resolve() != (folder / file.name).resolve():
             write_bytes(folder / file.name, file.read_bytes())
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    save_tensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": preprocess or {}})
 
 

@@ -1,35 +1,38 @@
-"""One program on one process or many: set-up, small collectives, seeds, progress bars.
+"""One program on one process or many: set-up, small collectives, seeds, orders, progress bars.
 
-`python X.py`, `torchrun --nproc-per-node N X.py` and `srun python X.py` give the same result. Three habits make it so:
-everything random comes from a generator seeded with what it is for (`generator(seed, "crop", key)`), work is split by
-`items[rank::world]`, and what is added up over processes is added in one fixed order (`sum_in_order`).
+`python X.py` and `torchrun --nproc-per-node N X.py` give the same result. Three habits make it so: everything random
+comes from a generator seeded with what it is for (`generator(seed, "crop", key)`), work is split by
+`items[rank::world]`, and what is added up over processes is added in one fixed order (`common.loop`).
 """
 
 import hashlib
 import json
-import math
 import operator
 import os
-import re
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
 from tqdm import tqdm
 
-from common.run import Launch, UserError, launched_as
+from common.launch import Launch, UserError, launched_as
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0  # progress without a terminal: one line per so many seconds
+# No time-out ends a healthy run: one process may work for hours while the others wait. A process that died is noticed
+# by its closed connections, and by torchrun, which ends the others.
+PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Dist:
-    """This process among the others. Work that each process does for itself gets Dist(0, local_rank, 1, device)."""
+    """This process among the others."""
 
     rank: int
     local_rank: int
@@ -41,13 +44,21 @@ class Dist:
         """True on rank 0, which writes and prints."""
         return self.rank == 0
 
+    @property
+    def threads(self) -> int:
+        """CPU threads of a process. They decide the order in which CPU kernels add, and with it the last bits."""
+        return torch.get_num_threads()
 
-def setup_distributed(device: str = "auto", timeout_minutes: float = 240) -> Dist:
-    """Join the other processes (torchrun's or SLURM's, if any) and choose the device.
+    def alone(self) -> "Dist":
+        """This process for work that it does by itself."""
+        return Dist(0, self.local_rank, 1, self.device)
 
-    device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:N (one process only) or mps. timeout_minutes: how long a
-    process waits for the slowest one; a process that died is noticed at once. Raises UserError for a device that this
-    machine does not have.
+
+def setup_distributed(device: str = "auto") -> Dist:
+    """Join the other processes (torchrun's, if any) and choose the device.
+
+    device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:N (one process only) or mps. Raises UserError for a device
+    that this machine does not have.
     """
     launch = launched_as()
     chosen = _pick_device(device, launch)
@@ -55,20 +66,39 @@ def setup_distributed(device: str = "auto", timeout_minutes: float = 240) -> Dis
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = False  # the fastest kernel of the moment may round differently
         torch.backends.cudnn.deterministic = True
-    _use_all_cores()
-    if launch.world > 1:
-        if launch.slurm:
-            os.environ.setdefault("MASTER_ADDR", slurm_master(os.environ))
-            os.environ.setdefault("MASTER_PORT", str(slurm_port(os.environ)))
-        if not td.is_initialized():
-            td.init_process_group(
-                # gloo beside nccl: objects and barriers then never touch the GPU
-                "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-                rank=launch.rank,
-                world_size=launch.world,
-                timeout=timedelta(minutes=timeout_minutes),
-            )
+    _set_threads()
+    if launch.world > 1 and not td.is_initialized():
+        # gloo beside nccl: objects and barriers then never touch the GPU
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        store = _meet(launch)
+        td.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=PATIENCE)
     return Dist(launch.rank, launch.local_rank, launch.world, chosen)
+
+
+def _meet(launch: Launch) -> td.Store:
+    """The store at which the processes meet. Waits for all of them in a way that signals can end, and says so."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
+    where, start, told = f"WORLD_SIZE={launch.world}, MASTER_ADDR={host}, MASTER_PORT={port}", time.monotonic(), 0.0
+    store, here = None, 0
+    while here < launch.world:
+        try:
+            if store is None:
+                master = launch.rank == 0 and not agent
+                tcp = td.TCPStore(host, port, None, master, timedelta(seconds=5), wait_for_workers=False)
+                store = td.PrefixStore(f"cleansynth-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", tcp)
+                store.add("here", 1)
+            here = store.add("here", 0)
+        except (RuntimeError, ValueError) as error:
+            if launch.rank == 0 and not agent:
+                raise UserError(f"cannot listen on MASTER_PORT={port}: {str(error).splitlines()[0]}") from error
+        if time.monotonic() - start - told > 10:
+            told = time.monotonic() - start
+            what = f"waiting for {launch.world - here} of {launch.world} processes" if store else "waiting for rank 0"
+            print(f"{what} ({where}; unset WORLD_SIZE and RANK if they are left over)", file=sys.stderr, flush=True)
+        time.sleep(0.02 if time.monotonic() - start < 5 else 0.5)
+    store.set_timeout(PATIENCE)
+    return store
 
 
 def _pick_device(name: str, launch: Launch) -> torch.device:
@@ -87,49 +117,23 @@ def _pick_device(name: str, launch: Launch) -> torch.device:
     if index and launch.world > 1:
         raise UserError(f"--device {name}: several processes take one GPU each; use --device cuda")
     number, count = int(index or launch.local_rank), torch.cuda.device_count()
-    if number < count:
-        return torch.device("cuda", number)
-    if count == 1 and launch.slurm:  # srun --gpus-per-task=1: each process sees its own GPU only, as number 0
-        return torch.device("cuda", 0)
-    raise UserError(f"GPU {number} does not exist, this machine has {count}; start at most {count} processes on it")
+    if number >= count:
+        raise UserError(f"GPU {number} does not exist, this machine has {count}; start at most {count} processes on it")
+    return torch.device("cuda", number)
 
 
-def _use_all_cores() -> None:
-    """As many threads as one process alone would have. Sharing the cores out would be a little faster, but the number
-    of threads decides the order in which the CPU kernels add, and with it the last bits of every sum (measured)."""
-    # torchrun sets OMP_NUM_THREADS=1 when the user set nothing; any other value is the user's wish and stays.
-    forced = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if os.environ.get("OMP_NUM_THREADS") and not forced:
-        return
+def _set_threads() -> None:
+    """As many threads as the user's OMP_NUM_THREADS says, else as many as one process alone would have. Sharing the
+    cores out would be a little faster, but the number of threads decides the last bits of every sum (measured)."""
+    wish = os.environ.get("OMP_NUM_THREADS", "")
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets 1 when the user set nothing: ask what torchrun was given
+        try:
+            given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+            wish = next((v[16:].decode() for v in given if v.startswith(b"OMP_NUM_THREADS=")), "")
+        except OSError:
+            wish = "" if wish == "1" else wish
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(int(os.environ.get("SLURM_CPUS_PER_TASK") or cores))
-
-
-def expand_nodelist(text: str) -> list[str]:
-    """SLURM's host list written out: "node[03-05,7],gpu1" -> node03, node04, node05, node7, gpu1."""
-    hosts = []
-    for word in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
-        expanded = [""]
-        for plain, group in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", word):
-            choices = [plain] if plain else []
-            for part in group.split(",") if group else []:
-                low, _, high = part.partition("-")
-                choices += [f"{i:0{len(low)}d}" for i in range(int(low), int(high or low) + 1)]
-            expanded = [head + choice for head in expanded for choice in choices]
-        hosts += expanded
-    return hosts
-
-
-def slurm_master(env: dict[str, str]) -> str:
-    """Host of rank 0: the first of the node list; the loopback address when all processes share one host."""
-    hosts = expand_nodelist(env.get("SLURM_STEP_NODELIST") or env.get("SLURM_NODELIST") or "")
-    return hosts[0] if len(hosts) > 1 else "127.0.0.1"
-
-
-def slurm_port(env: dict[str, str]) -> int:
-    """A port below the ephemeral range, the same for all processes of a job step, another for other steps."""
-    digits = [re.sub(r"\D", "", env.get(name, "")) or "0" for name in ("SLURM_JOB_ID", "SLURM_STEP_ID")]
-    return 15000 + (int(digits[0]) * 31 + int(digits[1])) % 15000
+    torch.set_num_threads(int(wish) if wish.isdecimal() and int(wish) > 0 else cores)
 
 
 def cleanup(dist: Dist) -> None:
@@ -138,8 +142,12 @@ def cleanup(dist: Dist) -> None:
         td.destroy_process_group()
 
 
+# ---------------------------------------------------------------------------------------
+# Collectives
+
+
 def barrier(dist: Dist) -> None:
-    """Wait until every process is here; raises when one does not come within setup_distributed's time-out."""
+    """Wait until every process is here, however long that takes."""
     if dist.world > 1:
         td.all_reduce(torch.zeros(1))  # on CPU, so through gloo: queues nothing on the GPU
 
@@ -151,6 +159,23 @@ def broadcast_object(obj: T, dist: Dist) -> T:
     box = [obj]
     td.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_0(work: Callable[[], T], dist: Dist) -> T:
+    """work() on rank 0 alone; its result, or its UserError, on every process. For what is listed or read once."""
+    result, problem = None, None
+    if dist.main:
+        try:
+            result = work()
+        except UserError as error:
+            if dist.world == 1:
+                raise
+            problem = str(error)
+    barrier(dist)  # a broadcast alone lets rank 0 go on before the others have come
+    result, problem = broadcast_object((result, problem), dist)
+    if problem is not None:
+        raise UserError(problem)
+    return result
 
 
 def all_gather_object(obj: T, dist: Dist) -> list[T]:
@@ -171,64 +196,12 @@ def gather_rows(tensor: torch.Tensor, dist: Dist) -> torch.Tensor:
         return tensor
     padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = tensor
-    parts = _all_gather(padded.flatten(), dist)
-    return torch.cat([part.view(padded.shape)[:n] for part, n in zip(parts, counts, strict=True)])
-
-
-def _all_gather(flat: torch.Tensor, dist: Dist) -> list[torch.Tensor]:
-    """Equal-sized 1-d tensors of all processes, as bytes, so that any dtype travels unchanged. No differentiation."""
-    raw = flat.detach().contiguous().view(torch.uint8)
-    if raw.device.type not in ("cpu", "cuda"):
-        raw = raw.cpu()
-    parts = list(raw.new_empty(dist.world, raw.numel()).unbind(0))
-    td.all_gather(parts, raw)
-    return [part.to(flat.device).view(flat.dtype) for part in parts]
-
-
-@torch.no_grad()
-def sum_in_order(tensors_by_unit: dict[int, list[torch.Tensor]], n_units: int, dist: Dist) -> list[torch.Tensor]:
-    """((unit 0 + unit 1) + unit 2) + ...: a sum over processes that has the same bits for any number of them.
-
-    A global batch is cut into `n_units` fixed units (micro-batches); rank r computes units r, r + world, ... and passes
-    {unit: [tensor, ...]}. Every unit has the same shapes and dtypes in the same order (gradients, then the loss, say).
-    -> the list of sums, on every process. An all-reduce would add in an order that depends on the number of processes,
-    and float addition is not associative. Holds world units at a time; with one process nothing is sent.
-    """
-    mine = range(dist.rank, n_units, dist.world)
-    assert n_units > 0 and sorted(tensors_by_unit) == list(mine), f"rank {dist.rank} must pass the units {list(mine)}"
-    units = [[t.detach() for t in tensors_by_unit[j]] for j in mine]
-    if dist.world == 1:
-        return [_add_up([unit[i] for unit in units]) for i in range(len(units[0]))]
-
-    like = [(t.shape, t.dtype) for t in units[0]] if units else None
-    if n_units < dist.world:  # only then a rank is without a unit and cannot know the shapes
-        like = broadcast_object(like, dist)
-    device = units[0][0].device if units else dist.device
-    totals: list[Any] = [None] * len(like)
-    for dtype in dict.fromkeys(d for _, d in like):  # one flat buffer per dtype: normally one
-        members = [i for i, (_, d) in enumerate(like) if d == dtype]
-        sizes = [like[i][0].numel() for i in members]
-        total = None
-        for k in range(math.ceil(n_units / dist.world)):
-            if k < len(units):
-                flat = torch.cat([units[k][i].reshape(-1) for i in members])
-            else:
-                flat = torch.zeros(sum(sizes), dtype=dtype, device=device)
-            arrived = _all_gather(flat, dist)[: n_units - k * dist.world]
-            total = _add_up(arrived if total is None else [total, *arrived])
-        for i, part in zip(members, total.split(sizes), strict=True):
-            totals[i] = part.view(like[i][0])
-    return totals
-
-
-def _add_up(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Left to right; no input is changed."""
-    if len(parts) == 1:
-        return parts[0].clone()
-    total = parts[0] + parts[1]
-    for part in parts[2:]:
-        total += part
-    return total
+    raw = padded.detach().contiguous().flatten().view(torch.uint8)  # as bytes: any dtype travels unchanged
+    raw = raw if raw.device.type in ("cpu", "cuda") else raw.cpu()
+    everyone = raw.new_empty(dist.world * raw.numel())
+    td.all_gather_into_tensor(everyone, raw)
+    parts = everyone.to(tensor.device).view(tensor.dtype).view(dist.world, *padded.shape)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
 def say(dist: Dist, *words: Any) -> None:
@@ -237,9 +210,44 @@ def say(dist: Dist, *words: Any) -> None:
         print(*words, flush=True)
 
 
+# ---------------------------------------------------------------------------------------
+# Who does what
+
+
 def my_items(items: Sequence[T], dist: Dist) -> Sequence[T]:
     """This process's share of the work: items[rank::world]."""
     return items[dist.rank :: dist.world]
+
+
+def shared(jobs: int, units: int, world: int) -> bool:
+    """Do the processes share every step (True), or does each take other jobs? Whatever leaves fewer of them idle."""
+    return units > 1 and min(units, world) >= min(jobs, world)
+
+
+def deal(jobs: Sequence[T], units: int, dist: Dist) -> tuple[Dist, Sequence[T]]:
+    """How jobs (adapters, classifiers) meet processes -> (the processes that share a step, the jobs of this process).
+
+    units: micro-batches in a step. Either all processes share each step of each job, or each takes jobs[rank::world]
+    by itself. Results do not depend on it.
+    """
+    if dist.world == 1 or shared(len(jobs), units, dist.world):
+        return dist, jobs
+    return dist.alone(), my_items(jobs, dist)
+
+
+def idle(jobs: int, units: int, world: int) -> int:
+    """Processes without work under `deal`."""
+    return max(0, world - (units if shared(jobs, units, world) else jobs))
+
+
+def say_idle(dist: Dist, stage: str, jobs: int, units: int, advice: str) -> None:
+    """Tell at the start of a stage how many processes stand idle. advice: the flag value that would use them all."""
+    if waiting := idle(jobs, units, dist.world):
+        say(dist, f"note: {stage}: {waiting} of {dist.world} processes have no work; {advice} would use them all")
+
+
+# ---------------------------------------------------------------------------------------
+# Randomness
 
 
 def seed_of(*parts: int | str) -> int:
@@ -255,6 +263,49 @@ def seed_of(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """CPU generator seeded with seed_of(*parts). Draw on CPU and move: GPU generators differ between devices."""
     return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def seed_global(seed: int, device: torch.device | None = None) -> None:
+    """Seed the generators that library code draws from. torch.manual_seed would also queue a call, with its whole stack
+    as text, for each GPU that was never used: a millisecond for every image."""
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+class Order:
+    """Entry at each position of an endless stream: one shuffled pass over n entries after another.
+
+    A function of (seed parts, position). The last two passes are kept: loader workers run ahead into the next one.
+    """
+
+    def __init__(self, n: int, *seed_parts: int | str):
+        self.n, self.seed_parts, self.passes = n, seed_parts, {}
+
+    def _pass(self, number: int) -> torch.Tensor:
+        if number not in self.passes:
+            g = generator(*self.seed_parts, "order", number)
+            self.passes[number] = torch.randperm(self.n, generator=g)
+            if len(self.passes) > 2:
+                del self.passes[next(iter(self.passes))]
+        return self.passes[number]
+
+    def __getitem__(self, position: int) -> int:
+        return int(self._pass(position // self.n)[position % self.n])
+
+    def rows(self, start: int, stop: int) -> list[int]:
+        """Entries at positions start .. stop - 1."""
+        found: list[int] = []
+        while start < stop:
+            number, i = divmod(start, self.n)
+            taken = self._pass(number)[i : i + stop - start].tolist()
+            found += taken
+            start += len(taken)
+        return found
+
+
+# ---------------------------------------------------------------------------------------
+# Progress
 
 
 class _Lines(tqdm):

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from common.run import UserError
+from common.launch import UserError
 
 Kind = Literal["generator", "clip", "captioner", "seq2seq"]
 TINY_WEIGHTS = Path(__file__).resolve().parent / "tiny_weights"

@@ -5,5 +5,5 @@
 # Cost:   hours of one A100, estimated from FLOPs: tuning 2.0 to 3.1, images 4.7 to 6.3; 9 GB of PNG;
 #         classifier: 60 epochs of 46,812 images per row and seed, bound by loading (250 images/s with 16 cores)
 # Data:   downloaded to data/; the paper's split: --split-file split_zhou_DescribableTextures.json
-torchrun --standalone --nproc-per-node 8 datadream.py \
-    --preset dtd --sd-micro-batch 1 --clf-micro-batch 32 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch datadream.py --preset dtd --sd-micro-batch 1 --clf-micro-batch 32 "$@"

@@ -5,5 +5,5 @@
 # Cost:   hours of one A100, estimated from FLOPs: tuning 4.2 to 6.7, images 10 to 13; 20 GB of PNG;
 #         classifier: 60 epochs of 99,600 images per row and seed, bound by loading (250 images/s with 16 cores)
 # Data:   downloaded to data/; official splits of the variants
-torchrun --standalone --nproc-per-node 8 datadream.py \
-    --preset fgvc_aircraft --sd-micro-batch 1 --clf-micro-batch 32 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch datadream.py --preset fgvc_aircraft --sd-micro-batch 1 --clf-micro-batch 32 "$@"

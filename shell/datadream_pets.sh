@@ -5,5 +5,5 @@
 # Cost:   hours of one A100, estimated from FLOPs: tuning 1.5 to 2.5, images 3.7 to 4.9; 7 GB of PNG;
 #         classifier: 60 epochs of 36,852 images per row and seed, bound by loading (250 images/s with 16 cores)
 # Data:   downloaded to data/; the paper's split: --split-file split_zhou_OxfordPets.json
-torchrun --standalone --nproc-per-node 8 datadream.py \
-    --preset pets --sd-micro-batch 1 --clf-micro-batch 32 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch datadream.py --preset pets --sd-micro-batch 1 --clf-micro-batch 32 "$@"

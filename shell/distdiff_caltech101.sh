@@ -4,5 +4,5 @@
 # Expect: top-1 real 66.7, SD 76.6, DistDiff 83.1 (the paper's, on a split that is not published; not run by us)
 # Cost:   15,000 guided images at about 60 TFLOP each (counted); the paper: 55 hours of one RTX 3090
 # Data:   downloaded to data/
-torchrun --standalone --nproc-per-node 8 distdiff.py \
-    --preset caltech101 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch distdiff.py --preset caltech101 "$@"

@@ -4,5 +4,5 @@
 # Expect: the paper has a figure only; not run by us
 # Cost:   18,800 guided images at about 60 TFLOP each (counted); the paper: 69 hours of one RTX 3090
 # Data:   downloaded to data/
-torchrun --standalone --nproc-per-node 8 distdiff.py \
-    --preset dtd "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch distdiff.py --preset dtd "$@"

@@ -4,5 +4,5 @@
 # Expect: no figure in the paper; not run by us
 # Cost:   16,670 guided images at about 60 TFLOP each (counted)
 # Data:   downloaded to data/
-torchrun --standalone --nproc-per-node 8 distdiff.py \
-    --preset fgvc_aircraft "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch distdiff.py --preset fgvc_aircraft "$@"

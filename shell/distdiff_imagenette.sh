@@ -4,5 +4,5 @@
 # Expect: top-1 real 99.4, SD 98.5, DistDiff 99.3 (the paper's, learning rate not published; not run by us)
 # Cost:   47,345 guided images at about 60 TFLOP each (counted); the paper: 173 hours of one RTX 3090
 # Data:   downloaded to data/
-torchrun --standalone --nproc-per-node 8 distdiff.py \
-    --preset imagenette "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch distdiff.py --preset imagenette "$@"

@@ -4,5 +4,5 @@
 # Expect: no figure in the paper; not run by us
 # Cost:   18,400 guided images at about 60 TFLOP each (counted)
 # Data:   downloaded to data/
-torchrun --standalone --nproc-per-node 8 distdiff.py \
-    --preset pets "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch distdiff.py --preset pets "$@"

@@ -4,4 +4,5 @@
 # Expect: accuracy 1.78 points below the same ResNet-20 trained on the real images (the paper's abstract; not run by us)
 # Cost:   32 h of one GPU at 60 TFLOP/s (estimate from FLOPs); one GAN per process, then the search runs are shared out
 # Data:   downloaded to data/
-torchrun --standalone --nproc-per-node 3 gafi.py --preset cifar10 --precision bf16 --compile "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+at_most=3 launch gafi.py --preset cifar10 --precision bf16 --compile "$@"

@@ -5,4 +5,5 @@
 # Expect: accuracy 3.99 points below the same ResNet-20 trained on the real images (the paper's abstract; not run by us)
 # Cost:   32 h of one GPU at 60 TFLOP/s (estimate from FLOPs)
 # Data:   downloaded to data/
-torchrun --standalone --nproc-per-node 3 gafi.py --preset cifar100 --precision bf16 --compile "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+at_most=3 launch gafi.py --preset cifar100 --precision bf16 --compile "$@"

@@ -4,4 +4,5 @@
 # Expect: no figure is known to us
 # Cost:   126 h of one GPU at 60 TFLOP/s (estimate from FLOPs)
 # Data:   unpack CINIC-10.tar.gz into data/CINIC-10 (train/, valid/, test/)
-torchrun --standalone --nproc-per-node 3 gafi.py --preset cinic10 --compile "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+at_most=3 launch gafi.py --preset cinic10 --compile "$@"

@@ -4,4 +4,5 @@
 # Expect: no figure is known to us
 # Cost:   2.7 h of one GPU at 60 TFLOP/s (estimate from FLOPs)
 # Data:   data/dermamnist.npz (28 x 28), or pip install medmnist, which fetches it
-torchrun --standalone --nproc-per-node 3 gafi.py --preset dermamnist --precision bf16 --compile "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+at_most=3 launch gafi.py --preset dermamnist --precision bf16 --compile "$@"

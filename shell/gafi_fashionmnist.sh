@@ -4,4 +4,5 @@
 # Expect: accuracy 2.03 points below the same ResNet-20 trained on the real images (the paper's abstract; not run by us)
 # Cost:   58 h of one GPU at 60 TFLOP/s (estimate from FLOPs)
 # Data:   downloaded to data/
-torchrun --standalone --nproc-per-node 6 gafi.py --preset fashionmnist --precision bf16 --compile "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+at_most=6 launch gafi.py --preset fashionmnist --precision bf16 --compile "$@"

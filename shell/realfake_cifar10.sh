@@ -5,5 +5,5 @@
 # Cost:   estimated at 125 TFLOP/s: images 4.3 GPU-hours
 # Data:   downloaded to data/
 # Tuning: eight matching batches of 8 are averaged per step, so an eighth of the released number of steps
-torchrun --standalone --nproc-per-node 8 realfake.py \
-    --preset cifar10 --sd-batch 64 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch realfake.py --preset cifar10 --sd-batch 64 "$@"

@@ -5,5 +5,5 @@
 # Cost:   estimated at 125 TFLOP/s: tuning 8 GPU-hours, images 1.1, classifier 17 minutes a seed
 # Data:   data/ with ImageNet's train/<wnid> and val/<wnid>; fast.ai's download has another split, not comparable
 # Tuning: eight matching batches of 8 are averaged per step, so an eighth of the released number of steps
-torchrun --standalone --nproc-per-node 8 realfake.py \
-    --preset imagenette --sd-batch 64 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch realfake.py --preset imagenette --sd-batch 64 "$@"

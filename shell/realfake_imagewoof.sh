@@ -5,5 +5,5 @@
 # Cost:   estimated at 125 TFLOP/s: about that of ImageNette
 # Data:   data/ with ImageNet's train/<wnid> and val/<wnid>
 # Tuning: eight matching batches of 8 are averaged per step, so an eighth of the released number of steps
-torchrun --standalone --nproc-per-node 8 realfake.py \
-    --preset imagewoof --sd-batch 64 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch realfake.py --preset imagewoof --sd-batch 64 "$@"

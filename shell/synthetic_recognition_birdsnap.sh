@@ -5,5 +5,5 @@
 #         with --head-clip ViT-B-16-quickgelu/openai
 # Cost:   302 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   give --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/
-torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
-    --preset birdsnap "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch synthetic_recognition.py --preset birdsnap "$@"

@@ -5,5 +5,5 @@
 # Expect: no figure; the paper judges these networks by detection (Tables 10 and 11), which is out of scope here
 # Cost:   362 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   CIFAR-100 is downloaded to data/
-torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
-    --preset cifar100-agnostic "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch synthetic_recognition.py --preset cifar100-agnostic "$@"

@@ -4,5 +4,5 @@
 # Expect: top-1 69.29 without pre-training, 87.98, 88.39; real ImageNet 88.07 (the paper's Table 9; not run by us)
 # Cost:   362 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   CIFAR-100 is downloaded to data/
-torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
-    --preset cifar100-deit "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch synthetic_recognition.py --preset cifar100-deit "$@"

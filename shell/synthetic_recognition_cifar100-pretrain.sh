@@ -5,5 +5,5 @@
 #         (the paper's Table 8; not run by us)
 # Cost:   543 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   CIFAR-100 is downloaded to data/
-torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
-    --preset cifar100-pretrain "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch synthetic_recognition.py --preset cifar100-pretrain "$@"

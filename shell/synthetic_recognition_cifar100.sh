@@ -5,5 +5,5 @@
 #         with --head-clip ViT-B-16-quickgelu/openai
 # Cost:   61 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
 # Data:   below data/; the paper's split: --split-file split_zhou_<Name>.json where CoOp has one
-torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
-    --preset cifar100 "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch synthetic_recognition.py --preset cifar100 "$@"

@@ -3,4 +3,5 @@
 #
 # Expect: 4 shots: 83 real only, 87 with Real Guidance; the rest in docs/synthetic_recognition.md
 # Cost:   83 s on two idle cores
-python synthetic_recognition.py --preset digits-few-shot "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+at_most=1 launch synthetic_recognition.py --preset digits-few-shot "$@"

@@ -3,4 +3,5 @@
 #
 # Expect: 82 from random weights, 91 with 600 synthetic images; the rest in docs/synthetic_recognition.md
 # Cost:   262 s on two idle cores
-python synthetic_recognition.py --preset digits-pretrain "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+at_most=1 launch synthetic_recognition.py --preset digits-pretrain "$@"

@@ -3,4 +3,5 @@
 #
 # Expect: CLIP zero-shot 70.4, B 71.4, LE + CF 71.9 (CE), 71.1 (SCE)
 # Cost:   61 s on two idle cores
-python synthetic_recognition.py --preset digits "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+at_most=1 launch synthetic_recognition.py --preset digits "$@"

@@ -4,5 +4,5 @@
 # Expect: 16 shots: 71.7 real only, 72.2 mix (read off the paper's Figure 1; not run by us)
 # Cost:   199 GPU hours for the images, estimated: 163 TFLOP from noise, 27 to 83 from a shot, at 300 TFLOP/s
 # Data:   below data/; the paper uses CoOp splits: --split-file split_zhou_<Name>.json
-torchrun --standalone --nproc-per-node 8 synthetic_recognition.py \
-    --preset sun397-few-shot "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
+launch synthetic_recognition.py --preset sun397-few-shot "$@"

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 import datadream as dd
-from common.run import UserError
+from common.launch import UserError
 
 TINY = {**dd.PRESETS["digits"], "shots": 1, "sd_epochs": 1, "sd_warmup": 1, "gen_images_per_class": 2, "gen_steps": 2}
-TINY |= {"clf_epochs": 2, "clf_seeds": 1, "clf_evals": 1, "gen_micro_batch": 4, "val_fraction": 0}
+TINY |= {"clf_epochs": 2, "clf_seeds": 1, "clf_evals": 1, "gen_micro_batch": 4, "val_images": 0}
 
 
 def photos(root, classes=("cat", "dog"), per_class=2, splits=("train", "test")):

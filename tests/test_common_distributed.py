@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from common import distributed as D
-from common.run import Launch, UserError, command_line, launched_as
+from common.cli import command_line
+from common.launch import Launch, UserError, launched_as
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -72,44 +73,19 @@ def test_every_item_has_one_owner(world):
 
 
 @pytest.mark.parametrize(
-    "text, hosts",
-    [
-        ("node[03-05,7],gpu1", "node03 node04 node05 node7 gpu1"),
-        ("localhost", "localhost"),
-        ("a,b", "a b"),
-        ("n[9-11]", "n9 n10 n11"),
-        ("r[1-2]n[01-02]-ib", "r1n01-ib r1n02-ib r2n01-ib r2n02-ib"),
-        ("node-3.cluster", "node-3.cluster"),
-        ("", ""),
-    ],
-)
-def test_node_lists(text, hosts):
-    assert D.expand_nodelist(text) == hosts.split()
-
-
-def test_slurm_addresses():
-    assert D.slurm_master({"SLURM_NODELIST": "node[03-05,7],gpu1"}) == "node03"
-    assert D.slurm_master({"SLURM_NODELIST": "node[03-05]", "SLURM_STEP_NODELIST": "node[04-05]"}) == "node04"
-    assert D.slurm_master({"SLURM_NODELIST": "node03"}) == "127.0.0.1"
-    ports = {D.slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in (1, 2) for step in (0, 1)}
-    assert len(ports) == 4 and all(15000 <= port < 30000 for port in ports)
-    assert D.slurm_port({"SLURM_JOB_ID": "987654321", "SLURM_STEP_ID": "batch"}) in range(15000, 30000)
-
-
-SLURM = dict(SLURM_PROCID=5, SLURM_NTASKS=8, SLURM_LOCALID=1, SLURM_NNODES=2, SLURM_NODELIST="n[1-2]")
-
-
-@pytest.mark.parametrize(
     "variables, expected",
     [
         ({}, Launch()),
-        (dict(RANK=3, LOCAL_RANK=1, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2), Launch(3, 1, 4, 2)),
-        (SLURM, Launch(5, 1, 8, 4, True)),
-        (SLURM | dict(SLURM_STEP_NUM_TASKS=6, SLURM_STEP_NUM_NODES=1), Launch(5, 1, 6, 6, True)),
-        (SLURM | dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1), Launch()),  # torchrun inside a job
-        (dict(SLURM_PROCID=0, SLURM_NTASKS=8, ENVIRONMENT="BATCH"), Launch()),  # python in a batch script, no srun
-        (SLURM | dict(ENVIRONMENT="BATCH", SLURM_STEP_ID=0), Launch(5, 1, 8, 4, True)),  # srun in a batch script
-        (dict(SLURM_PROCID=0, SLURM_NTASKS=1), Launch()),
+        (
+            dict(RANK=3, LOCAL_RANK=1, WORLD_SIZE=4, LOCAL_WORLD_SIZE=2, MASTER_ADDR="n", MASTER_PORT=1),
+            Launch(3, 1, 4, 2),
+        ),
+        (
+            dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, SLURM_PROCID=5, SLURM_STEP_NUM_TASKS=8),
+            Launch(),
+        ),
+        (dict(SLURM_PROCID=0, SLURM_NTASKS=8, SLURM_STEP_NUM_TASKS=1), Launch()),  # a shell of an interactive job
+        (dict(WORLD_SIZE=1), Launch()),
     ],
 )
 def test_launchers_are_recognised(environment, variables, expected):
@@ -117,19 +93,37 @@ def test_launchers_are_recognised(environment, variables, expected):
     assert launched_as() == expected
 
 
+@pytest.mark.parametrize(
+    "variables, word",
+    [
+        (dict(WORLD_SIZE=8), "RANK is not"),
+        (dict(RANK=0), "WORLD_SIZE is not"),
+        (dict(RANK=0, WORLD_SIZE=2), "LOCAL_RANK is not"),
+        (dict(RANK="x", WORLD_SIZE=2, LOCAL_RANK=0), "RANK='x'"),
+        (dict(RANK=0, WORLD_SIZE=0, LOCAL_RANK=0), "WORLD_SIZE='0'"),
+        (dict(RANK=2, WORLD_SIZE=2, LOCAL_RANK=0), "RANK=2 does not fit WORLD_SIZE=2"),
+        (dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0), "MASTER_ADDR is not"),
+        (dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="n", MASTER_PORT=99999), "MASTER_PORT=99999"),
+        (dict(SLURM_PROCID=3, SLURM_STEP_NUM_TASKS=8), "srun torchrun"),
+    ],
+)
+def test_impossible_launches_are_told(environment, variables, word):
+    environment(**variables)
+    with pytest.raises(UserError, match=word):
+        launched_as()
+
+
 def test_the_resume_command_names_the_launcher(environment, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x.py", "--note", "a b"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "x.py", "--note", "a b"])
+    monkeypatch.setattr(sys, "argv", ["x.py", "--note", "a b", "--no-resume"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "x.py", "--note", "a b", "--no-resume"])
     assert command_line() == "python x.py --note 'a b'"
     environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2, GROUP_WORLD_SIZE=1)
-    assert command_line() == "torchrun --nproc-per-node=2 --standalone x.py --note 'a b'"
-    environment(WORLD_SIZE=4, GROUP_WORLD_SIZE=2, GROUP_RANK=1, MASTER_ADDR="n1", MASTER_PORT=29500)
-    many = "torchrun --nproc-per-node=2 --nnodes=2 --node-rank=1 --master-addr=n1 --master-port=29500 x.py --note 'a b'"
+    environment(MASTER_ADDR="n1", MASTER_PORT=29500)
+    torchrun = f"{sys.executable} -m torch.distributed.run --nproc-per-node=2"
+    assert command_line() == f"{torchrun} --standalone x.py --note 'a b'"
+    environment(WORLD_SIZE=4, GROUP_WORLD_SIZE=2, GROUP_RANK=1)
+    many = f"{torchrun} --nnodes=2 --node-rank=1 --master-addr=n1 --master-port=29500 x.py --note 'a b'"
     assert command_line() == many
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name)
-    environment(**SLURM)
-    assert command_line() == "srun --ntasks=8 python x.py --note 'a b'"
 
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cpu:1", "", "cuda:99"])
@@ -149,8 +143,6 @@ def test_devices(environment, monkeypatch):
         pick("cuda", Launch(4, 4, 8, 8))
     with pytest.raises(UserError, match="take one GPU each"):
         pick("cuda:1", Launch(1, 1, 2, 2))
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert pick("cuda", Launch(5, 1, 8, 4, slurm=True)) == torch.device("cuda:0")  # srun --gpus-per-task=1
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert pick("auto", Launch()) == CPU
@@ -159,34 +151,11 @@ def test_devices(environment, monkeypatch):
             pick(name, Launch())
 
 
-# ---- sums and gathers ----------------------------------------------------------------------
+# ---- collectives ---------------------------------------------------------------------------
 
 
-def unit_tensors(j):
-    """What unit j contributes: values of very different size, so that the order of addition shows in the bits."""
-    g = D.generator("unit", j)
-    scale = 10.0 ** torch.randint(-4, 5, (5, 7), generator=g)
-    half = torch.randn(3, generator=g).to(torch.bfloat16)
-    return [torch.randn(5, 7, generator=g) * scale, torch.randn((), generator=g), half, torch.empty(0, 2)]
-
-
-def sums(dist):
-    found = {}
-    for n_units in (1, 2, 3, 7):
-        mine = {j: unit_tensors(j) for j in range(dist.rank, n_units, dist.world)}
-        for i, tensor in enumerate(D.sum_in_order(mine, n_units, dist)):
-            found[f"{n_units}.{i}"] = tensor
-    return found
-
-
-def plain_sums():
-    found = {}
-    for n_units in (1, 2, 3, 7):
-        totals = unit_tensors(0)
-        for j in range(1, n_units):
-            totals = [a + b for a, b in zip(totals, unit_tensors(j), strict=True)]
-        found |= {f"{n_units}.{i}": total for i, total in enumerate(totals)}
-    return found
+def fail():
+    raise UserError("no such folder")
 
 
 def collectives(rank, world, port, out):
@@ -196,9 +165,10 @@ def collectives(rank, world, port, out):
     dist = D.setup_distributed("cpu")
     assert dist == D.Dist(rank, rank, world, CPU)
 
-    for name, tensor in sums(dist).items():
-        expected = plain_sums()[name]
-        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), f"{name}: other bits"
+    assert D.on_rank_0(lambda: rank, dist) == 0
+    for _ in range(2):  # the error of rank 0 is everybody's, and the processes can go on
+        with pytest.raises(UserError, match="no such folder"):
+            D.on_rank_0(fail, dist)
     rows = torch.arange(rank * rank * 2).reshape(rank * rank, 2) + 100 * rank  # 0, 1, 4 rows
     gathered = D.gather_rows(rows, dist)
     expected = [torch.arange(r * r * 2).reshape(r * r, 2) + 100 * r for r in range(world)]
@@ -248,20 +218,50 @@ def test_collectives(world, tmp_path, forks):
     assert sorted(path.name for path in tmp_path.glob("ok*")) == [f"ok{rank}" for rank in range(world)]
 
 
-def test_sums_with_one_process():
-    found = sums(ONE)
-    assert all(torch.equal(found[name], expected) for name, expected in plain_sums().items())
-    first = [torch.ones(2)]
-    total = D.sum_in_order({0: first, 1: [torch.ones(2)]}, 2, ONE)[0]
-    assert total.tolist() == [2, 2] and first[0].tolist() == [1, 1]  # the input is not added into
+def test_jobs_are_dealt_or_shared():
+    """Every job is done by somebody, and no process stands idle that could work."""
+    for world in (1, 2, 3, 8):
+        for jobs in (1, 2, 5, 8, 20):
+            for units in (1, 2, 8):
+                dealt = [D.deal(list(range(jobs)), units, D.Dist(r, r, world, CPU)) for r in range(world)]
+                together = [team.world == world for team, _ in dealt]
+                assert len(set(together)) == 1 or world == 1
+                done = [job for team, mine in dealt for job in mine]
+                assert sorted(set(done)) == list(range(jobs))
+                assert len(done) == jobs * (world if together[0] and world > 1 else 1)
+                best = min(max(0, world - jobs), max(0, world - units))
+                assert D.idle(jobs, units, world) == best
 
 
-def test_sums_carry_no_graph_and_want_all_units():
-    x = torch.ones(2, requires_grad=True)
-    assert not D.sum_in_order({0: [x * 2]}, 1, ONE)[0].requires_grad
-    for units, n in [({0: [x]}, 2), ({}, 0), ({1: [x]}, 1)]:
-        with pytest.raises(AssertionError, match="rank 0 must pass"):
-            D.sum_in_order(units, n, ONE)
+def test_idle_processes_are_announced_with_what_would_use_them(capsys):
+    D.say_idle(D.Dist(0, 0, 8, CPU), "finetune", 1, 1, "--sd-micro-batch 1")
+    assert (
+        capsys.readouterr().out
+        == "note: finetune: 7 of 8 processes have no work; --sd-micro-batch 1 would use them all\n"
+    )
+    D.say_idle(D.Dist(0, 0, 8, CPU), "finetune", 1, 8, "--sd-micro-batch 1")
+    assert capsys.readouterr().out == ""
+
+
+def test_order_is_a_function_of_position_and_keeps_two_passes():
+    order = D.Order(7, 3, "x")
+    stream = [order[p] for p in range(28)]
+    assert all(sorted(stream[i : i + 7]) == list(range(7)) for i in (0, 7, 14, 21)) and stream[:7] != stream[7:14]
+    assert D.Order(7, 3, "x").rows(5, 16) == stream[5:16] and order[0] == stream[0] and len(order.passes) <= 2
+    expected = torch.randperm(7, generator=D.generator(3, "x", "order", 2)).tolist()
+    assert stream[14:21] == expected and D.Order(7, 4, "x").rows(0, 7) != stream[:7]
+
+
+@pytest.mark.parametrize("wish", ["", "3"])
+def test_the_users_number_of_threads_is_respected(environment, monkeypatch, wish):
+    environment(**(dict(OMP_NUM_THREADS=wish) if wish else {}))
+    if not wish:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    D._set_threads()
+    found = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert found == (int(wish) if wish else cores())
 
 
 # ---- progress ------------------------------------------------------------------------------
@@ -325,6 +325,10 @@ def main(args):
         D.barrier(dist)
     if args.do == "crash" and dist.rank == 1:
         raise ZeroDivisionError("bug")
+    if args.do == "die":
+        if dist.rank == 1:
+            os.kill(os.getpid(), 9)
+        D.barrier(dist)
     if args.do in ("wait", "crash"):
         D.say(dist, "ready")
         time.sleep(600)
@@ -361,54 +365,47 @@ def start(tmp_path):
             process.wait(60)
 
 
-@pytest.fixture
-def srun(start):
-    """`srun("--do", "one")` -> [Popen of rank 0, of rank 1], started as SLURM would."""
-    job = dict(SLURM_NTASKS=2, SLURM_NNODES=1, SLURM_NODELIST="node7", SLURM_JOB_ID=os.getpid(), SLURM_CPUS_PER_TASK=1)
-
-    def launch(*words):
-        return [start(*words, launcher=[sys.executable], SLURM_PROCID=r, SLURM_LOCALID=r, **job) for r in range(2)]
-
-    return launch
-
-
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def test_torchrun_then_the_same_run_under_slurm(start, srun, tmp_path):
-    first = start()
+@pytest.mark.parametrize("threads", [None, 1])
+def test_torchrun_and_the_threads_of_its_processes(start, tmp_path, threads):
+    """torchrun sets OMP_NUM_THREADS=1 by itself, which is not the user's wish; a 1 that the user exported is."""
+    first = start(**({} if threads is None else dict(OMP_NUM_THREADS=threads)))
     out, said = first.communicate(timeout=LIMIT)
     assert first.returncode == 0, said
-    # torchrun sets OMP_NUM_THREADS=1; each process uses as many threads as one alone would all the same.
-    share = cores()
+    share = threads or cores()
     assert out.endswith(f"end {[0, 1]} threads {[share, share]}\n") and out.count("end") == 1
     assert json.loads((tmp_path / "r/stages/work.json").read_text())["ranks"] == [0, 1]
     assert (tmp_path / "r/metrics.jsonl").read_text().count("work/rank") == 2
-    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
 
-    ranks = srun()
-    outputs = [process.communicate(timeout=LIMIT) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], outputs
-    assert outputs[0][0].endswith(f"work: done, skipped\nend {[0, 1]} threads {[1, 1]}\n") and outputs[1][0] == ""
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == files
+
+def test_waiting_for_processes_that_never_come_is_said_and_obeys_signals(start):
+    process = start(
+        launcher=[sys.executable], RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port()
+    )
+    line = process.stderr.readline()
+    assert "waiting for 1 of 2 processes (WORLD_SIZE=2" in line, line
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
 
 
 def test_torchrun_errors_are_told_once(start, tmp_path):
     early, flag = start("--do", "early"), start("--nope", "1")  # before there is a process group
-    for process, line in [(early, "error: no such folder\n"), (flag, "Unrecognized options: --nope")]:
+    for process, line in [(early, "error: no such folder\n"), (flag, "error: the command line above cannot be used")]:
         out, said = process.communicate(timeout=LIMIT)
         text = out + said
         assert process.returncode != 0 and text.count(line) == 1 and "exitcode  : 2" in text, text
         assert "error on rank" not in text and 's.py", line' not in text
 
 
-def test_an_error_of_one_rank_ends_the_other(srun):
-    ranks = srun("--do", "one")
-    said = [process.communicate(timeout=LIMIT)[1] for process in ranks]
-    assert [process.returncode for process in ranks] == [2, 2]
-    assert said[1] == "error on rank 1: a.jpg: cannot be read\n"
-    assert said[0].startswith("error: lost contact with another process") and said[0].count("\n") == 1
+def test_a_dead_process_is_noticed(start):
+    """Killed, without a word: the other ends within a minute instead of waiting for ever."""
+    process = start("--do", "die")
+    begin = time.monotonic()
+    process.communicate(timeout=LIMIT)
+    assert process.returncode != 0 and time.monotonic() - begin < 60
 
 
 def test_torchrun_crash_of_one_rank_ends_the_other(start):
@@ -422,6 +419,7 @@ def test_torchrun_stopped(start, tmp_path):
     assert any("ready" in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=LIMIT)
-    line = f"stopped; continue with: torchrun --nproc-per-node=2 --standalone {tmp_path}/s.py --do wait\n"
+    command = f"{sys.executable} -m torch.distributed.run --nproc-per-node=2 --standalone {tmp_path}/s.py --do wait"
+    line = f"stopped; continue with: {command}\n"
     assert process.returncode != 0 and said.count(line) == 1, said
     assert not (tmp_path / "r/.lock").exists() or (tmp_path / "r/.lock").read_text().startswith("process")

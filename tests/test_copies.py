@@ -6,6 +6,7 @@ docs/ and a launcher in shell/.
 """
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -28,6 +29,10 @@ def functions_that_are_copies(source: str) -> dict[str, str]:
     return {name: ast.dump(node) for name, node in top.items() if name not in stages}
 
 
+# Types that declare a range: what a script that does not use them calls int and float.
+PLAIN = {"Count": "int", "Natural": "int", "Share": "float", "Positive": "float", "NonNegative": "float"}
+
+
 def flags(source: str) -> dict[str, tuple[str, str]]:
     """The fields of Args: name -> (type, help)."""
     body = next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
@@ -35,7 +40,12 @@ def flags(source: str) -> dict[str, tuple[str, str]]:
     for field, after in zip(body, [*body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign):
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            found[field.target.id] = (ast.unparse(field.annotation), text)
+            kind = ast.unparse(field.annotation)
+            kind = re.sub(r"Annotated\[(\w+), .*?\)\]", r"\1", kind)
+            found[field.target.id] = (
+                re.sub(r"\w+", lambda word: PLAIN.get(word[0], word[0]), kind),
+                " ".join(text.split()),
+            )
     return found
 
 

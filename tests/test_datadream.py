@@ -2,20 +2,26 @@
 
 import gzip
 import json
+import math
 import random
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 from torch import nn
 from torchvision.transforms import v2
 
 import datadream as dd
+from common import diffusion as dd_diffusion
+from common import distributed
 from common.clip import Clip, load_clip
-from common.datasets import load_dataset, natural_key
+from common.datasets import Images, load_dataset, natural_key
+from common.files import chunks, class_range
+from common.loader import normalised, to_unit
 from common.models import resolve
 
 
@@ -127,7 +133,7 @@ def test_golden_diffusion(g):
 
 
 def test_golden_lora_linear(g):
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
     w, (r, alpha) = g["lora_lin.W"], g["lora_lin.r_alpha"].tolist()
     net = nn.Sequential()
@@ -135,7 +141,7 @@ def test_golden_lora_linear(g):
     with torch.no_grad():
         net.to_q.weight.copy_(w)
         net.to_q.bias.copy_(g["lora_lin.b"])
-    inject_adapter_in_model(LoraConfig(target_modules=dd.UNET_TARGETS, **dd.lora_settings(r)), net)
+    inject_adapter_in_model(dd.lora_config(r, dd.UNET_TARGETS), net)
     assert alpha == r
     with torch.no_grad():
         close(net(g["lora_lin.x"]), g["lora_lin.y_init"], 1e-6)
@@ -154,10 +160,17 @@ def test_golden_fewshot_order(g):
     assert order[:k] == g["fewshot.selected_index"].tolist()
 
 
+def resized(image, size):
+    """Height and width once the shorter side is `size`, as torchvision cuts them off."""
+    w, h = image.size
+    return (int(size * h / w), size) if h > w else (size, int(size * w / h))
+
+
 def test_golden_preprocessing(g):
     image, size = pil(g["sdpre.image_uint8"]), g["sdpre.center32"].shape[-1]
-    close(dd.sd_pixels(image, size), g["sdpre.center32"], 1e-6)
-    close(dd.sd_pixels(image, size, g["sdpre.random_offset_ij"].tolist()), g["sdpre.random32"], 1e-6)
+    centre = [round((n - size) / 2) for n in resized(image, size)]
+    close(to_unit(dd.sd_pixels(image, size, centre)), g["sdpre.center32"], 1e-6)
+    close(to_unit(dd.sd_pixels(image, size, g["sdpre.random_offset_ij"].tolist())), g["sdpre.random32"], 1e-6)
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     pixels = dd.eval_pixels(pil(g["evalpre.image_uint8"]), 224)
@@ -165,7 +178,7 @@ def test_golden_preprocessing(g):
         ("clip", (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)),
         ("resnet50", (dd.IMAGENET_MEAN, dd.IMAGENET_STD)),
     ):
-        close(dd.normalised(pixels, *stats)[:, ::16, ::16], g[f"evalpre.{name}.stride16"], 1e-5)
+        close(normalised(pixels, *stats)[:, ::16, ::16], g[f"evalpre.{name}.stride16"], 1e-5)
 
 
 def test_golden_augmentations(g):
@@ -189,7 +202,7 @@ def test_golden_accuracy(g):
 
 def test_golden_class_split(g):
     for n, workers, i, start, end in g["split.rows_ncls_nsplit_idx_start_end"].tolist():
-        ours = dd.class_range(n, workers, i)
+        ours = class_range(n, workers, i)
         assert (ours.start, ours.stop) == (start, end)
 
 
@@ -203,7 +216,7 @@ def test_golden_prompts_and_resume(g):
         t, n, start, batch = g[f"prompts.{i}.args_ntemplate_nimg_start_bs"].tolist()
         todo = dd.missing_images(n, set(range(start)))
         assert todo == g[f"prompts.{i}.file_numbers"].tolist()
-        assert [len(c) for c in dd.chunks(todo, batch)] == g[f"prompts.{i}.batch_sizes"].tolist()
+        assert [len(c) for c in chunks(todo, batch)] == g[f"prompts.{i}.batch_sizes"].tolist()
         assert [dd.template_of(k, t) for k in range(n)] == g[f"prompts.{i}.template_index"].tolist()
 
 
@@ -253,8 +266,7 @@ def test_one_prompt_of_each_data_set():
         "caltech101": ("face", "a photo of a face"),
     }
     for name, (class_name, prompt) in expected.items():
-        prefix = dd.prefix_of(dd.Args(dataset=name))
-        assert dd.prompts_of(class_name, prefix, 1) == [prompt]
+        assert dd.all_prompts(dd.Args(dataset=name), [class_name]) == [[prompt]]
     assert set(expected) <= set(dd.PRESETS)
     assert len(dd.TEMPLATES) == len(set(dd.TEMPLATES)) == 27
 
@@ -327,34 +339,465 @@ def test_cutmix_boxes_have_the_drawn_area_on_average():
 def test_worker_ranges_partition_the_classes():
     for n in (1, 3, 10, 15):
         for workers in (1, 2, 8, 20):
-            official = [c for w in range(workers) for c in dd.class_range(n, workers, w)]
+            official = [c for w in range(workers) for c in class_range(n, workers, w)]
             assert official == list(range(n))
-            for split in ("strided", "official"):
-                args = dd.Args(cls_split=split)
-                mine = [dd.my_classes(args, dd.distributed.Dist(w, w, workers, "cpu"), n) for w in range(workers)]
-                assert sorted(c for part in mine for c in part) == list(range(n))
 
 
-def test_training_list_length_and_flags():
-    data, shots = FakeImages(range(10), [c for c in range(2) for _ in range(5)]), FakeImages(range(4), [0, 0, 1, 1])
-    repeats = dd.repeat_shots(5, 2)
-    pooled = dd.TrainingList(data, shots, repeats, lambda image: torch.zeros(1), (0,))
-    assert repeats == 2 and len(pooled) == 2 * (5 + 2 * repeats)
-    flags = [bool(pooled[(p, p)][2]) for p in range(len(pooled))]
-    assert flags == [False] * 10 + [True] * 8
+def test_training_list_length_and_order(tmp_path):
+    data = load_dataset("digits")
+    shots = data.train.subset(i for c in range(10) for i in data.train.of_class(c)[:2])
+    run = type("Run", (), {"path": lambda self, *parts: tmp_path.joinpath(*parts)})()
+    args = dd.Args(shots=2, gen_images_per_class=5)
+    lengths = {}
+    for arm in ("real", "synthetic", "pooled"):
+        found, n_synthetic = dd.training_list(args, run, arm, shots)
+        lengths[arm] = len(found), n_synthetic
+        assert [int(c) for c in found.labels[n_synthetic:]] == [int(c) for c in shots.labels] * (arm != "synthetic") * 2
+    assert lengths == {"real": (40, 0), "synthetic": (50, 50), "pooled": (90, 50)}
 
 
 def test_order_visits_every_entry_once_per_pass_and_resumes():
-    order = dd.Order(7, (3,))
+    order = distributed.Order(7, 3)
     first = [order[p] for p in range(21)]
     assert all(sorted(first[i : i + 7]) == list(range(7)) for i in (0, 7, 14)) and first[:7] != first[7:14]
-    assert [dd.Order(7, (3,))[p] for p in (20, 0, 13)] == [first[20], first[0], first[13]]
+    assert distributed.Order(7, 3).rows(5, 16) == first[5:16]
 
 
-class FakeImages(list):
-    def __init__(self, items, labels):
-        super().__init__(items)
-        self.labels = labels
+# ---- stages against stock parts: what a broken line in a stage would change ------------------------------
+# The random numbers are the documented ones (a generator for each purpose); everything that is computed from them is
+# computed a second time here, with diffusers, peft, torchvision and open_clip, and compared with what the stage left.
+
+ALONE = distributed.Dist(0, 0, 1, torch.device("cpu"))
+
+
+def small_args(out, **more):
+    base = dict(shots=2, sd_epochs=1, sd_warmup=2, sd_batch=6, sd_micro_batch=3, gen_images_per_class=3, gen_steps=3)
+    base |= dict(gen_micro_batch=4, clf_epochs=2, clf_warmup_epochs=1, clf_seeds=1, clf_evals=2, clf_batch=8)
+    return dd.Args(**dd.PRESETS["digits"] | base | dict(clf_micro_batch=8, output_dir=str(out)) | more)
+
+
+def opened(args):
+    return dd.runs.open_run("datadream", args, ALONE)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def few(digits, classes, k, seed=0):
+    """k training digits of some classes, labelled 0, 1, ..., as a data set of these classes."""
+    rows = [int(i) for c in classes for i in digits.train.of_class(c)[:k]]
+    chosen = digits.train.subset(rows)
+    labels = [classes.index(int(c)) for c in chosen.labels]
+    return Images(labels, list(chosen.keys), [digits.class_names[c] for c in classes], pixels=chosen.pixels)
+
+
+def stock_pipeline():
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(resolve("tiny", "generator"), safety_checker=None)
+
+
+@pytest.mark.parametrize("mode", ["dset", "cls"])
+def test_tuning_equals_a_plain_loop_over_stock_parts(tmp_path, digits, mode):
+    from diffusers import DDPMScheduler
+    from diffusers.optimization import get_scheduler
+    from peft import LoraConfig
+
+    args = small_args(tmp_path, mode=mode, n_templates=3, sd_epochs=2, sd_lr=3e-3, prompt_prefix="drawn ", seed=5)
+    shots = few(digits, [7, 2, 4], 3)
+    run, pipe = opened(args), dd.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
+    with torch.no_grad():  # a generator far from its optimum: gradients of norm above 1, which clipping changes
+        for p in pipe.unet.conv_out.parameters():
+            p.mul_(12)
+    dd.finetune(args, run, ALONE, pipe, shots, shots.class_names)
+
+    c = 1  # of cls the second adapter, of dset the only one
+    unit = "lora" if mode == "dset" else f"lora/0{c}_{shots.class_names[c]}"
+    rows = list(range(len(shots))) if mode == "dset" else [i for i, label in enumerate(shots.labels) if label == c]
+    stock = stock_pipeline()
+    unet, text, vae = stock.unet, stock.text_encoder, stock.vae
+    with torch.no_grad():
+        for p in unet.conv_out.parameters():
+            p.mul_(12)
+    settings = dict(r=args.sd_rank, lora_alpha=args.sd_rank, init_lora_weights="gaussian")
+    for net, targets in (
+        (unet, ["to_q", "to_k", "to_v", "to_out.0"]),
+        (text, ["q_proj", "k_proj", "v_proj", "out_proj"]),
+    ):
+        net.requires_grad_(False).add_adapter(LoraConfig(target_modules=targets, **settings))
+    layers = [(n, p) for net in (unet, text) for n, p in net.named_parameters() if p.requires_grad]
+    for name, p in layers:
+        g = distributed.generator(5, unit, name)
+        p.data = torch.randn(p.shape, generator=g) / args.sd_rank if "lora_A" in name else torch.zeros(p.shape)
+    params = [p for _, p in layers]
+    optimizer = torch.optim.AdamW(params, lr=3e-3, weight_decay=1e-2)
+    per_epoch = math.ceil(len(rows) / 6)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=2 * per_epoch)
+    noising = DDPMScheduler.from_config(stock.scheduler.config)
+    templates = ["a drawn photo of a {}", "a drawn rendering of a {}", "a drawn cropped photo of the {}"]
+    clipped, losses = 0, []
+    for step in range(2 * per_epoch):
+        epoch, i = divmod(step, per_epoch)
+        order = torch.randperm(len(rows), generator=distributed.generator(5, unit, "epoch", epoch)).tolist()
+        batch = [rows[j] for j in order[6 * i : 6 * (i + 1)]]
+        g = distributed.generator(5, unit, "step", step)
+        torch.randint(2**31, (len(batch),), generator=g)  # crops: the digits are square and have one
+        template = torch.randint(3, (len(batch),), generator=g).tolist()
+        t = torch.randint(1000, (len(batch),), generator=g)
+        xi, eps = torch.randn(2, len(batch), 4, 8, 8, generator=g)
+        x = torch.stack([torch.from_numpy(np.array(shots[j])).permute(2, 0, 1) for j in batch]) / 127.5 - 1
+        with torch.no_grad():
+            posterior = vae.encode(x).latent_dist
+        z = vae.config.scaling_factor * (posterior.mean + posterior.std * xi)
+        prompts = [
+            templates[k].format(shots.class_names[shots.labels[j]]) for j, k in zip(batch, template, strict=True)
+        ]
+        ids = stock.tokenizer(
+            prompts, padding="max_length", max_length=24, truncation=True, return_tensors="pt"
+        ).input_ids
+        prediction = unet(noising.add_noise(z, eps, t), t, text(ids).last_hidden_state).sample
+        loss = F.mse_loss(prediction, eps)
+        optimizer.zero_grad()
+        loss.backward()
+        clipped += nn.utils.clip_grad_norm_(params, 1.0).item() > 1
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    assert clipped and per_epoch * 2 > 1
+    logged = dd.runs.read_metrics(tmp_path)
+    line = "finetune/loss" if mode == "dset" else f"finetune/0{c}_{shots.class_names[c]}/loss"
+    assert np.mean(losses) == pytest.approx(list(logged[line].values())[-1], rel=1e-4)
+    saved = dd_diffusion.read_lora(tmp_path / unit / "pytorch_lora_weights.safetensors")
+    for name, (a, b) in saved.items():
+        part, module = name.split(".", 1)
+        layer = {"unet": unet, "text_encoder": text}[part].get_submodule(module)
+        close(a, layer.lora_A["default"].weight.detach(), 2e-4)
+        close(b, layer.lora_B["default"].weight.detach(), 2e-4)
+    moved = [saved[n][1].abs().max().item() for n in saved]
+    assert len(saved) == len(layers) // 2 and min(moved) > 1e-4, "every layer of both networks is trained"
+
+
+def random_adapter(file, seed, scale=0.15):
+    """An adapter file that changes what is drawn, written without training."""
+    pipe = dd.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
+    pipe.unet.add_adapter(dd.lora_config(4, dd.UNET_TARGETS))
+    pipe.text_encoder.add_adapter(dd.lora_config(4, dd.TEXT_TARGETS))
+    g = torch.Generator().manual_seed(seed)
+    for _, p in dd.lora_parameters([pipe.unet, pipe.text_encoder]):
+        p.data = scale * torch.randn(p.shape, generator=g)
+    dd.save_lora(file, unet=pipe.unet, text_encoder=pipe.text_encoder)
+
+
+def test_drawn_images_equal_those_of_a_stock_pipeline(tmp_path, digits):
+    """Class-wise adapters, three templates, two classes: prompt, adapter, guidance, empty prompt, scale, seed."""
+    from diffusers import PNDMScheduler
+
+    shots = few(digits, [3, 8], 2)
+    args = small_args(tmp_path, mode="cls", n_templates=3, gen_sampler="pndm", gen_guidance=3.0, gen_steps=4, sd_rank=4)
+    run, pipe = opened(args), dd.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
+    files = dd.lora_file(args, run, shots.class_names)
+    for c, file in enumerate(files):
+        random_adapter(file, c)
+    dd.generate(args, run, ALONE, pipe, shots.class_names)
+
+    stock = stock_pipeline()
+    stock.set_progress_bar_config(disable=True)
+    stock.scheduler = PNDMScheduler.from_config(
+        stock.scheduler.config, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+    )
+    templates = ["a photo of a {}", "a rendering of a {}", "a cropped photo of the {}"]
+    differences = []
+    for folder in ("images", "unadapted"):
+        for c, name in enumerate(shots.class_names):
+            if folder == "images":
+                stock.load_lora_weights(files[c].parent, weight_name=files[c].name)
+            for k in range(3):
+                generator = torch.Generator().manual_seed(distributed.seed_of(0, c, k))
+                drawn = stock(
+                    templates[k].format(name), generator=generator, num_inference_steps=4, guidance_scale=3.0,
+                    height=32, width=32, output_type="np",
+                ).images[0]  # fmt: skip
+                ours = np.array(Image.open(tmp_path / folder / f"0{c}_{name}" / f"{k}.png")).astype(float)
+                differences.append(np.abs(drawn * 255 - ours).max())
+            stock.unload_lora_weights()
+    assert max(differences) <= 1.0, differences
+
+
+def fake_generated(args, run, names, seed=0):
+    """images/ and unadapted/ filled with noise, as if they had been drawn."""
+    g = np.random.default_rng(seed)
+    for folder in ("images", "unadapted"):
+        for place in dd.class_folders(names):
+            run.path(folder, place).mkdir(parents=True)
+            for k in range(args.gen_images_per_class):
+                pixels = g.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(run.path(folder, place, f"{k}.png"))
+
+
+def plain_classifier(args, run, arm, shots, val):
+    """One training of the pooled row, in plain lines: LoRA as weights W + 2 B A, torchvision's transforms, one loop."""
+    import open_clip
+
+    names, g, k = shots.class_names, args.gen_images_per_class, args.shots
+    clip = load_clip("tiny")
+    model, mean, std = clip.model.requires_grad_(False).train(), torch.tensor(clip.mean), torch.tensor(clip.std)
+    assert isinstance(model, open_clip.CLIP)
+    lora = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            e, r, n = module.embed_dim, args.clf_rank, f"clip.{name}"
+            noise = torch.rand((2 * r, e), generator=distributed.generator(args.seed, f"{n}.lora_A"))
+            lora[name] = [((noise * 2 - 1) / math.sqrt(e)).requires_grad_(), torch.zeros(2 * e, r, requires_grad=True)]
+    weights = {name: p for name, p in model.named_parameters()}
+
+    def with_lora():
+        found = dict(weights)
+        for name, (a, b) in lora.items():
+            (aq, av), (bq, bv) = a.chunk(2), b.chunk(2)
+            delta = torch.cat([bq @ aq, torch.zeros_like(bq @ aq), bv @ av])
+            found[f"{name}.in_proj_weight"] = weights[f"{name}.in_proj_weight"] + 2 * delta
+        return found
+
+    def call(method, x):
+        class Caller(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x):
+                return getattr(self.model, method)(x)
+
+        return torch.func.functional_call(Caller(), {f"model.{n}": p for n, p in with_lora().items()}, (x,))
+
+    synthetic = [
+        (Image.open(run.path("images", place, f"{i}.png")).convert("RGB"), c)
+        for c, place in enumerate(dd.class_folders(names)) for i in range(g)
+    ]  # fmt: skip
+    real = [(shots[i], int(shots.labels[i])) for i in range(len(shots))]
+    entries = {"pooled": synthetic + real * (g // k), "real": real * (g // k), "synthetic": synthetic}[arm]
+    n_synthetic = 0 if arm == "real" else len(synthetic)
+    lam = {"pooled": args.clf_real_weight, "real": 1.0, "synthetic": 0.0}[arm]
+    length = g * len(names) + (g // k) * len(real)
+    per_epoch = math.ceil(length / args.clf_batch)
+    total, warm = args.clf_epochs * per_epoch, args.clf_warmup_epochs * per_epoch
+
+    def blurred(image):
+        return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(()).item()))
+
+    view = v2.Compose([
+        v2.RandAugment(2, 9, 31),
+        v2.RandomResizedCrop(32, scale=(0.25, 1.0), ratio=(3 / 4, 4 / 3), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.Lambda(blurred)], 0.2),
+        v2.RandomApply([v2.Lambda(lambda im: ImageOps.solarize(im, 128))], 0.2),
+        v2.PILToTensor(),
+    ])  # fmt: skip
+    params = [p for pair in lora.values() for p in pair]
+    optimizer = torch.optim.AdamW(params, lr=args.clf_lr, weight_decay=args.clf_wd)
+    passes = {}
+    mixed = 0
+    for step in range(total):
+        epoch, i = divmod(step, per_epoch)
+        start = epoch * length + i * args.clf_batch
+        positions = range(start, min(start + args.clf_batch, (epoch + 1) * length))
+        chosen, x = [], []
+        for p in positions:
+            e, at = divmod(p, len(entries))
+            if e not in passes:
+                g_order = distributed.generator(args.seed, "order", e)
+                passes[e] = torch.randperm(len(entries), generator=g_order).tolist()
+            chosen.append(passes[e][at])
+            torch.manual_seed(distributed.seed_of(args.seed, "augment", p))
+            x.append(view(entries[chosen[-1]][0]))
+        x = (torch.stack(x).float() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        y = F.one_hot(torch.tensor([entries[e][1] for e in chosen]), len(names)).float()
+        is_real = torch.tensor([e >= n_synthetic for e in chosen])
+        draw = distributed.generator(args.seed, "mix", step, 0)
+        if torch.rand((), generator=draw) < args.clf_mix_prob:
+            mixed += 1
+            for group in (is_real, ~is_real):
+                if not group.any():
+                    continue
+                cut, w = torch.rand((), generator=draw) < 0.5, float(torch.rand((), generator=draw))
+                a, b = x[group], x[group].roll(1, 0)
+                if cut:
+                    cx, cy = (int(torch.randint(32, (1,), generator=draw)) for _ in range(2))
+                    half = int(0.5 * math.sqrt(1 - w) * 32)
+                    box = torch.zeros(32, 32, dtype=torch.bool)
+                    box[max(cy - half, 0) : cy + half, max(cx - half, 0) : cx + half] = True
+                    w = 1 - box.float().mean()
+                    x[group] = torch.where(box, b, a)
+                else:
+                    x[group] = w * a + (1 - w) * b
+                y[group] = w * y[group] + (1 - w) * y[group].roll(1, 0)
+        text = F.normalize(call("encode_text", clip.tokenize([f"a photo of a {name}" for name in names])), dim=-1)
+        logits = model.logit_scale.exp() * F.normalize(call("encode_image", x), dim=-1) @ text.T
+        ce = -(y * logits.log_softmax(1)).sum(1)
+        loss = 0.0
+        for group, share in ((is_real, lam), (~is_real, 1 - lam)):
+            if group.any():
+                loss = loss + share * ce[group].mean()
+        cosine = args.clf_min_lr + (args.clf_lr - args.clf_min_lr) * 0.5 * (
+            1 + math.cos(math.pi * (step - warm) / (total - warm))
+        )
+        linear = args.clf_min_lr + (args.clf_lr - args.clf_min_lr) * step / (warm - 1)
+        optimizer.param_groups[0]["lr"] = linear if step < warm else cosine
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert mixed or not args.clf_mix_prob
+    return {f"clip.{n}.lora_{x}": p.detach() for n, pair in lora.items() for x, p in zip("AB", pair, strict=True)}
+
+
+@pytest.mark.parametrize("arm", ["pooled", "real"])
+def test_classifier_training_equals_plain_lines(tmp_path, digits, arm):
+    shots = few(digits, [1, 5, 6], 2)
+    args = small_args(
+        tmp_path, gen_images_per_class=5, clf_augment="paper", clf_mix_prob=0.5, clf_dropout=0.0, clf_rank=4, clf_wd=0.1
+    )
+    run = opened(args)
+    fake_generated(args, run, shots.class_names)
+    model = dd.load_classifier(args, shots.class_names, ALONE.device)
+    scored = {"test": dd.Split(few(digits, [1, 5, 6], 4), model, args, ALONE.device)}
+    dd.train_one(args, run, ALONE, model, arm, 0, shots, scored)
+    plain = plain_classifier(args, run, arm, shots, None)
+    ours = dd.load_tensors(run.path("classifier", "runs", f"{arm}-seed0", "weights.safetensors"))
+    assert set(plain) == set(ours)
+    for name in plain:
+        close(ours[name], plain[name], 2e-4)
+    assert max(ours[n].abs().max().item() for n in ours if n.endswith("lora_B")) > 2e-3, "something was learnt"
+
+
+def test_micro_batches_and_units_of_classes_change_only_rounding(tmp_path, digits, monkeypatch):
+    """Without mixing and dropout the gradient is the same however the batch and the classes are cut."""
+    shots, results = few(digits, [1, 5, 6], 2), []
+    for micro, unit in ((8, 125), (3, 2)):
+        monkeypatch.setattr(dd, "CLASSES_PER_UNIT", unit)
+        args = small_args(tmp_path / str(micro), clf_micro_batch=micro, clf_mix_prob=0.0, clf_dropout=0.0, clf_rank=4)
+        run = opened(args)
+        fake_generated(args, run, shots.class_names)
+        model = dd.load_classifier(args, shots.class_names, ALONE.device)
+        scored = {"test": dd.Split(few(digits, [1, 5, 6], 4), model, args, ALONE.device)}
+        dd.train_one(args, run, ALONE, model, "pooled", 0, shots, scored)
+        results.append(dd.load_tensors(run.path("classifier", "runs", "pooled-seed0", "weights.safetensors")))
+    for name, tensor in results[0].items():
+        close(tensor, results[1][name], 2e-4)
+
+
+def test_the_epoch_is_chosen_on_validation_and_the_saved_weights_are_its(tmp_path, digits, monkeypatch):
+    shots = few(digits, [1, 5, 6], 2)
+    args = small_args(tmp_path, clf_epochs=4, clf_evals=4, clf_report_test_selected=True)
+    run = opened(args)
+    fake_generated(args, run, shots.class_names)
+    model = dd.load_classifier(args, shots.class_names, ALONE.device)
+    scored = {name: dd.Split(few(digits, [1, 5, 6], 4), model, args, ALONE.device) for name in ("val", "test")}
+    accuracy = {"val": iter((50, 75, 25, 75)), "test": iter((25, 50, 100, 75))}  # of 4 images
+    seen = []
+
+    def pretended(args, model, split, team):
+        name = "val" if split is scored["val"] else "test"
+        if name == "val":
+            seen.append({n: t.detach().clone() for n, t in dd.trained_state(model).items()})
+        right = int(next(accuracy[name]) / 25)
+        logits = torch.zeros(4, 3)
+        logits[:, 0] = 1
+        return logits, torch.tensor([0] * right + [1] * (4 - right))
+
+    monkeypatch.setattr(dd, "evaluate", pretended)
+    dd.train_one(args, run, ALONE, model, "pooled", 0, shots, scored)
+    report = json.loads(run.path("classifier", "runs", "pooled-seed0", "metrics.json").read_text())
+    steps = [row["step"] for row in report["history"]]
+    assert report["best_step"] == steps[1] and report["val"] == 75
+    assert (report["test"], report["last_epoch_test"], report["test_selected"]) == (50, 75, 100)
+    saved = dd.load_tensors(run.path("classifier", "runs", "pooled-seed0", "weights.safetensors"))
+    assert all(torch.equal(saved[n], t) for n, t in seen[1].items()) and not all(
+        torch.equal(saved[n], t) for n, t in seen[2].items()
+    )
+
+
+# ---- shots, crops, adapters ------------------------------------------------------------------------------
+
+
+def photo(path, seed, size=(40, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.mark.parametrize("given", ["data-dir alone", "DIR", "the seed folder"])
+def test_ready_made_shots_are_in_neither_training_nor_validation(tmp_path, given):
+    for c, name in enumerate(("cat", "dog")):
+        for i in range(10):
+            photo(tmp_path / "train" / name / f"{i}.png", 100 * c + i)
+            photo(tmp_path / "test" / name / f"{i}.png", 1000 + 100 * c + i)
+        for i in (2, 5, 7):  # copies of training images, under other names
+            photo(tmp_path / "real_train_fewshot" / "seed3" / name / f"shot{i}.png", 100 * c + i)
+    place = {"DIR": tmp_path / "real_train_fewshot", "the seed folder": tmp_path / "real_train_fewshot" / "seed3"}
+    folder = str(place[given]) if given in place else None
+    args = dd.Args(
+        dataset="folder", data_dir=str(tmp_path), shots=3, fewshot_seed=3, fewshot_dir=folder, val_images=0.4
+    )
+    _, shots, val = dd.choose(args)
+    pixels = lambda images: {images[i].tobytes() for i in range(len(images))}  # noqa: E731
+    assert len(shots) == 6 and len(val) > 0 and not pixels(shots) & pixels(val)
+    assert sorted(key.rsplit("/")[-1] for key in shots.keys) == sorted(2 * ["shot2.png", "shot5.png", "shot7.png"])
+
+
+def test_drawn_shots_are_not_held_out(digits):
+    args = small_args("unused", shots=16, val_images=0.2)
+    _, shots, val = dd.choose(args)
+    assert len(shots) == 160 and len(val) == 200 and not set(shots.keys) & set(val.keys)
+
+
+def test_crops_of_photos_that_are_not_square(tmp_path):
+    """Shorter side to the size, the free pixels of the longer side uniform, no mirror."""
+    column = np.arange(96, dtype=np.uint8)[None, :, None]
+    wide = Image.fromarray(np.broadcast_to(column, (32, 96, 3)).copy())
+    starts = set()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        crop = dd.sd_pixels(wide, 32)
+        assert crop.shape == (3, 32, 32) and torch.equal(
+            crop[0, 0], torch.arange(32, dtype=torch.uint8) + crop[0, 0, 0]
+        )
+        starts.add(int(crop[0, 0, 0]))
+    assert min(starts) < 3 and max(starts) > 61 and len(starts) > 50
+    tall = dd.sd_pixels(wide.rotate(90, expand=True), 32)
+    assert tall.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("rms", [5e-3, 1e-3, 2e-4])
+def test_small_adapters_keep_their_effect_in_bfloat16(rms):
+    """At the size of tuned adapters: what the bf16 network adds is what the float32 adapter adds, to a few percent."""
+    torch.manual_seed(0)
+
+    class Pipe:
+        unet = nn.Sequential()
+        text_encoder = nn.Sequential()
+
+    w, a, b = 0.03 * torch.randn(64, 64), torch.randn(16, 64) / 16, rms * torch.randn(64, 16)
+    Pipe.unet.add_module("to_q", nn.Linear(64, 64, bias=False))
+    Pipe.unet.to_q.weight.data = w.bfloat16()
+    adapter = dd.Adapter(Pipe)
+    x = torch.randn(256, 64).bfloat16()
+    dd_diffusion.read_lora, read = lambda file: {"unet.to_q": (a, b)}, dd_diffusion.read_lora
+    try:
+        with torch.no_grad():
+            stock = Pipe.unet(x).float()
+            adapter.use("any file")
+            y, layer = Pipe.unet(x).float(), adapter.apart["unet.to_q"]
+            exact = x.float() @ (b @ a).T
+            added = F.linear(F.linear(x, layer[0]), layer[1]).float()
+            adapter.use(None)
+            assert torch.equal(Pipe.unet(x).float(), stock)
+    finally:
+        dd_diffusion.read_lora = read
+    assert (added - exact).norm() / exact.norm() < 0.02
+    assert (y - stock - exact).norm() < 0.02 * stock.norm()
 
 
 # ---- the script, end to end on the tiny world ------------------------------------------------------------
@@ -587,8 +1030,8 @@ def test_full_size_parameters_and_flops_are_those_of_the_method_page():
     # 51 network evaluations with guidance and one decode: what an image costs
     assert 51 * 2 * per_pass + decode == pytest.approx(84.5, rel=0.02)
 
-    unet.requires_grad_(False).add_adapter(dd.LoraConfig(target_modules=dd.UNET_TARGETS, **dd.lora_settings(16)))
-    text.requires_grad_(False).add_adapter(dd.LoraConfig(target_modules=dd.TEXT_TARGETS, **dd.lora_settings(16)))
+    unet.requires_grad_(False).add_adapter(dd.lora_config(16, dd.UNET_TARGETS))
+    text.requires_grad_(False).add_adapter(dd.lora_config(16, dd.TEXT_TARGETS))
     lora = [[p for p in m.parameters() if p.requires_grad] for m in (unet, text)]
     assert [sum(p.numel() for p in ps) for ps in lora] == [3_319_808, 3_014_656] and len(lora[0]) == 256
 

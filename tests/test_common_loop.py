@@ -1,0 +1,276 @@
+"""The loop: the same bits for any number of processes, after any interruption, at the traffic of an all-reduce."""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import distributed as D
+from common import loop as L
+from common.launch import UserError
+
+CPU = torch.device("cpu")
+ONE = D.Dist(0, 0, 1, CPU)
+
+
+class Run:
+    """What a Loop wants of a run folder."""
+
+    def __init__(self):
+        self.lines = []
+
+    def log(self, step, **values):
+        self.lines.append((step, values))
+
+
+def unit_tensors(j):
+    """What unit j contributes: values of very different size, so that the order of addition shows in the bits."""
+    g = D.generator("unit", j)
+    scale = 10.0 ** torch.randint(-4, 5, (5, 7), generator=g)
+    half = torch.randn(3, generator=g).to(torch.bfloat16)
+    return [torch.randn(5, 7, generator=g) * scale, torch.randn((), generator=g), half, torch.empty(0, 2)]
+
+
+def tree(n_units):
+    """The documented sum: pairs, pairs of pairs, ...; what has no partner goes up alone."""
+    level = [unit_tensors(j) for j in range(n_units)]
+    while len(level) > 1:
+        pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
+        level = [[sum(t[1:], t[0]) for t in zip(*pair, strict=True)] for pair in pairs]
+    return level[0]
+
+
+SIZES = (1, 2, 3, 5, 7, 8, 11, 16)
+
+
+def check_sums(dist):
+    for n_units in SIZES:
+        mine = {j: unit_tensors(j) for j in L.units_of(dist.rank, n_units, dist.world)}
+        for ours, expected in zip(L.sum_in_order(mine, n_units, dist), tree(n_units), strict=True):
+            assert ours.dtype == expected.dtype and torch.equal(ours, expected), f"{n_units} units: other bits"
+
+
+def make_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def train(dist, file, run, total=6, stop=None, **more):
+    """A small training with BatchNorm, clipping and a leaf; leaves at step `stop` as if killed after a checkpoint."""
+    net = make_net()
+    x, y = torch.randn(24, 4, generator=D.generator("x")), torch.arange(24) % 3
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    loop = L.Loop(run, "c", total, optimizer, dist, 4, file, buffers=list(net.buffers()), log_every=4, **more)
+    order = D.Order(24, "order")
+    seen = []
+    for step in loop:
+        if step == stop:
+            return net, loop, seen
+        rows = order.rows(15 * step, 15 * step + 15)
+        leaf = torch.ones(3, requires_grad=True)
+        for u in loop.units(len(rows)):
+            loss = F.cross_entropy(net(x[rows[u]]) * leaf, y[rows[u]], reduction="sum") / len(rows)
+            loop.backward(loss, leaves=[leaf])
+        (grad,) = loop.sum()
+        seen.append(grad)
+        loss = loop.update(lr=0.1 / (step + 1), clip=0.5)
+        loop.log(loss=loss)
+        if stop is not None:
+            loop.save()
+    return net, loop, seen
+
+
+def state(net):
+    return torch.cat([t.detach().double().flatten() for t in net.state_dict().values()])
+
+
+def in_process(rank, world, port, out):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist = D.setup_distributed("cpu")
+    torch.set_num_threads(1)
+    check_sums(dist)
+    own = {j: torch.full((2, j + 1), float(j)) for j in L.units_of(rank, 5, world)}
+    assert [t.shape[1] for t in L.gather_units(own, 5, dist)] == [1, 2, 3, 4, 5]
+
+    p = 100_000  # numbers; 2 P are sent whatever the world, when units fill whole branches
+    for n_units in {1, world // 2, world, 2 * world} - {0}:
+        before = L.traffic["bytes"]
+        L.sum_in_order({j: [torch.zeros(p)] for j in L.units_of(rank, n_units, world)}, n_units, dist)
+        sent = (L.traffic["bytes"] - before) / 4
+        if world & (world - 1) == 0 or n_units == world:
+            assert sent <= 2 * p, f"{sent} numbers for {n_units} units of {p}"
+
+    net, loop, seen = train(dist, Path(out, f"c{world}.safetensors"), Run())
+    loop.finish()
+    if rank == 0:
+        torch.save([state(net), *seen], Path(out, f"net{world}.pt"))
+    D.cleanup(dist)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def forks():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "common.loop"])
+    return context
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+def test_any_number_of_processes_gives_the_bits_of_one(world, tmp_path, forks):
+    port = free_port()
+    ranks = [forks.Process(target=in_process, args=(rank, world, port, str(tmp_path))) for rank in range(world)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(200)
+    assert [process.exitcode for process in ranks] == [0] * world
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    net, _, seen = train(ONE, tmp_path / "one.safetensors", Run())
+    torch.set_num_threads(threads)
+    found = torch.load(tmp_path / f"net{world}.pt")
+    assert all(torch.equal(a, b) for a, b in zip(found, [state(net), *seen], strict=True))
+
+
+def test_one_process_adds_along_the_documented_tree():
+    check_sums(ONE)
+    first = [torch.ones(2)]
+    assert L.sum_in_order({0: first, 1: [torch.ones(2)]}, 2, ONE)[0].tolist() == [2, 2]
+    assert first[0].tolist() == [1, 1], "the input is not added into"
+    x = torch.ones(2, requires_grad=True)
+    assert not L.sum_in_order({0: [x * 2]}, 1, ONE)[0].requires_grad
+
+
+def test_units_are_contiguous_and_each_has_one_owner():
+    for world in (1, 2, 3, 4, 8):
+        for n in SIZES:
+            owned = [list(L.units_of(r, n, world)) for r in range(world)]
+            assert sum(owned, []) == list(range(n)) and max(map(len, owned)) - min(map(len, owned)) <= 1
+
+
+def test_a_step_is_the_step_of_a_plain_loop():
+    """Gradients of shares add up to those of the batch; clipping, rate and AdamW as in plain lines."""
+    torch.manual_seed(1)
+    net, plain = nn.Linear(4, 3), nn.Linear(4, 3)
+    plain.load_state_dict(net.state_dict())
+    x, y = torch.randn(10, 4), torch.arange(10) % 3
+    ours = torch.optim.AdamW(net.parameters(), lr=1.0, weight_decay=0.1)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.02, weight_decay=0.1)
+    loop = L.Loop(Run(), "c", 3, ours, ONE, 3, Path("unused.safetensors"))
+    for _ in loop:
+        for u in loop.units(10):
+            loop.backward(5 * F.cross_entropy(net(x[u]), y[u], reduction="sum") / 10)
+        loss = loop.update(lr=0.02, clip=0.3)
+        expected = 5 * F.cross_entropy(plain(x), y)
+        theirs.zero_grad()
+        expected.backward()
+        assert nn.utils.clip_grad_norm_(plain.parameters(), 0.3) > 0.3
+        theirs.step()
+        assert torch.allclose(loss, expected.detach(), atol=1e-6)
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_batchnorm_is_the_weighted_mean_over_micro_batches():
+    """Every micro-batch starts from the step's statistics; a step counts once."""
+    net = nn.BatchNorm1d(2)
+    x = torch.randn(10, 2) * 3 + 1
+    loop = L.Loop(Run(), "c", 1, torch.optim.SGD(net.parameters(), 0.0), ONE, 4, Path("u"), buffers=list(net.buffers()))
+    for _ in loop:
+        for u in loop.units(10):
+            loop.backward(net(x[u]).square().sum() / 10)
+        loop.update()
+    means = sum((len(part) / 10) * (0.9 * torch.zeros(2) + 0.1 * part.mean(0)) for part in x.split(4))
+    assert torch.allclose(net.running_mean, means, atol=1e-6) and net.num_batches_tracked == 1
+
+
+def test_what_is_kept_is_added_and_a_second_phase_follows():
+    p = nn.Parameter(torch.ones(2))
+    loop = L.Loop(Run(), "c", 1, torch.optim.SGD([p], 1.0), ONE, 4, Path("unused"), params=[])
+    for _ in loop:
+        for u in loop.units(10, size=3):
+            loop.keep([torch.tensor([float(u.stop - u.start), float(loop.unit)])])
+        (total,) = loop.sum()
+        assert total.tolist() == [10.0, 6.0]
+        p.grad = total
+        loop.update()
+    assert p.tolist() == [-9.0, -5.0]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_resumed_training_has_the_bits_and_the_log_of_an_undisturbed_one(tmp_path, stop):
+    whole = Run()
+    net, loop, _ = train(ONE, tmp_path / "whole.safetensors", whole)
+    first, second = Run(), Run()
+    _, killed, _ = train(ONE, tmp_path / "c.safetensors", first, stop=stop)
+    resumed, again, _ = train(ONE, tmp_path / "c.safetensors", second)
+    assert list(again.steps) == [] and torch.equal(state(net), state(resumed))
+    assert first.lines + second.lines == whole.lines and [step for step, _ in whole.lines] == [4, 6]
+    again.finish()
+    assert not (tmp_path / "c.safetensors").exists()
+
+
+def test_selection_is_remembered(tmp_path):
+    net = make_net()
+    make = lambda: L.Loop(Run(), "c", 9, torch.optim.AdamW(net.parameters()), ONE, 5, tmp_path / "c.safetensors")  # noqa: E731
+    loop = make()
+    assert loop.extra is None and loop.tensors == {} and list(loop.steps) == list(range(9))
+    loop.extra, loop.tensors, loop.done = {"best": [3, 0.5]}, {"w": torch.arange(3.0)}, 4
+    loop.save()
+    again = make()
+    assert again.extra == {"best": [3, 0.5]} and again.tensors["w"].tolist() == [0, 1, 2] and again.steps == range(4, 9)
+
+
+def test_checkpoints_come_by_time(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(L.time, "monotonic", lambda: clock.now)
+    net = nn.Linear(1, 1)
+    file = tmp_path / "c.safetensors"
+    loop = L.Loop(Run(), "c", 10, torch.optim.SGD(net.parameters(), 0.1), ONE, 1, file, save_seconds=60)
+    saved = []
+    for _ in loop:
+        saved.append(file.exists() and json.loads(L.safe_open(file, "pt").metadata()["cleansynth"])["step"])
+        for _ in loop.units(1):
+            loop.backward(net(torch.ones(1)).sum())
+        loop.update()
+        clock.now += 25
+    assert saved == [False, False, False, 3, 3, 3, 6, 6, 6, 9]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path):
+    net = nn.Linear(1, 1)
+    loop = L.Loop(
+        Run(), "chart", 8, torch.optim.SGD(net.parameters(), 0.1), ONE, 1, tmp_path / "c.safetensors", log_every=2
+    )
+    with pytest.raises(UserError, match="chart, step 4: the loss is nan"):
+        for step in loop:
+            loop.log(loss=float("nan") if step == 3 else 1.0)
+            loop.save()
+    assert (tmp_path / "c.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other model"])
+def test_damaged_checkpoints_are_told(tmp_path, damage):
+    file = tmp_path / "c.safetensors"
+    net = nn.Linear(2, 2)
+    loop = L.Loop(Run(), "c", 3, torch.optim.SGD(net.parameters(), 0.1), ONE, 1, file)
+    loop.save()
+    content = file.read_bytes()
+    file.write_bytes({"cut": content[:-5], "empty": b"", "text": b"hello" * 9}.get(damage, content))
+    other = nn.Linear(3, 2) if damage == "other model" else net
+    with pytest.raises(UserError, match="c.safetensors: damaged, or of another model; delete it"):
+        L.Loop(Run(), "c", 3, torch.optim.SGD(other.parameters(), 0.1), ONE, 1, file)
