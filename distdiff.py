@@ -1360,6 +1360,8 @@ def check_order(args, run, todo):
 
 
 def main(args):
+    if args.plan:
+        raise runs.UserError("--plan: this script has no plan yet, only datadream.py; leave the flag out")
     check_ranges(args)
     dist = distributed.setup_distributed(args.device)
     data = load_real(args)

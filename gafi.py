@@ -1487,6 +1487,8 @@ def check_order(args, run, todo):
 
 
 def main(args):
+    if args.plan:
+        raise runs.UserError("--plan: this script has no plan yet, only datadream.py; leave the flag out")
     check_args(args)
     dist = distributed.setup_distributed(args.device)
     if dist.device.type == "cuda" and args.precision == "bf16":

@@ -1802,6 +1802,8 @@ def check_order(args, run, todo):
 
 
 def main(args):
+    if args.plan:
+        raise runs.UserError("--plan: this script has no plan yet, only datadream.py; leave the flag out")
     check_args(args)
     dist = distributed.setup_distributed(args.device)
     data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file)

@@ -931,7 +931,8 @@ def _medmnist(name: str, root: Path, download: bool) -> ImageDataset:
         with np.load(file) as arrays:  # never reads pickled objects
             for split in ("train", "val", "test"):
                 pixels, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"].reshape(-1)
-                assert pixels.dtype == np.uint8 and len(pixels) == len(labels) and labels.max() < len(class_names)
+                fits = pixels.dtype == np.uint8 and len(pixels) == len(labels) and labels.max() < len(class_names)
+                assert fits, f"its {split} images or labels are others"
                 keys = [f"{split}/{i:06d}" for i in range(len(labels))]
                 splits[split] = Images(labels, keys, class_names, pixels=pixels)
         return splits

@@ -7,13 +7,13 @@ comes from a generator seeded with what it is for (`generator(seed, "crop", key)
 
 import hashlib
 import json
+import math
 import operator
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,12 +22,10 @@ import torch.distributed as td
 from tqdm import tqdm
 
 from common.launch import Launch, UserError, launched_as
+from common.meeting import PATIENCE, leave, meet, watch
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0  # progress without a terminal: one line per so many seconds
-# No time-out ends a healthy run: one process may work for hours while the others wait. A process that died is noticed
-# by its closed connections, and by torchrun, which ends the others.
-PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -70,45 +68,23 @@ def setup_distributed(device: str = "auto") -> Dist:
     if launch.world > 1 and not td.is_initialized():
         # gloo beside nccl: objects and barriers then never touch the GPU
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store = _meet(launch)
+        store = meet(launch)
+        watch(store, launch)
         td.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=PATIENCE)
     return Dist(launch.rank, launch.local_rank, launch.world, chosen)
 
 
-def _meet(launch: Launch) -> td.Store:
-    """The store at which the processes meet. Waits for all of them in a way that signals can end, and says so."""
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the store itself
-    where, start, told = f"WORLD_SIZE={launch.world}, MASTER_ADDR={host}, MASTER_PORT={port}", time.monotonic(), 0.0
-    store, here = None, 0
-    while here < launch.world:
-        try:
-            if store is None:
-                master = launch.rank == 0 and not agent
-                tcp = td.TCPStore(host, port, None, master, timedelta(seconds=5), wait_for_workers=False)
-                store = td.PrefixStore(f"cleansynth-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", tcp)
-                store.add("here", 1)
-            here = store.add("here", 0)
-        except (RuntimeError, ValueError) as error:
-            if launch.rank == 0 and not agent:
-                raise UserError(f"cannot listen on MASTER_PORT={port}: {str(error).splitlines()[0]}") from error
-        if time.monotonic() - start - told > 10:
-            told = time.monotonic() - start
-            what = f"waiting for {launch.world - here} of {launch.world} processes" if store else "waiting for rank 0"
-            print(f"{what} ({where}; unset WORLD_SIZE and RANK if they are left over)", file=sys.stderr, flush=True)
-        time.sleep(0.02 if time.monotonic() - start < 5 else 0.5)
-    store.set_timeout(PATIENCE)
-    return store
-
-
 def _pick_device(name: str, launch: Launch) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        apple = torch.backends.mps.is_available() and launch.world == 1
+        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
         raise UserError(f"--device {name}: unknown device; choose auto, cpu, cuda, cuda:N or mps")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has no Apple GPU; use --device cpu")
+    if kind == "mps" and launch.world > 1:
+        raise UserError("--device mps: for one process; use --device cpu")
     if kind != "cuda":
         return torch.device(kind)
 
@@ -133,12 +109,16 @@ def _set_threads() -> None:
         except OSError:
             wish = "" if wish == "1" else wish
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wish = wish.partition(",")[0]  # a list is for nested loops
     torch.set_num_threads(int(wish) if wish.isdecimal() and int(wish) > 0 else cores)
 
 
 def cleanup(dist: Dist) -> None:
-    """Leave the process group. Call it at the end of a run that went well; harmless with one process."""
+    """Leave the other processes, together with them, at the end of a run that went well; they take any other end of
+    this process for its death. Harmless with one process."""
     if dist.world > 1 and td.is_initialized():
+        barrier(dist)
+        leave()
         td.destroy_process_group()
 
 
@@ -149,13 +129,18 @@ def cleanup(dist: Dist) -> None:
 def barrier(dist: Dist) -> None:
     """Wait until every process is here, however long that takes."""
     if dist.world > 1:
-        td.all_reduce(torch.zeros(1))  # on CPU, so through gloo: queues nothing on the GPU
+        work, pause = td.all_reduce(torch.zeros(1), async_op=True), 1e-5  # on CPU, so gloo's: the GPU works on
+        while not work.is_completed():  # in Python, so that signals are obeyed
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
+        work.wait()  # raises when a process is gone
 
 
 def broadcast_object(obj: T, dist: Dist) -> T:
     """Rank 0's object on every process; the others may pass None."""
     if dist.world == 1:
         return obj
+    barrier(dist)  # a broadcast alone would let rank 0 go on before the others have come
     box = [obj]
     td.broadcast_object_list(box, src=0)
     return box[0]
@@ -171,7 +156,6 @@ def on_rank_0(work: Callable[[], T], dist: Dist) -> T:
             if dist.world == 1:
                 raise
             problem = str(error)
-    barrier(dist)  # a broadcast alone lets rank 0 go on before the others have come
     result, problem = broadcast_object((result, problem), dist)
     if problem is not None:
         raise UserError(problem)
@@ -182,6 +166,7 @@ def all_gather_object(obj: T, dist: Dist) -> list[T]:
     """[rank 0's object, rank 1's, ...] on every process."""
     if dist.world == 1:
         return [obj]
+    barrier(dist)
     boxes: list[Any] = [None] * dist.world
     td.all_gather_object(boxes, obj)
     return boxes
@@ -191,16 +176,19 @@ def gather_rows(tensor: torch.Tensor, dist: Dist) -> torch.Tensor:
     """All processes' rows, rank 0's first: [n_rank, ...] -> [sum of n_rank, ...]. n_rank may differ and be 0."""
     if dist.world == 1:
         return tensor
-    counts = all_gather_object(len(tensor), dist)
+    return gather_known_rows(tensor, all_gather_object(len(tensor), dist), dist)
+
+
+def gather_known_rows(tensor: torch.Tensor, counts: list[int], dist: Dist) -> torch.Tensor:
+    """gather_rows where every process knows the numbers of rows: nothing waits for the device."""
     if max(counts) == 0:
         return tensor
     padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
-    padded[: len(tensor)] = tensor
-    raw = padded.detach().contiguous().flatten().view(torch.uint8)  # as bytes: any dtype travels unchanged
-    raw = raw if raw.device.type in ("cpu", "cuda") else raw.cpu()
+    padded[: len(tensor)] = tensor.detach()
+    raw = padded.flatten().view(torch.uint8)  # as bytes: any dtype travels unchanged
     everyone = raw.new_empty(dist.world * raw.numel())
     td.all_gather_into_tensor(everyone, raw)
-    parts = everyone.to(tensor.device).view(tensor.dtype).view(dist.world, *padded.shape)
+    parts = everyone.view(tensor.dtype).view(dist.world, *padded.shape)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
 
@@ -220,8 +208,8 @@ def my_items(items: Sequence[T], dist: Dist) -> Sequence[T]:
 
 
 def shared(jobs: int, units: int, world: int) -> bool:
-    """Do the processes share every step (True), or does each take other jobs? Whatever leaves fewer of them idle."""
-    return units > 1 and min(units, world) >= min(jobs, world)
+    """Do the processes share every step (True), or does each take other jobs? Whichever is sooner done."""
+    return units > 1 and jobs * math.ceil(units / world) <= units * math.ceil(jobs / world)
 
 
 def deal(jobs: Sequence[T], units: int, dist: Dist) -> tuple[Dist, Sequence[T]]:
@@ -236,8 +224,10 @@ def deal(jobs: Sequence[T], units: int, dist: Dist) -> tuple[Dist, Sequence[T]]:
 
 
 def idle(jobs: int, units: int, world: int) -> int:
-    """Processes without work under `deal`."""
-    return max(0, world - (units if shared(jobs, units, world) else jobs))
+    """Processes without work under `deal`. Units come in equal blocks: 9 of them keep 5 of 8 processes busy."""
+    if shared(jobs, units, world):
+        return world - math.ceil(units / math.ceil(units / world))
+    return max(0, world - jobs)
 
 
 def say_idle(dist: Dist, stage: str, jobs: int, units: int, advice: str) -> None:

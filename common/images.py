@@ -28,10 +28,10 @@ def open_rgb(source: Any, shorter: int | None = None) -> Image.Image:
     """Path or binary file -> PIL RGB: EXIF rotation applied, first frame, transparency on white, 16-bit grey / 257.
 
     shorter: pixels that the caller needs on the shorter side. A JPEG with four times as many, or more, is decoded at
-    1/2, 1/4 or 1/8, the smallest that leaves twice as many: resized to `shorter`, photos then differ from a full decode
-    by up to 1 grey level on average, 2 where the sides are no multiples of the reduction. Without `shorter` every pixel
-    is decoded, but of a JPEG above MOST_PIXELS a quarter. UserError naming the file: missing, no regular file, empty,
-    truncated, no image, too many or 32-bit pixels.
+    1/2, 1/4 or 1/8, the smallest that leaves twice as many. Resized to `shorter` photos then differ from a full decode
+    by less than 1 grey level on average; where the sides are no multiples of the reduction they are also stretched, by
+    less than a pixel of the reduced picture. Without `shorter` every pixel is decoded, but of a JPEG above MOST_PIXELS
+    a quarter. UserError naming the file: missing, no file, empty, truncated, no image, too many or 32-bit pixels.
     """
     try:
         return _decoded(source, shorter)
@@ -242,7 +242,7 @@ def samples_grid(
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", 12)
     n = max(map(len, rows), default=0)
     bands = chunks([i * n // min(n, MOST_COLUMNS) for i in range(min(n, MOST_COLUMNS))], PER_BAND)
-    gap, line = 4, 16
+    gap, line, y = 4, 16, 4
 
     def fit(text: str, width: float) -> str:
         text = " ".join(str(text).split())
@@ -258,7 +258,6 @@ def samples_grid(
     height = (top + (size + gap) * len(rows) + gap) * len(bands) + gap
     sheet = Image.new("RGB", (max(1, width), max(1, height)), "white")
     draw = ImageDraw.Draw(sheet)
-    y = gap
     for band in bands:
         for k, column in enumerate(band if col_names else []):
             text = fit(col_names[column], size)

@@ -151,6 +151,7 @@ def normalised(x: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 @cache
+@torch.inference_mode(False)  # what is made in that mode cannot be used in training
 def _per_channel(values: tuple, device: torch.device) -> torch.Tensor:
     """Kept on the device: to copy it there for every batch would wait for the work that is queued."""
     return torch.tensor(values, device=device).view(-1, 1, 1)

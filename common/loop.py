@@ -9,12 +9,11 @@
         loop.log(loss=loss)                    # means go to metrics.jsonl; stops when one is not finite
     loop.finish()                              # when the result is written: removes the checkpoint
 
-Float addition is not associative, so the order of the additions is part of the result. A batch is cut into units
-(micro-batches) 0..U-1 and their gradients are added along one binary tree over the unit numbers, ((0+1)+(2+3))+...,
-that does not depend on the number of processes. Process r computes a contiguous range of units, so it can add up whole
-branches of the tree by itself, and the bits are those of one process for any number of processes.
+A batch is cut into micro-batches, units, which the processes share out among themselves; `common.sums` adds up what
+they computed with the same bits for any number of processes. A unit's loss is its share of the batch's, so shares add.
 """
 
+import itertools
 import json
 import math
 import time
@@ -23,125 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as td
 from safetensors import SafetensorError, safe_open
 
-from common.distributed import Dist, progress
+from common.distributed import Dist, all_gather_object, barrier, broadcast_object, progress
 from common.files import save_tensors
 from common.launch import UserError
+from common.sums import Adder, finish, gather_units, some_idle, sum_in_order, traffic, units_of
 
-traffic = {"bytes": 0}  # sent by this process in sum_in_order so far, for the benchmark
-
-
-def units_of(rank: int, n_units: int, world: int) -> range:
-    """The units that a process computes: contiguous ranges, as equal as can be."""
-    return range(n_units * rank // world, n_units * (rank + 1) // world)
-
-
-def _branches(units: range) -> list[tuple[int, int]]:
-    """The largest whole branches (first unit, length 2^k, aligned) that make up a range of units, in order."""
-    found, start = [], units.start
-    while start < units.stop:
-        length = 1
-        while start % (2 * length) == 0 and start + 2 * length <= units.stop:
-            length *= 2
-        found.append((start, length))
-        start += length
-    return found
-
-
-def _tree_sum(parts: dict[tuple[int, int], Any], start: int, length: int, n_units: int) -> Any:
-    """Value of a branch from the branches in parts: left + right; None beyond the last unit."""
-    if start >= n_units:
-        return None
-    if (start, length) in parts:
-        return parts[start, length]
-    left = _tree_sum(parts, start, length // 2, n_units)
-    right = _tree_sum(parts, start + length // 2, length // 2, n_units)
-    return left if right is None else left + right
-
-
-class _Adder:
-    """Adds units as they come, in order, holding one buffer per open branch of the tree: log2(units) of them."""
-
-    def __init__(self) -> None:
-        self.open: dict[tuple[int, int], list[torch.Tensor]] = {}
-
-    def add(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
-        branch, value = (unit, 1), [t.detach() for t in tensors]
-        while branch[0] % (2 * branch[1]) and (left := (branch[0] - branch[1], branch[1])) in self.open:
-            value = torch._foreach_add(self.open.pop(left), value)
-            branch = left[0], 2 * left[1]
-        self.open[branch] = value
-
-
-@torch.no_grad()
-def sum_in_order(tensors_by_unit: dict[int, Sequence[torch.Tensor]], n_units: int, dist: Dist) -> list[torch.Tensor]:
-    """Tree sum of the units of all processes, the same bits for any number of them -> list of sums, on every process.
-
-    This process passes the units units_of(rank, n_units, world): {unit: [tensor, ...]}, each with the same shapes and
-    dtypes. The P numbers of a unit are cut into `world` parts; part q of every branch goes to process q, which adds
-    them along the tree, and the sums are gathered: 2 P numbers sent by each process, as in an all-reduce, whenever its
-    units are one branch of the tree (n_units <= world, or a power of two times it), and P more for each further branch.
-    """
-    adder = _Adder()
-    for unit in sorted(tensors_by_unit):
-        adder.add(unit, tensors_by_unit[unit])
-    return _finish(adder, n_units, dist, None)
-
-
-def _finish(adder: _Adder, n_units: int, dist: Dist, like: list | None) -> list[torch.Tensor]:
-    """like: [(shape, dtype)] of a unit, needed on a process that has none; None: rank 0's is asked for then."""
-    width = 1 << max(0, n_units - 1).bit_length()
-    if dist.world == 1:
-        names = range(len(next(iter(adder.open.values()))))
-        return [_tree_sum({k: v[i] for k, v in adder.open.items()}, 0, width, n_units) for i in names]
-    mine = next(iter(adder.open.values()), None)
-    if like is None:
-        like = [(t.shape, t.dtype) for t in mine] if mine else None
-        if n_units < dist.world:
-            owner = next(r for r in range(dist.world) if units_of(r, n_units, dist.world))
-            box = [like]
-            td.broadcast_object_list(box, src=owner)
-            like = box[0]
-    device = mine[0].device if mine else dist.device
-    branches = [_branches(units_of(r, n_units, dist.world)) for r in range(dist.world)]
-    totals: list[Any] = [None] * len(like)
-    for dtype in dict.fromkeys(d for _, d in like):  # one flat buffer per dtype: normally one
-        members = [i for i, (_, d) in enumerate(like) if d == dtype]
-        sizes = [like[i][0].numel() for i in members]
-        part = -(-sum(sizes) // dist.world)
-        own = torch.zeros(len(branches[dist.rank]), part * dist.world, dtype=dtype, device=device)
-        for row, branch in zip(own, branches[dist.rank], strict=True):
-            torch.cat([adder.open[branch][i].reshape(-1) for i in members], out=row[: sum(sizes)])
-        # [branches, world, part] -> the part of process 0 of all branches, of process 1, ...
-        send = own.view(-1, dist.world, part).transpose(0, 1).contiguous().flatten()
-        counts = [len(b) * part for b in branches]
-        arrived = send.new_empty(sum(counts))
-        td.all_to_all_single(arrived, send, counts, [counts[dist.rank]] * dist.world)
-        rows = iter(arrived.view(-1, part))
-        parts = {branch: next(rows) for of_rank in branches for branch in of_rank}
-        total = _tree_sum(parts, 0, width, n_units).contiguous()
-        everyone = total.new_empty(dist.world * part)
-        td.all_gather_into_tensor(everyone, total)
-        others = (dist.world - 1) / dist.world  # what a process keeps does not travel
-        traffic["bytes"] += int(others * (send.nbytes + everyone.nbytes))
-        for i, flat in zip(members, everyone[: sum(sizes)].split(sizes), strict=True):
-            totals[i] = flat.view(like[i][0])
-    return totals
-
-
-@torch.no_grad()
-def gather_units(tensors: dict[int, torch.Tensor], n_units: int, dist: Dist) -> list[torch.Tensor]:
-    """One tensor of each unit, units_of this process passed -> those of all units in order, on every process."""
-    if dist.world == 1:
-        return [tensors[j] for j in range(n_units)]
-    from common.distributed import all_gather_object
-
-    found: dict[int, torch.Tensor] = {}
-    for part in all_gather_object({j: t.detach().cpu() for j, t in tensors.items()}, dist):
-        found |= part
-    return [found[j].to(dist.device) for j in range(n_units)]
+__all__ = ["Loop", "gather_units", "sum_in_order", "traffic", "units_of"]
 
 
 class Loop:
@@ -171,12 +59,8 @@ class Loop:
         save_seconds: float = 60,
     ):
         self.run, self.chart, self.total, self.optimizer, self.team = run, chart, total, optimizer, team
-        self.micro_batch, self.file, self.log_every, self.save_seconds = (
-            micro_batch,
-            Path(file),
-            log_every,
-            save_seconds,
-        )
+        self.micro_batch, self.file = micro_batch, Path(file)
+        self.log_every, self.save_seconds = log_every, save_seconds
         self.all_params = [p for group in optimizer.param_groups for p in group["params"]]
         self.params = list(self.all_params if params is None else params)
         self.floats = [b for b in buffers if b.is_floating_point()]
@@ -186,13 +70,16 @@ class Loop:
         self.state |= {f"state.{name}": tensor for name, tensor in (state or {}).items()}
         self.extra: Any = None  # what selection remembers, JSON-able; saved and restored
         self.tensors: dict[str, torch.Tensor] = {}  # further tensors to remember, such as the best weights
-        self.step = self.unit = 0
+        self.step, self.unit = -1, 0
         self.loss, self.bar = torch.zeros((), device=team.device), None
-        self.recent: dict[str, torch.Tensor] = {}  # sums since the last line of the log
+        self.recent: dict[str, tuple[Any, int]] = {}  # sum and count since the last line of the log
         self._phase: dict[str, Any] | None = None
-        self._likes: dict[Any, list] = {}
+        self._phases = 0  # in this step so far
+        self._likes: dict[Any, Any] = {}
         self._saved_at = time.monotonic()
         self.done = self._load()
+        if len(set(all_gather_object(self.done, team))) > 1:
+            raise UserError(f"{self.file}: the processes see different checkpoints; use a folder that all hosts share")
 
     # -- which steps, which micro-batches
 
@@ -205,7 +92,7 @@ class Loop:
         self.bar = bar = progress(self.total, self.chart, self.team, initial=self.done, unit="steps")
         self._saved_at = time.monotonic()
         for step in self.steps:
-            self.step = step
+            self.step, self._phases = step, 0
             yield step
             self.done = step + 1
             self._write_log()
@@ -216,28 +103,32 @@ class Loop:
 
     def mine(self, batch: Sequence) -> list[Sequence]:
         """This process's micro-batches of a batch: what `units` will go through, for a loader that runs ahead."""
-        return [batch[s] for s in self._slices(len(batch), self.micro_batch).values()]
+        slices = self._slices(len(batch), None)
+        return [batch[slices[j]] for j in units_of(self.team.rank, len(slices), self.team.world)]
 
-    def _slices(self, n: int, size: int) -> dict[int, slice]:
-        mine = units_of(self.team.rank, math.ceil(n / size), self.team.world)
-        return {j: slice(j * size, min((j + 1) * size, n)) for j in mine}
+    def _slices(self, n: int, size: int | None) -> list[slice]:
+        starts = list(range(0, n, size or self.micro_batch))
+        if self.floats and size is None and len(starts) > 1 and starts[-1] == n - 1 != starts[-2] + 1:
+            starts.pop()  # BatchNorm cannot normalise one item: it joins the micro-batch before
+        return [slice(a, b) for a, b in itertools.pairwise([*starts, n])]
 
     def units(self, n: int, size: int | None = None) -> Iterator[slice]:
         """Slices of this process's micro-batches of n items; self.unit is the number of the current one.
 
-        size: items of a unit, default micro_batch. Ends in `sum` (or `update`), unless nothing is kept.
+        size: items of a unit, default micro_batch. What a unit keeps must have shapes that follow from n and size.
         """
-        size = size or self.micro_batch
-        start = torch._foreach_mul(self.floats, 1.0) if self.floats else []
-        counted = [b.clone() for b in self.counters]
-        self._phase = dict(adder=_Adder(), n_units=math.ceil(n / size), leaves=None, kept=False)
-        for unit, u in self._slices(n, size).items():
-            self.unit = unit
-            if start:
-                torch._foreach_copy_(self.floats, start)
-            self._share = (u.stop - u.start) / n
-            yield u
-        self._phase["counted"] = counted
+        slices = self._slices(n, size)
+        before = torch._foreach_mul(self.floats, 1.0) if self.floats else []
+        counted = torch._foreach_add(self.counters, 1) if self.counters else []  # one step, however many units
+        self._phases += 1
+        self._phase = dict(
+            key=(self._phases, n, size), n_units=len(slices), counted=counted, adder=Adder(), leaves=None
+        )
+        for j in units_of(self.team.rank, len(slices), self.team.world):
+            if self.floats:
+                torch._foreach_copy_(self.floats, before)
+            self.unit, self._share = j, (slices[j].stop - slices[j].start) / n
+            yield slices[j]
 
     # -- gradients
 
@@ -253,43 +144,38 @@ class Loop:
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> None:
         """Any tensors of this unit, to be added up by `sum`."""
-        self._phase["kept"] = True
         self._phase["adder"].add(self.unit, tensors)
 
+    @torch.no_grad()
     def sum(self) -> list[torch.Tensor]:
         """Add up what the units of all processes kept. After `backward`: sets .grad of params, self.loss and the
         buffers, and returns the gradients of the leaves; after `keep`: returns the sums."""
         phase, self._phase = self._phase, None
-        n_units, adder = phase["n_units"], phase["adder"]
-        kind = phase["n_units"], phase["leaves"]
-        if self.team.world > 1 and n_units < self.team.world:
-            if kind not in self._likes:
-                owner = next(iter(adder.open.values()), None)
-                like = ([(t.shape, t.dtype) for t in owner], phase["leaves"]) if owner else None
-                box = [like]
-                source = next(r for r in range(self.team.world) if units_of(r, n_units, self.team.world))
-                td.broadcast_object_list(box, src=source)
-                self._likes[kind] = box[0]
-            like, phase["leaves"] = self._likes[kind]
-        else:
-            like = None
-        with torch.no_grad():
-            sums = _finish(adder, n_units, self.team, like)
-            if phase["leaves"] is None:
-                return sums
-            n = len(self.params)
-            for p, grad in zip(self.params, sums, strict=False):
-                p.grad = grad
-            self.loss = sums[n + phase["leaves"]]
-            if self.floats:
-                torch._foreach_copy_(self.floats, sums[n + phase["leaves"] + 1 :])
-            for b, before in zip(self.counters, phase["counted"], strict=True):
-                b.copy_(before + 1)
-        return sums[n : n + phase["leaves"]]
+        adder, n_units = phase["adder"], phase["n_units"]
+        about = adder.like(), phase["leaves"]
+        if some_idle(n_units, self.team.world):  # which cannot know; told once, as the same phase comes in every step
+            if phase["key"] not in self._likes:
+                self._likes[phase["key"]] = broadcast_object(about, self.team)
+            known = self._likes[phase["key"]]
+            assert not adder.open or about == known, "the shapes of a unit changed from one step to another"
+            about = known
+        like, leaves = about
+        sums = finish(adder, n_units, self.team, like)
+        if leaves is None:
+            return sums
+        n = len(self.params)
+        for p, grad in zip(self.params, sums, strict=False):  # in the layout of p, on which the order of a norm depends
+            p.grad = grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
+        self.loss = sums[n + leaves]
+        if self.floats:
+            torch._foreach_copy_(self.floats, sums[n + leaves + 1 :])
+        if self.counters:
+            torch._foreach_copy_(self.counters, phase["counted"])
+        return [grad.contiguous() for grad in sums[n : n + leaves]]
 
     def update(self, lr: float | None = None, clip: float | None = None) -> torch.Tensor:
         """One optimizer step. lr: for all parameter groups. clip: largest norm of all gradients. -> the loss"""
-        if self._phase is not None and (self._phase["kept"] or self._phase["n_units"]):
+        if self._phase is not None:
             self.sum()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(self.all_params, clip)
@@ -297,7 +183,6 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
         self.optimizer.step()
-        self.done = self.step + 1  # a checkpoint in the rest of the step's lines counts it
         return self.loss
 
     # -- numbers
@@ -305,38 +190,48 @@ class Loop:
     def log(self, **values: torch.Tensor | float) -> None:
         """Count values of this step into the means that are written every log_every steps and at the end."""
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64 if self.team.device.type != "mps" else torch.float32)
-            pair = torch.stack([value.detach().to(self.team.device), torch.ones_like(value, device=self.team.device)])
-            self.recent[name] = self.recent[name] + pair if name in self.recent else pair
+            total, count = self.recent.get(name, (0.0, 0))
+            if isinstance(value, torch.Tensor):  # stays on the device: nothing waits for it
+                value = value.item() if value.device.type == "cpu" else value.detach()
+                value = value.double() if isinstance(value, torch.Tensor) and value.device.type != "mps" else value
+            self.recent[name] = total + value, count + 1
+
+    def _read_recent(self) -> dict[str, tuple[float, int]]:
+        """self.recent as numbers, in one wait for the device. Raises UserError when one is not finite."""
+        waiting = {name: total for name, (total, _) in self.recent.items() if isinstance(total, torch.Tensor)}
+        known = dict(zip(waiting, torch.stack(list(waiting.values())).tolist(), strict=True)) if waiting else {}
+        self.recent = {name: (known.get(name, total), count) for name, (total, count) in self.recent.items()}
+        for name, (total, _) in self.recent.items():
+            if not math.isfinite(total):
+                raise UserError(
+                    f"{self.chart}, step {self.done}: the {name} is {total}; stopped, the last checkpoint is kept. "
+                    "Try a lower learning rate or --precision fp32 in a new --output-dir"
+                )
+        return self.recent
 
     def _write_log(self) -> None:
         if not self.recent or (self.done % self.log_every and self.done < self.total):
             return
-        pairs = torch.stack(list(self.recent.values())).tolist()  # the one wait for the device
-        means = {name: total / count for name, (total, count) in zip(self.recent, pairs, strict=True)}
+        means = {name: total / count for name, (total, count) in self._read_recent().items()}
         self.recent = {}
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"{self.chart}, step {self.done}: the {name} is {value}; stopped, the last checkpoint is kept. "
-                    "Try a lower learning rate or --precision fp32 in a new --output-dir"
-                )
         self.run.log(self.done, **{f"{self.chart}/{name}": value for name, value in means.items()})
-        self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
+        if self.bar is not None:
+            self.bar.set_postfix({name: f"{value:.4g}" for name, value in means.items()})
 
     # -- checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint of what is done. Random numbers need no place in it: they come from (seed, step)."""
-        self._saved_at = time.monotonic()
+        """Write a checkpoint now: called inside the loop, when the work of the step is done. Not if a value is not
+        finite. Random numbers need no place in it: they come from (seed, step)."""
+        self.done = max(self.done, self.step + 1)
         self._write_log()
-        if not self.team.main:
-            return
-        state = self.optimizer.state_dict()["state"]
-        flat = {f"optimizer.{i}.{k}": v for i, entry in state.items() for k, v in entry.items() if torch.is_tensor(v)}
-        flat |= self.state | {f"recent.{k}": v for k, v in self.recent.items()}
-        flat |= {f"tensors.{k}": v for k, v in self.tensors.items()}
-        save_tensors(self.file, flat, json.dumps({"step": self.done, "extra": self.extra}))
+        if self.team.main:
+            state = self.optimizer.state_dict()["state"]
+            flat = {f"optimizer.{i}.{k}": v for i, entry in state.items() for k, v in entry.items() if v is not None}
+            flat |= self.state | {f"tensors.{k}": v for k, v in self.tensors.items()}
+            about = {"step": self.done, "recent": self._read_recent(), "extra": self.extra}
+            save_tensors(self.file, flat, json.dumps(about))
+        self._saved_at = time.monotonic()
 
     def _load(self) -> int:
         if not self.file.exists():
@@ -347,7 +242,7 @@ class Loop:
                 about, flat = json.loads(f.metadata()["cleansynth"]), {k: f.get_tensor(k) for k in f.keys()}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(advice) from error
-        if any(k not in flat or flat[k].shape != v.shape for k, v in self.state.items()):
+        if any(k not in flat or (flat[k].shape, flat[k].dtype) != (v.shape, v.dtype) for k, v in self.state.items()):
             raise UserError(advice)
         with torch.no_grad():
             for name, tensor in self.state.items():
@@ -358,18 +253,14 @@ class Loop:
             if kind == "optimizer":
                 i, name = rest.split(".", 1)
                 state.setdefault(int(i), {})[name] = value
-            elif kind == "recent":
-                self.recent[rest] = value.to(self.team.device)
             elif kind == "tensors":
                 self.tensors[rest] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.extra = about["extra"]
+        self.extra, self.recent = about["extra"], {name: tuple(pair) for name, pair in about["recent"].items()}
         return about["step"]
 
     def finish(self) -> None:
         """Remove the checkpoint, once the result is written. Waits for the team."""
-        from common.distributed import barrier
-
         if self.team.main:
             self.file.unlink(missing_ok=True)
         barrier(self.team)

@@ -111,7 +111,7 @@ def test_ranges(refused):
 
 
 def test_missing_shots_folder(refused, tmp_path):
-    refused("seed0", fewshot_dir=str(tmp_path))
+    refused("no images of class 'zero'", fewshot_dir=str(tmp_path))
 
 
 def test_stage_without_the_one_before(tmp_path):
@@ -164,9 +164,7 @@ def test_user_error_through_the_command_line(launch, tmp_path):
 def test_more_processes_than_images(launch, tmp_path):
     """Three processes, two classes of two images: the ones without work wait, and the result is whole."""
     root = photos(tmp_path / "d")
-    flags = (
-        "--shots 1 --val-fraction 0 --sd-epochs 1 --sd-warmup 1 --gen-images-per-class 1 --gen-steps 2 --clf-epochs 2"
-    )
+    flags = "--shots 1 --val-images 0 --sd-epochs 1 --sd-warmup 1 --gen-images-per-class 1 --gen-steps 2 --clf-epochs 2"
     flags += (
         f" --clf-seeds 1 --clf-evals 1 --mode cls --dataset folder --data-dir {root} --output-dir {tmp_path / 'run'}"
     )

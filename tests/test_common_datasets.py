@@ -1280,6 +1280,8 @@ def test_medmnist(tmp_path, monkeypatch):
     assert check_splits(data) == (9, 4, 5) and data.class_names == ["malignant", "normal or benign"]
     assert data.test.keys[3] == "test/000003" and data.test.labels.tolist() == [0, 1, 0, 1, 0]
 
+    np.savez(tmp_path / "breastmnist.npz", **{**arrays, "val_labels": arrays["val_labels"] + 2})
+    assert "its val images or labels are others" in message(load_dataset, "breastmnist", tmp_path, download=False)
     write(tmp_path / "pathmnist.npz", pickle.dumps([1]))
     for name in ("pathmnist", "dermamnist"):
         text = message(load_dataset, name, tmp_path, download=False)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from common import distributed as D
+from common import meeting
 from common.cli import command_line
 from common.launch import Launch, UserError, launched_as
 
@@ -218,6 +219,48 @@ def test_collectives(world, tmp_path, forks):
     assert sorted(path.name for path in tmp_path.glob("ok*")) == [f"ok{rank}" for rank in range(world)]
 
 
+def waiting(rank, world, port, do, pipe):
+    """One process waits in a barrier or works alone, while another is late, leaves in order or dies without a word."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.dup2(pipe.fileno(), 2)
+    meeting.LOST_SECONDS = 0.5
+    dist = D.setup_distributed("cpu")
+    timeout = torch.distributed.distributed_c10d._get_default_group()._get_backend(CPU).options._timeout
+    assert timeout.days >= 1, "a process may work for hours while the others wait"
+    if do == "late":
+        if rank == 1:
+            time.sleep(1.5)
+        D.barrier(dist)
+        D.cleanup(dist)
+        time.sleep(0 if rank else 1.5)  # rank 0 outlives the others, which took their leave
+    elif rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif do == "alone":
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("do, codes", [("late", [0, 0, 0]), ("alone", [2, -9, 2])])
+def test_death_is_told_apart_from_silence(forks, do, codes):
+    port, (read, write) = free_port(), multiprocessing.Pipe(duplex=False)
+    ranks = [forks.Process(target=waiting, args=(rank, 3, port, do, write)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    write.close()
+    for process in ranks:
+        process.join(50)
+    assert [process.exitcode for process in ranks] == codes
+    said = os.read(read.fileno(), 10_000).decode() if do == "alone" else ""
+    assert ("error: lost contact with rank 1" in said) == (do == "alone")
+
+
+def test_a_wait_in_a_barrier_obeys_signals(start):
+    process = start("--do", "late")
+    assert any("ready" in line for line in process.stdout)
+    process.send_signal(signal.SIGTERM)
+    assert "stopped; continue with" in process.communicate(timeout=25)[1]
+
+
 def test_jobs_are_dealt_or_shared():
     """Every job is done by somebody, and no process stands idle that could work."""
     for world in (1, 2, 3, 8):
@@ -229,8 +272,11 @@ def test_jobs_are_dealt_or_shared():
                 done = [job for team, mine in dealt for job in mine]
                 assert sorted(set(done)) == list(range(jobs))
                 assert len(done) == jobs * (world if together[0] and world > 1 else 1)
-                best = min(max(0, world - jobs), max(0, world - units))
-                assert D.idle(jobs, units, world) == best
+                block = -(-units // world)
+                busy = [team.rank * block < units if together[0] else len(mine) > 0 for team, mine in dealt]
+                assert D.idle(jobs, units, world) == busy.count(False)
+    assert D.shared(1, 4, 8) and not D.shared(8, 2, 8) and D.shared(12, 8, 8) and not D.shared(20, 9, 8)
+    assert [D.idle(1, units, 8) for units in (1, 4, 8, 9, 16)] == [7, 4, 0, 3, 0]
 
 
 def test_idle_processes_are_announced_with_what_would_use_them(capsys):
@@ -329,6 +375,15 @@ def main(args):
         if dist.rank == 1:
             os.kill(os.getpid(), 9)
         D.barrier(dist)
+    if args.do == "late":
+        D.say(dist, "ready")
+        if dist.rank == 1:
+            while True:
+                try:
+                    time.sleep(600)
+                except KeyboardInterrupt:
+                    pass
+        D.barrier(dist)
     if args.do in ("wait", "crash"):
         D.say(dist, "ready")
         time.sleep(600)
@@ -393,7 +448,10 @@ def test_waiting_for_processes_that_never_come_is_said_and_obeys_signals(start):
 
 def test_torchrun_errors_are_told_once(start, tmp_path):
     early, flag = start("--do", "early"), start("--nope", "1")  # before there is a process group
-    for process, line in [(early, "error: no such folder\n"), (flag, "error: the command line above cannot be used")]:
+    for process, line in [
+        (early, "error: no such folder\n"),
+        (flag, "error: Unrecognized options: --nope, 1; see --help"),
+    ]:
         out, said = process.communicate(timeout=LIMIT)
         text = out + said
         assert process.returncode != 0 and text.count(line) == 1 and "exitcode  : 2" in text, text
@@ -419,7 +477,8 @@ def test_torchrun_stopped(start, tmp_path):
     assert any("ready" in line for line in process.stdout)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=LIMIT)
-    command = f"{sys.executable} -m torch.distributed.run --nproc-per-node=2 --standalone {tmp_path}/s.py --do wait"
+    command = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node=2"
+    command += f" {tmp_path}/s.py --do wait"
     line = f"stopped; continue with: {command}\n"
     assert process.returncode != 0 and said.count(line) == 1, said
     assert not (tmp_path / "r/.lock").exists() or (tmp_path / "r/.lock").read_text().startswith("process")

@@ -719,6 +719,106 @@ def test_the_epoch_is_chosen_on_validation_and_the_saved_weights_are_its(tmp_pat
     )
 
 
+def test_one_dropout_mask_for_query_and_value():
+    """In training: W_q x + s B_q A_q d(x) and W_v x + s B_v A_v d(x) with one and the same d(x)."""
+    layer = dd.LoRAAttention(nn.MultiheadAttention(8, 2, batch_first=True), 3, 6, 0.5, torch.Generator().manual_seed(0))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 5, 8)
+    torch.manual_seed(1)
+    ours = layer.train()(x)[0]
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5)
+    assert not torch.equal(dropped, x)
+    (a_q, a_v), (b_q, b_v) = layer.lora_A.chunk(2), layer.lora_B.chunk(2)
+    q, k, v = F.linear(x, layer.attn.in_proj_weight, layer.attn.in_proj_bias).chunk(3, dim=-1)
+    q, v = q + 2 * dropped @ (b_q @ a_q).T, v + 2 * dropped @ (b_v @ a_v).T
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+    out = ((q @ k.transpose(-2, -1) / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    close(ours, layer.attn.out_proj(out), 1e-5)
+
+
+def test_training_has_dropout_and_evaluation_has_none(tmp_path, digits, monkeypatch):
+    """Of both towers, at every step, also after a validation."""
+    shots, seen = few(digits, [1, 5, 6], 2), []
+    args = small_args(tmp_path, clf_rank=4)
+    run = opened(args)
+    fake_generated(args, run, shots.class_names)
+    model = dd.load_classifier(args, shots.class_names, ALONE.device)
+    scored = {"test": dd.Split(few(digits, [1, 5, 6], 4), model, args, ALONE.device)}
+
+    def watched(self, x, *more):
+        seen.append((torch.is_grad_enabled(), self.training))
+        return F.dropout(x, self.p, self.training)
+
+    monkeypatch.setattr(nn.Dropout, "forward", watched)
+    dd.train_one(args, run, ALONE, model, "pooled", 0, shots, scored)
+    assert {training for grad, training in seen if grad} == {True}
+    assert {training for grad, training in seen if not grad} >= {False}
+    monkeypatch.undo()
+    nn.init.normal_(next(p for n, p in model.named_parameters() if n.endswith("lora_B")))
+    first, again = (dd.evaluate(args, model.train(), scored["test"], ALONE)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_validation_and_test_are_scored_on_their_own_images(tmp_path, digits, monkeypatch):
+    shots, val, test = few(digits, [1, 5, 6], 2), few(digits, [1, 5, 6], 3), few(digits, [1, 5, 6], 4)
+    args = small_args(tmp_path, arms=("synthetic",))
+    run, seen = opened(args), []
+    monkeypatch.setattr(dd, "train_one", lambda *a: seen.append(a[-1]))
+    monkeypatch.setattr(dd, "export_classifier", lambda *a: None)
+    dd.train(args, run, ALONE, shots, val, test, shots.class_names)
+    assert {name: len(split.labels) for name, split in seen[0].items()} == {"val": 9, "test": 12}
+
+
+def test_the_reported_accuracies_are_of_the_test_images(tmp_path, digits, monkeypatch):
+    """Without looks at the test set during the training: it is scored at the chosen step and at the last."""
+    shots = few(digits, [1, 5, 6], 2)
+    args = small_args(tmp_path, clf_report_test_selected=False)
+    run = opened(args)
+    fake_generated(args, run, shots.class_names)
+    model = dd.load_classifier(args, shots.class_names, ALONE.device)
+    scored = {name: dd.Split(few(digits, [1, 5, 6], 4), model, args, ALONE.device) for name in ("val", "test")}
+    accuracy = {"val": iter((75, 50)), "test": iter((25, 100))}  # test: first of the last weights, then of the best
+
+    def pretended(args, model, split, team):
+        right = next(accuracy["val" if split is scored["val"] else "test"]) // 25
+        return torch.tensor([[1.0, 0, 0]] * 4), torch.tensor([0] * right + [1] * (4 - right))
+
+    monkeypatch.setattr(dd, "evaluate", pretended)
+    dd.train_one(args, run, ALONE, model, "pooled", 0, shots, scored)
+    report = json.loads(run.path("classifier", "runs", "pooled-seed0", "metrics.json").read_text())
+    assert (report["val"], report["test"], report["last_epoch_test"]) == (75, 100, 25)
+
+
+def test_training_list_takes_each_row_from_its_folder(tmp_path, digits):
+    args = small_args(tmp_path)
+    run, shots = opened(args), few(digits, [1, 5, 6], 2)
+    fake_generated(args, run, shots.class_names)
+    for arm, folder in (("synthetic", "images"), ("pooled", "images"), ("unadapted", "unadapted")):
+        data, _ = dd.training_list(args, run, arm, shots)
+        place = dd.class_folders(shots.class_names)[1]
+        assert np.array_equal(data[4], Image.open(run.path(folder, place, "1.png"))), arm
+
+
+def test_the_saved_classifier_answers_like_the_trained_one(tmp_path, digits):
+    shots = few(digits, [1, 5, 6], 2)
+    args = small_args(tmp_path, n_templates=2)
+    model = dd.load_classifier(args, shots.class_names, ALONE.device)
+    split = dd.Split(few(digits, [1, 5, 6], 4), model, args, ALONE.device)
+    before, _ = dd.evaluate(args, model, split, ALONE)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B"):
+                p.normal_(std=0.05)
+    trained, _ = dd.evaluate(args, model, split, ALONE)
+    model.save(tmp_path / "classifier")
+    about = dict(kind="clip", class_names=shots.class_names, prompts=dd.all_prompts(args, shots.class_names))
+    (tmp_path / "classifier" / "classes.json").write_text(json.dumps(about))
+    loaded, _ = dd.evaluate(args, dd.Saved(tmp_path / "classifier"), split, ALONE)
+    close(loaded, trained, 1e-3)
+    assert (before - trained).abs().max() > 0.1
+
+
 # ---- shots, crops, adapters ------------------------------------------------------------------------------
 
 
@@ -745,6 +845,16 @@ def test_ready_made_shots_are_in_neither_training_nor_validation(tmp_path, given
     pixels = lambda images: {images[i].tobytes() for i in range(len(images))}  # noqa: E731
     assert len(shots) == 6 and len(val) > 0 and not pixels(shots) & pixels(val)
     assert sorted(key.rsplit("/")[-1] for key in shots.keys) == sorted(2 * ["shot2.png", "shot5.png", "shot7.png"])
+
+
+def test_ready_made_shots_are_the_first_of_each_class_in_natural_order(tmp_path):
+    for c, name in enumerate(("cat", "dog")):
+        photo(tmp_path / "test" / name / "1.png", c)
+        for i in (2, 10, 1):
+            photo(tmp_path / "real_train_fewshot" / "seed0" / name / f"{i}.png", 10 * c + i)
+    _, shots, val = dd.choose(dd.Args(dataset="folder", data_dir=str(tmp_path), shots=2))
+    names = [key.rsplit("/")[-1] for key in shots.keys]
+    assert names == 2 * ["1.png", "2.png"] and val is None and list(shots.labels) == [0, 0, 1, 1]
 
 
 def test_drawn_shots_are_not_held_out(digits):

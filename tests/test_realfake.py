@@ -103,7 +103,7 @@ def test_golden_grouping_is_not_needed_for_a_class_sorted_list(g):
     grouped = sorted(range(len(classes)), key=lambda i: classes.index(classes[i]))
     assert grouped == g["group.order"].tolist()
     images = datasets.Images(classes, [f"{i}" for i in range(len(classes))], ["a"] * (max(classes) + 1))
-    labels = rf.in_order(images).labels
+    labels = rf.in_order(images).labels.tolist()
     assert sorted(range(len(labels)), key=lambda i: labels.index(labels[i])) == list(range(len(labels)))
 
 
@@ -316,7 +316,7 @@ def test_sets_have_one_image_per_real_image_and_version():
         for k in range(1, v.versions + 1):
             images = rf.generated_images(run, v, real, k)
             assert len(images) == len(v.rows) * k == len(set(images.keys))
-            assert images.labels == [labels[i] for i in v.rows] * k
+            assert images.labels.tolist() == [labels[i] for i in v.rows] * k
         few, many = (set(rf.generated_images(run, v, real, k).keys) for k in (1, v.versions))
         assert few <= many
     assert sets["ablations/no-lora"].adapter is None and sets["ablations/no-prior"].adapter == "full"
@@ -389,9 +389,9 @@ def test_out_of_distribution_folders(tmp_path):
     nette = datasets.IMAGENET_SUBSETS["imagenette"]
     for root in ("v2", "r"):
         images, known = rf.ood_images(tmp_path / root, nette)
-        assert sorted(images.labels) == known == [0, 1] and images[0].size == (8, 8)
+        assert sorted(images.labels.tolist()) == known == [0, 1] and images[0].size == (8, 8)
     every, known = rf.ood_images(tmp_path / "v2", list(range(1000)))
-    assert every.labels == [0, 5, 10, 217] == known, "V2's folders are numbers, not words"
+    assert every.labels.tolist() == [0, 5, 10, 217] == known, "V2's folders are numbers, not words"
     logits = torch.tensor([[0.0, 1.0, 9.0], [2.0, 1.0, 9.0]])
     assert rf.restricted_top1(logits, [1, 0], [0, 1]) == 100.0 and rf.restricted_top1(logits, [1, 0], [0, 1, 2]) == 0.0
     with pytest.raises(runs.UserError, match="neither"):
