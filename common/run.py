@@ -163,8 +163,8 @@ class Run:
             if files is not None:
                 about["n_files"] = 0
                 with atomic(self._stage_file(stage, ".files")) as temporary, open(temporary, "w") as f:
-                    for file in map(self.path, files):
-                        f.write(f"{file.stat().st_size} {file.relative_to(self.dir)}\n")
+                    for name in (os.fspath(file).removeprefix(f"{self.dir}/") for file in files):
+                        f.write(f"{os.stat(f'{self.dir}/{name}').st_size} {name}\n")
                         about["n_files"] += 1
             write_json(self._stage_file(stage), about | manifest)
             partial.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -62,10 +63,10 @@ def test_launchers_are_recognised(environment, variables, expected):
 @pytest.mark.parametrize(
     "variables, named",
     [
-        (dict(RANK=0), "WORLD_SIZE"),
+        (dict(RANK=0), "WORLD_SIZE is not"),
         (dict(WORLD_SIZE=4), "RANK"),
         (dict(WORLD_SIZE="four"), "WORLD_SIZE"),
-        (dict(RANK=0, WORLD_SIZE=1), "LOCAL_RANK"),
+        (dict(RANK=0, WORLD_SIZE=1), "LOCAL_RANK is not"),
         (FOUR | dict(RANK="x"), "RANK"),
         (FOUR | dict(RANK=4), "RANK=4 does not fit WORLD_SIZE=4"),
         (FOUR | dict(RANK=-1), "RANK"),
@@ -197,6 +198,17 @@ def test_plan_alone_means_an_h100(command, environment):
     environment(WORLD_SIZE=8)  # what to plan for, not who we are
     assert command(seen.append, "--plan") == 0
     assert command(seen.append) == 2
+
+
+def test_every_accelerator_of_the_plan_can_be_asked_for():
+    from common.plan import ACCELERATORS
+
+    assert {*typing.get_args(typing.get_args(Frame.__annotations__["plan"])[0])} == {*ACCELERATORS}
+
+
+def test_only_rank_0_prints_the_help(command, environment, capsys):
+    environment(**FOUR)
+    assert command(raising(AssertionError), "--help") == 0 and capsys.readouterr().out == ""
 
 
 def test_help_shows_the_values_of_the_preset_and_the_ranges(command, capsys):
@@ -351,7 +363,10 @@ def main(args):
             time.sleep(60)
         finally:
             print("cleaning", flush=True)
-            time.sleep(60)
+            try:
+                time.sleep(60)
+            except BaseException:  # as some libraries do
+                time.sleep(60)
     elif args.note == "write":
         for k in range(100000):
             print("line", k, flush=True)

@@ -228,6 +228,7 @@ def waiting(rank, world, port, do, pipe):
     dist = D.setup_distributed("cpu")
     timeout = torch.distributed.distributed_c10d._get_default_group()._get_backend(CPU).options._timeout
     assert timeout.days >= 1, "a process may work for hours while the others wait"
+    D.barrier(dist)  # all have come: a death during the greeting is another matter
     if do == "late":
         if rank == 1:
             time.sleep(1.5)

@@ -142,6 +142,8 @@ def test_tensors_round_trip_with_equal_bytes(tmp_path):
         "view": base[:, 1::2],
         "same": base[:, 1::2],
         "row": base[1],
+        "tied": base,
+        "tied too": base,
         "odd": torch.tensor([1, 2, 3], dtype=torch.uint8),
         "bf": torch.randn(3, dtype=torch.bfloat16),
         "flag": torch.tensor([True, False, True]),
@@ -453,6 +455,7 @@ def test_stages(tmp_path, capsys):
     run = open_at(tmp_path / "r")
     assert run.todo("draw") and run.manifest("draw") == {} and run.seconds() == {}
     with run.timed("draw", "--gen-micro-batch"):
+        assert run.path("stages", "draw.partial.json").exists()  # begun from here on, even if killed now
         assert (cli._state.stage, cli._state.memory_flag) == ("draw", "--gen-micro-batch")
         time.sleep(0.05)
         assert run.seconds()["draw"] >= 0.05
@@ -540,6 +543,7 @@ def test_metrics(tmp_path):
     for step in (1, 2, 3):
         run.log(step, **{"train/loss": 1 / step, "train/lr": 0.1})
         helper.log(step, **{"train/loss": 1 / step, "train/other/loss": torch.tensor(2.0)})
+    assert run.path("metrics.rank1.jsonl").exists()  # two processes never write into one file
     run.log(3, **{"train/loss": float("nan"), "test/top1": 50})
     with open(run.path("metrics.jsonl"), "ab") as f:
         f.write(b'hello\n[1]\n{"no": 1}\n{"step": "x", "a": 1}\n{"step": 1, "a": "b"}\n\xff\n\n7\n')
@@ -562,6 +566,10 @@ def test_metrics(tmp_path):
     lines = [json.loads(line) for line in run.path("metrics.jsonl").read_text().splitlines()]
     pairs = [(key, line["step"]) for line in lines for key in line if key != "step"]
     assert len(pairs) == len(set(pairs))
+    run.close()
+    before = contents(run.dir)
+    open_at(tmp_path / "r").close()
+    assert contents(run.dir) == before
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio", "tensorboard"])
