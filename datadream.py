@@ -1181,6 +1181,20 @@ def check_args(args):
         raise UserError("--arms names no row that is trained; add real, unadapted, synthetic or pooled")
 
 
+def planned_models(args):
+    """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
+    wanted = [("--sd-model", args.sd_model, "generator")]
+    if args.clf_model == "clip":
+        wanted.append(("--clip-model", args.clip_model, "clip"))
+    found = models.check_models(wanted)
+    kind = models.scheduler_config(found["--sd-model"])["prediction_type"]
+    if kind not in ("epsilon", "v_prediction"):
+        raise UserError(
+            f"--sd-model {args.sd_model}: predicts {kind!r}; the loss is defined for epsilon and v_prediction"
+        )
+    return found
+
+
 def check_order(args, run, todo):
     """A stage named by --stages needs the files of the one before it."""
     needs = {"generate": "finetune", "train": "generate", "evaluate": "train"}
@@ -1269,14 +1283,16 @@ def main(args):
     names = data.class_names
     if data.note:
         distributed.say(dist, data.note)
-    ids = dict(sd_model=models.fingerprint(models.resolve(args.sd_model, "generator")), clip_model=args.clip_model)
+    found = planned_models(args)
+    ids = {name[2:].replace("-", "_"): models.fingerprint(where) for name, where in found.items()}
 
     run = runs.open_run("datadream", args, dist, ["gen_micro_batch"], models=ids, later=LATER)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots, val)
     check_order(args, run, todo)
     if "finetune" in todo or "generate" in todo:
-        pipe = load_pipeline(models.resolve(args.sd_model, "generator"), dist.device, args.precision)
+        path = found["--sd-model"]
+        pipe = load_pipeline(path, dist.device, args.precision, **models.load_kwargs(path))
         if "finetune" in todo and args.mode != "zeroshot":
             finetune(args, run, dist, pipe, shots, names)
         if "generate" in todo:

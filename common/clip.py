@@ -1,6 +1,5 @@
 """CLIP through open_clip: load by name or folder, encode images and texts in batches, zero-shot weights."""
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import models
+from common import models, openclip
 from common.files import save_tensors, write_bytes, write_json
-from common.launch import UserError
 
-CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
-BPE_PATTERN = "*bpe*.txt.gz"  # the merges of the folder's own tokenizer
 
 
 @dataclass
@@ -57,45 +53,30 @@ def load_clip(name: str, device: str | torch.device = "cpu", dtype: torch.dtype 
 
     A local folder holds open_clip_config.json, safetensors weights and, if its vocabulary is its own, a gzipped BPE
     file. Weights are read in float32 and then cast; `logit_scale` stays float32. Raises UserError for a name that
-    common.models.resolve refuses and for a checkpoint that does not fit its configuration.
+    common.models.resolve refuses, and for weights or a tokenizer that do not fit the configuration.
     """
     import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    where = models.resolve(name, "clip")
-    folder = Path(where) if Path(where).is_dir() else None
-    if folder:
-        arch, tag, config = f"local-dir:{folder}", None, _folder_config(folder)
-    elif where.startswith("hf-hub:"):
-        arch, tag, config = where, None, None
-    else:
-        arch, tag = where.rsplit("/", 1)
-        config = None
-
-    try:
-        model = open_clip.create_model(arch, pretrained=tag, precision="fp32", require_pretrained=True)
-        config = config or open_clip.get_model_config(arch)
-    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"clip: {name} cannot be loaded, its weights and configuration do not fit: {reason}") from error
+    arch, config, preprocess, file = openclip.files(models.resolve(name, "clip"))
+    model = openclip.build(arch, preprocess, file)
     logit_scale = model.logit_scale.data.clone()
     model = model.to(device=device, dtype=dtype).eval()
     model.logit_scale.data = logit_scale.to(device)
 
     chosen = open_clip.get_model_preprocess_cfg(model)
     size = model.visual.image_size
-    files = _bpe_files(folder) if folder else ()
     return Clip(
         model=model,
         preprocess=image_transform_v2(PreprocessCfg(**chosen), is_train=False),
-        tokenize=_tokenizer(arch, config, files),
+        tokenize=openclip.tokenizer(arch, config),
         image_size=size[0] if isinstance(size, (tuple, list)) else size,
         mean=tuple(chosen["mean"]),
         std=tuple(chosen["std"]),
         name=name,
         config=config,
         preprocess_config={k: chosen[k] for k in ("mean", "std", "interpolation", "resize_mode")},
-        tokenizer_files=files,
+        tokenizer_files=openclip.bpe_files(Path(arch.removeprefix("local-dir:"))),
     )
 
 
@@ -119,7 +100,7 @@ def save_clip(
             write_bytes(folder / file.name, file.read_bytes())
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     save_tensors(folder / WEIGHTS_FILE, tensors)
-    write_json(folder / CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": preprocess or {}})
+    write_json(folder / openclip.CONFIG_FILE, {"model_cfg": config, "preprocess_cfg": preprocess or {}})
 
 
 def encode_texts(clip: Clip, texts: Sequence[str], batch: int = 256) -> Tensor:
@@ -171,42 +152,6 @@ def zero_shot_weights(clip: Clip, class_names: Sequence[str], templates: Sequenc
     texts = [template.replace("{}", name) for name in class_names for template in templates]
     features = F.normalize(encode_texts(clip, texts, batch), dim=-1)  # [C * T, D]
     return F.normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
-
-
-# ---------------------------------------------------------------------------------------
-# loading
-
-
-def _folder_config(folder: Path) -> dict:
-    return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["model_cfg"]
-
-
-def _bpe_files(folder: Path) -> tuple[Path, ...]:
-    files = tuple(sorted(folder.glob(BPE_PATTERN)))
-    if len(files) > 1:
-        raise UserError(f"clip: {folder} has {len(files)} BPE files ({', '.join(f.name for f in files)}): keep one")
-    return files
-
-
-def _tokenizer(arch: str, config: dict, bpe_files: tuple[Path, ...]) -> Callable[[list[str]], Tensor]:
-    import open_clip
-
-    text = config["text_cfg"]
-    # Trap: get_tokenizer("local-dir:...") gives the stock tokenizer of 49,408 tokens whatever the folder holds.
-    if bpe_files:
-        options = text.get("tokenizer_kwargs", {})
-        tokenizer = open_clip.SimpleTokenizer(
-            bpe_path=str(bpe_files[0]), context_length=text.get("context_length", 77), **options
-        )
-    else:
-        tokenizer = open_clip.get_tokenizer(arch)
-    size = getattr(tokenizer, "vocab_size", 0)
-    if size > text.get("vocab_size", 49408):
-        raise UserError(
-            f"clip: the tokenizer of {arch} has {size} tokens, its text tower {text['vocab_size']}: "
-            f"put the model's own BPE file ({BPE_PATTERN}) beside {CONFIG_FILE}"
-        )
-    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------

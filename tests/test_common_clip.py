@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from common import clip as C
-from common.run import UserError
+from common.launch import UserError
 
 SIZE, CONTEXT, DIM = 32, 16, 24
 MERGES = [("s", "e"), ("v", "e"), ("n", "</w>"), ("t", "h"), ("th", "e</w>"), ("d", "i")]
