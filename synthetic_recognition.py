@@ -726,7 +726,7 @@ def generator_path(name):
     index = Path(name).expanduser() / "model_index.json"
     if index.is_file() and json.loads(index.read_text()).get("_class_name", "").startswith("IF"):
         return str(index.parent)
-    return models.resolve(name, "generator")
+    return models.resolve(name, "painter")
 
 
 # What each family can do without; the paper's generator has neither checker nor watermark.
