@@ -194,7 +194,7 @@ from common.diffusion import (
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
-from common.loop import Loop, gather_units
+from common.loop import Loop, gather_units, units_of
 from common.plan import PIXEL_BYTES, SQUARE, Classifier, Generator, dataset_needs, print_plan, processes, sizes
 from common.report import mean_std, spread
 
@@ -328,19 +328,23 @@ class Posteriors:
     Cached for `crops` random crops of each image, while they fit; else each step crops and encodes anew, as officially.
     """
 
-    def __init__(self, args, pipe, shots, rows, device):
-        self.args, self.pipe, self.rows, self.device = args, pipe, rows, device
+    def __init__(self, args, pipe, shots, rows, team):
+        self.args, self.pipe, self.device = args, pipe, team.device
         size, b = args.sd_resolution, args.sd_micro_batch
         # A crop is a function of (seed, row, number of the crop).
-        self.pictures = Loader(shots, lambda image: sd_pixels(image, size), device, args.workers, (args.seed, "crop"))
+        view = partial(sd_pixels, size=size)
+        self.pictures = Loader(shots, view, team.device, args.workers, (args.seed, "crop"))
         self.square = all(shots.size(i)[0] == shots.size(i)[1] for i in rows)
         self.crops = 1 if self.square else args.sd_cached_crops
         numbers = 2 * math.prod(latent_shape(pipe, size)) * len(rows) * self.crops
         self.cached = self.crops > 0 and 4 * numbers <= CACHE_BYTES
         if self.cached:
-            wanted = [(i, crop) for i in rows for crop in range(self.crops)]
-            parts = [stats.cpu() for stats in self.encode(chunks(wanted, b))]
-            self.table = torch.cat(parts).unflatten(0, (len(rows), self.crops))  # [n, crops, 2, 4, h, w]
+            wanted = chunks([(i, crop) for i in rows for crop in range(self.crops)], b)
+            mine = [wanted[j] for j in units_of(team.rank, len(wanted), team.world)]
+            parts = [stats.cpu() for stats in self.encode(mine)]
+            table = torch.cat(parts) if parts else torch.zeros(0, 2, *latent_shape(pipe, size))
+            table = distributed.gather_rows(table, team)  # neighbouring batches are one process's: in order
+            self.table = table.unflatten(0, (len(rows), self.crops))  # [n, crops, 2, 4, h, w]
             self.place = {row: n for n, row in enumerate(rows)}
 
     @torch.no_grad()
@@ -362,6 +366,7 @@ class Posteriors:
         """Lists of (image, uniform integer) -> [B, 2, 4, h, w] each: that crop, or for a cache crop u mod crops"""
         if not self.cached:
             yield from self.encode(batches)
+            return
         for batch in batches:
             at = [self.place[i] for i, _ in batch], [u % self.crops for _, u in batch]
             yield self.table[at].to(self.device, non_blocking=True)
@@ -384,7 +389,8 @@ def finetune(args, run, dist, pipe, shots, class_names):
     ]  # fmt: skip
     units = math.ceil(min(args.sd_batch, len(jobs[0][1])) / args.sd_micro_batch)
     team, mine = distributed.deal(jobs, units, dist)
-    distributed.say_idle(dist, "finetune", len(jobs), units, "a smaller --sd-micro-batch")
+    smaller = f"--sd-micro-batch {max(1, args.sd_batch // dist.world)}"
+    distributed.say_idle(dist, "finetune", len(jobs), units, smaller)
     with run.timed("finetune", "--sd-micro-batch"):
         for file, rows in mine:
             tune_adapter(args, run, team, pipe, shots, file, [int(i) for i in rows], class_names)
@@ -423,7 +429,7 @@ def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
     chart = "finetune" if args.mode == "dset" else f"finetune/{file.parent.name}"
     checkpoint = run.path("checkpoints", f"{unit.replace('/', '-')}.safetensors")
     loop = Loop(run, chart, total, optimizer, team, args.sd_micro_batch, file=checkpoint)
-    posteriors = Posteriors(args, pipe, shots, rows, team.device)
+    posteriors = Posteriors(args, pipe, shots, rows, team)
     stream = posteriors.stream(part for step in loop.steps for part in loop.mine(draw(step)[0]))
     for step in loop:
         batch, template, t, xi, eps = draw(step)
@@ -858,7 +864,8 @@ def train(args, run, dist, shots, val, test, class_names):
     scored = {name: Split(data, model, args, dist.device) for name, data in (("val", val), ("test", test)) if data}
     jobs, units = training_runs(args), math.ceil(args.clf_batch / args.clf_micro_batch)
     team, mine = distributed.deal(jobs, units, dist)
-    distributed.say_idle(dist, "train", len(jobs), units, "a smaller --clf-micro-batch")
+    smaller = f"--clf-micro-batch {max(1, args.clf_batch // dist.world)}"
+    distributed.say_idle(dist, "train", len(jobs), units, smaller)
     with run.timed("train", "--clf-micro-batch"):
         for arm, seed in mine:
             train_one(args, run, team, model, arm, seed, shots, scored)
@@ -1207,10 +1214,7 @@ def check_order(args, run, todo):
 
 
 # Flags that no stage before this one reads: they may change while it has not begun.
-LATER = {
-    "generate": "gen_",
-    "train": "clf_ arms clip_model",
-}
+LATER = {"generate": "gen_ arms", "train": "clf_ clip_model"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1228,8 +1232,7 @@ def plan(args, world):
         tuned, units = args.sd_epochs * shots, math.ceil(min(args.sd_batch, rows) / args.sd_micro_batch)
         crops = 1 if args.dataset in SQUARE else args.sd_cached_crops
         cached = 0 < 8 * math.prod(sd.latent()) * rows * crops <= CACHE_BYTES
-        team = world if distributed.shared(jobs, units, world) else 1  # each of a team fills a cache of its own
-        encoded, parts = (team * shots * crops, team) if cached else (tuned, units)
+        encoded, parts = (shots * crops, max(jobs, shots * crops // args.sd_micro_batch)) if cached else (tuned, units)
         more = dict(batch=args.sd_micro_batch, jobs=jobs, flag="--sd-micro-batch", ram=CACHE_BYTES * cached)
         works.append(sd.work("finetune", "VAE", encoded=encoded, loads=encoded, load_size=sd.size, units=parts, **more))
         disk = jobs * args.sd_rank * 4 * 395_904  # numbers of a LoRA of rank 1 on SD 2.1-base

@@ -776,17 +776,17 @@ def load_data(args, dist):
     for name, images in (("train", train), ("val", val), ("test", data.test)):
         if args.dataset == "folder":
             datasets.verify(images)
-        x = all_pixels(images, channels, args.image_size, pad=args.dataset == "fashionmnist")
+        x = all_pixels(images, channels, args.image_size, pad=args.dataset == "fashionmnist", workers=args.workers)
         splits[name] = x.to(dist.device), torch.tensor(images.labels, device=dist.device)
     return splits, data.class_names
 
 
-def all_pixels(images, channels, size, pad):
+def all_pixels(images, channels, size, pad, workers):
     """datasets.Images -> uint8 [N, channels, size, size]"""
     if images.pixels is not None and images.pixels.shape[1:3] == (size, size):
         x = torch.from_numpy(images.pixels)
         return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         return torch.stack(list(pool.map(lambda i: prepared(images[i], channels, size, pad), range(len(images)))))
 
 

@@ -284,6 +284,7 @@ from common import datasets, distributed, models
 from common import run as runs
 from common.checkpoint import load_training, save_training
 from common.clip import encode_images, load_clip, save_clip, zero_shot_weights
+from common.glide.sampler import as_uint8, kept_timesteps, quantised, respaced, reverse
 from common.loop import sum_in_order
 from common.loop import units_of as micro_batches
 
@@ -299,10 +300,6 @@ EUROSAT_NAMES = [  # CoOp's wording, with which RN50 has 37.5 (Table 1); the off
     "Pasture Land", "Permanent Crop Land", "Residential Buildings", "River", "Sea or Lake",
 ]  # fmt: skip
 RG_STEPS = {16: 15, 8: 20, 4: 35, 2: 40, 1: 50}  # of 100: the fewer shots, the further from them
-FAST27 = (
-    997, 800, 799, 600, 599, 500, 400, 399, 377, 355, 333, 311, 288, 266, 244, 222, 200, 199, 177, 155, 133, 111, 88,
-    66, 44, 22, 0,
-)  # fmt: skip
 SPEED_FLAGS = (
     "output_dir", "device", "compile", "stages", "resume", "track", "workers", "gen_micro_batch",
     "filter_while_drawing",
@@ -314,39 +311,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The method: diffusion. Equations of Sec. 3.2 and of GLIDE's sampler, which the official code runs.
 
 
-def cosine_alphas(n=1000):
-    """GLIDE's base schedule: abar(t) = cos^2((t + 0.008) / 1.008 * pi / 2), betas capped at 0.999. -> [n] float64"""
-    f = torch.cos((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2) ** 2
-    return (1 - (1 - f[1:] / f[:-1]).clamp(max=0.999)).cumprod(0)
-
-
-def linear_alphas(n=1000, first=1e-4, last=0.02):
-    """GLIDE's upsampler schedule: betas linear from first to last. -> abar [n] float64"""
-    return (1 - torch.linspace(first, last, n, dtype=torch.float64)).cumprod(0)
-
-
-def kept_timesteps(total=1000, n=100):
-    """The n timesteps of the respaced process: round(k (total - 1) / (n - 1)), ascending. -> int64 [n]"""
-    return torch.tensor([round(k * (total - 1) / (n - 1)) for k in range(n)])
-
-
 def run_indices(r, steps):
     """Which of the 100 respaced steps run, ascending: r - 1 and every (100 / steps)-th below it.
 
     steps = 100 is the paper's sampler (r of 100 steps); fewer steps begin at the same noise level.
     """
     return list(range(r - 1, -1, -(100 // steps)))[::-1]
-
-
-def respaced(abar, kept):
-    """Schedule of the process that visits only `kept` timesteps. abar [T], kept [n] -> dict of [n] tensors:
-    t, abar, prev (abar of the next cleaner step, 1 at the end), beta, log_variance (posterior, clipped)."""
-    abar = abar[kept]
-    prev = torch.cat([abar.new_ones(1), abar[:-1]])
-    beta = 1 - abar / prev
-    variance = beta * (1 - prev) / (1 - abar)
-    variance[:1] = variance[1:2] if len(variance) > 1 else beta  # element 0 would be log 0; its noise is never added
-    return dict(t=kept, abar=abar, prev=prev, beta=beta, log_variance=variance.log())
 
 
 def noised_reference(ref, noise, abar):
@@ -357,53 +327,6 @@ def noised_reference(ref, noise, abar):
 def guided(eps_u, eps_c, w):
     """Classifier-free guidance: eps = eps_u + w (eps_c - eps_u). w = 1: conditional, w = 0: unconditional."""
     return eps_u + w * (eps_c - eps_u)
-
-
-def clean_estimate(x, eps, abar, clamp):
-    """x0 from x and its noise, clamped to [-1, 1] in pixel space. [B, C, H, W] -> the same"""
-    x0 = (x - (1 - abar).sqrt() * eps) / abar.sqrt()
-    return x0.clamp(-1, 1) if clamp else x0
-
-
-def ancestral_step(x, eps, v, s, i, noise, clamp):
-    """One DDPM step of the respaced schedule s from index i. v in [-1, 1]: learned variance, None: the posterior's."""
-    abar, prev, beta = s["abar"][i], s["prev"][i], s["beta"][i]
-    x0 = clean_estimate(x, eps, abar, clamp)
-    mean = beta * prev.sqrt() / (1 - abar) * x0 + (1 - prev) * (1 - beta).sqrt() / (1 - abar) * x
-    log_variance = s["log_variance"][i]
-    if v is not None:
-        f = (v + 1) / 2
-        log_variance = f * beta.log() + (1 - f) * log_variance
-    return mean + (log_variance / 2).exp() * noise if i > 0 else mean
-
-
-def deterministic_step(x, eps, s, i, clamp):
-    """One DDIM step, eta 0. With clamp, eps is derived again from the clamped x0, as in GLIDE's upsampler."""
-    x0 = clean_estimate(x, eps, s["abar"][i], clamp)
-    eps = (x - s["abar"][i].sqrt() * x0) / (1 - s["abar"][i]).sqrt()
-    return s["prev"][i].sqrt() * x0 + (1 - s["prev"][i]).sqrt() * eps
-
-
-def reverse(denoise, x, s, draw=None, clamp=False):
-    """Run the schedule s from its noisiest step to the end. denoise(x, t) -> eps, v or None; draw() -> noise like x,
-    None: DDIM. The number of steps is len(s["t"]): for Real Guidance s holds the r cleanest ones.
-
-    The coefficients stay float64 numbers: 1 - abar of the cleanest step has few digits left in float32.
-    """
-    for i in reversed(range(len(s["t"]))):
-        eps, v = denoise(x, int(s["t"][i]))
-        x = deterministic_step(x, eps, s, i, clamp) if draw is None else ancestral_step(x, eps, v, s, i, draw(), clamp)
-    return x
-
-
-def quantised(x):
-    """[-1, 1] rounded to 8 bits, still in [-1, 1]: what the upsampler is conditioned on."""
-    return ((x + 1) * 127.5).round() / 127.5 - 1
-
-
-def as_uint8(x):
-    """[-1, 1] -> uint8"""
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------

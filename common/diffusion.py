@@ -121,15 +121,15 @@ def reset_lora(layers: Sequence[tuple[str, torch.nn.Parameter]], r: int, *seed: 
 def save_lora(path: str | Path, **parts: torch.nn.Module) -> None:
     """Adapters of unet=... (and text_encoder=...) in the file that load_lora_weights of diffusers reads.
 
-    Text keys keep the level `text_model`, which the newest transformers dropped from its modules: diffusers since 0.30
-    and its converter to kohya's format ask for it, and the newest ones take it away themselves.
+    Keys are peft's, <part>.<module>.lora_A.weight, which diffusers' converter to kohya's format takes as they are. Text
+    keys keep the level `text_model`, which the newest transformers dropped from its modules: diffusers from 0.30 on and
+    kohya's tools ask for it, and the newest diffusers take it away themselves.
     """
-    from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
     tensors = {}
     for part, module in parts.items():
-        for key, tensor in convert_state_dict_to_diffusers(get_peft_model_state_dict(module)).items():
+        for key, tensor in get_peft_model_state_dict(module).items():
             level = "text_model." if part == "text_encoder" and not key.startswith("text_model.") else ""
             tensors[f"{part}.{level}{key}"] = tensor.float().cpu().contiguous()
     save_tensors(path, tensors)
@@ -138,9 +138,9 @@ def save_lora(path: str | Path, **parts: torch.nn.Module) -> None:
 def read_lora(path: str | Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """A file of save_lora -> {"unet.<module>" or "text_encoder.<module>": (A [r, in], B [out, r])}, alpha = r."""
     tensors, found = load_tensors(path), {}
-    for key in [k for k in tensors if k.endswith("down.weight")]:
-        name = key.split(".lora")[0].replace("text_encoder.text_model.", "text_encoder.")
-        found[name] = tensors[key], tensors[key.replace("down.weight", "up.weight")]
+    for key in [k for k in tensors if k.endswith(".lora_A.weight")]:
+        name = key.removesuffix(".lora_A.weight").replace("text_encoder.text_model.", "text_encoder.")
+        found[name] = tensors[key], tensors[key.replace("lora_A", "lora_B")]
     return found
 
 

@@ -4,7 +4,9 @@ Nothing here needs a network: the hub is switched off for the tests and for ever
 """
 
 import hashlib
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -116,3 +118,18 @@ def tree_hash():
         return digest.hexdigest()
 
     return hash_folder
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on just now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """A process that has imported torch once and is forked for each rank: seconds instead of an import per rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "common.loop"])
+    return context

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port
 
 from common import distributed as D
 from common import meeting
@@ -191,20 +191,6 @@ def collectives(rank, world, port, out):
     Path(out, f"ok{rank}").write_text("")
     D.cleanup(dist)
     assert not torch.distributed.is_initialized()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def forks():
-    """A process that has imported torch once and is forked for each rank: seconds instead of an import per rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "common.distributed"])
-    return context
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -1,15 +1,14 @@
 """The loop: the same bits for any number of processes, after any interruption, at the traffic of an all-reduce."""
 
 import json
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import free_port
 from torch import nn
 
 from common import distributed as D
@@ -125,19 +124,6 @@ def in_process(rank, world, port, out):
     if rank == 0:
         torch.save([state(net), *seen], Path(out, f"net{world}.pt"))
     D.cleanup(dist)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def forks():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "common.loop"])
-    return context
 
 
 @pytest.mark.parametrize("world", [2, 3, 4, 8])

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -473,8 +474,8 @@ def test_tuning_equals_a_plain_loop_over_stock_parts(tmp_path, digits, mode):
     for name, (a, b) in saved.items():
         part, module = name.split(".", 1)
         layer = {"unet": unet, "text_encoder": text}[part].get_submodule(module)
-        close(a, layer.lora_A["default"].weight.detach(), 2e-4)
-        close(b, layer.lora_B["default"].weight.detach(), 2e-4)
+        close(a, layer.lora_A["default"].weight.detach(), 5e-5)
+        close(b, layer.lora_B["default"].weight.detach(), 5e-5)
     moved = [saved[n][1].abs().max().item() for n in saved]
     assert len(saved) == len(layers) // 2 and min(moved) > 1e-4, "every layer of both networks is trained"
 
@@ -668,7 +669,7 @@ def test_classifier_training_equals_plain_lines(tmp_path, digits, arm):
     ours = dd.load_tensors(run.path("classifier", "runs", f"{arm}-seed0", "weights.safetensors"))
     assert set(plain) == set(ours)
     for name in plain:
-        close(ours[name], plain[name], 2e-4)
+        close(ours[name], plain[name], 5e-5)
     assert max(ours[n].abs().max().item() for n in ours if n.endswith("lora_B")) > 2e-3, "something was learnt"
 
 
@@ -685,7 +686,7 @@ def test_micro_batches_and_units_of_classes_change_only_rounding(tmp_path, digit
         dd.train_one(args, run, ALONE, model, "pooled", 0, shots, scored)
         results.append(dd.load_tensors(run.path("classifier", "runs", "pooled-seed0", "weights.safetensors")))
     for name, tensor in results[0].items():
-        close(tensor, results[1][name], 2e-4)
+        close(tensor, results[1][name], 5e-5)
 
 
 def test_the_epoch_is_chosen_on_validation_and_the_saved_weights_are_its(tmp_path, digits, monkeypatch):
@@ -878,6 +879,27 @@ def test_crops_of_photos_that_are_not_square(tmp_path):
     assert min(starts) < 3 and max(starts) > 61 and len(starts) > 50
     tall = dd.sd_pixels(wide.rotate(90, expand=True), 32)
     assert tall.shape == (3, 32, 32)
+
+
+def test_adapter_file_has_the_keys_that_older_diffusers_and_kohya_want(tmp_path):
+    """peft's names with the level text_model: a file of this layout was loaded by diffusers 0.30.3 beside transformers
+    4.44 and gave the outputs of ours; the converter to kohya's format leaves no key behind."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    random_adapter(file, 0)
+    tensors = dd.load_tensors(file)
+    layer = r"(unet\.(down|mid|up)_block.*\.to_(q|k|v|out\.0)|text_encoder\.text_model\.encoder\.layers\.\d+\..*_proj)"
+    assert all(re.fullmatch(layer + r"\.lora_[AB]\.weight", key) for key in tensors)
+    kohya = convert_state_dict_to_kohya(tensors)
+    name = r"lora_(unet|te1_text_model_encoder)_\w+\.(lora_down\.weight|lora_up\.weight|alpha)"
+    assert all(re.fullmatch(name, key) for key in kohya) and len(kohya) == len(tensors) * 3 // 2
+    assert {int(value) for key, value in kohya.items() if key.endswith("alpha")} == {4}
+
+
+def test_flags_of_the_image_stage_may_not_change_after_it():
+    """Rows say which images are drawn, so they are read by the stage that draws, not first by training."""
+    assert dd.LATER["generate"].split() == ["gen_", "arms"] and "arms" not in dd.LATER["train"]
 
 
 @pytest.mark.parametrize("rms", [5e-3, 1e-3, 2e-4])

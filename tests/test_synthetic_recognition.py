@@ -14,6 +14,7 @@ from PIL import Image
 import synthetic_recognition as sr
 from common import models
 from common.datasets import Images
+from common.glide import sampler
 from common.run import UserError, class_folders, load_tensors, save_tensors
 
 
@@ -83,9 +84,9 @@ def relative(a, b, tol=1e-10):
 
 
 def base(g):
-    kept = sr.kept_timesteps()
+    kept = sampler.kept_timesteps()
     assert torch.equal(kept, g["sched.base.timestep_map"])
-    return sr.respaced(sr.cosine_alphas(), kept)
+    return sampler.respaced(sampler.cosine_alphas(), kept)
 
 
 def test_golden_schedules(g):
@@ -93,9 +94,9 @@ def test_golden_schedules(g):
     relative(s["abar"], g["sched.base.alphas_cumprod"])
     relative(s["beta"], g["sched.base.betas"])
     relative(s["log_variance"], g["sched.base.posterior_log_variance_clipped"])
-    kept = torch.tensor(sr.FAST27[::-1])
+    kept = sampler.fast27()
     assert torch.equal(kept, g["sched.up.timestep_map"])
-    relative(sr.respaced(sr.linear_alphas(), kept)["abar"], g["sched.up.alphas_cumprod"])
+    relative(sampler.respaced(sampler.linear_alphas(), kept)["abar"], g["sched.up.alphas_cumprod"])
 
 
 @pytest.mark.parametrize("shots", [16, 8, 4, 2, 1])
@@ -117,22 +118,22 @@ def test_golden_guided_ancestral_loop(g):
 
     draws = iter(noises[1:])
     x = sr.noised_reference(g["rg.ref"], noises[0], s["abar"][-1].float())
-    x = sr.reverse(denoise, x, s, lambda: next(draws), clamp=True)
+    x = sampler.reverse(denoise, x, s, lambda: next(draws), clamp=True)
     close(x, g["loop.samples"], 1e-5)
     assert len(calls) == r
 
 
 def test_golden_upsampler(g):
-    low = sr.quantised(g["loop.samples"])
+    low = sampler.quantised(g["loop.samples"])
     close(low, g["up.low_res"], 1e-6)
     u = F.interpolate(low, size=32, mode="bilinear", align_corners=False)
-    s = sr.respaced(sr.linear_alphas(), torch.tensor(sr.FAST27[::-1]))
-    x = sr.reverse(
+    s = sampler.respaced(sampler.linear_alphas(), sampler.fast27())
+    x = sampler.reverse(
         lambda x, t: ((x - 0.5 * u).tanh() + 0.05 * t / 1000, None), 0.997 * g["up.unit_noise"], s, None, True
     )
     close(x, g["up.samples"], 1e-4)
-    assert (sr.as_uint8(x).int() - g["up.uint8"].int()).abs().max() <= 1
-    assert torch.equal(sr.as_uint8(g["up.samples"]), g["up.uint8"])
+    assert (sampler.as_uint8(x).int() - g["up.uint8"].int()).abs().max() <= 1
+    assert torch.equal(sampler.as_uint8(g["up.samples"]), g["up.uint8"])
 
 
 def rows_of(x, y):
@@ -271,9 +272,9 @@ def test_epochs_cover_every_image_and_the_real_loader_starts_again():
 
 @pytest.mark.parametrize("steps", [100, 20])
 def test_real_guidance_runs_r_steps_and_a_perfect_denoiser_returns_the_reference(steps):
-    abar, ref = sr.linear_alphas(), torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    abar, ref = sampler.linear_alphas(), torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for r in (5, 15, 20, 35, 50, 100):
-        s, calls = sr.respaced(abar, sr.kept_timesteps()[sr.run_indices(r, steps)]), []
+        s, calls = sampler.respaced(abar, sampler.kept_timesteps()[sr.run_indices(r, steps)]), []
 
         def denoise(x, t, calls=calls):
             calls.append(t)
@@ -282,9 +283,9 @@ def test_real_guidance_runs_r_steps_and_a_perfect_denoiser_returns_the_reference
         gen = torch.Generator().manual_seed(r)
         x = sr.noised_reference(ref, torch.randn(ref.shape, generator=gen), s["abar"][-1])
         for draw in (None, lambda gen=gen: torch.randn(ref.shape, generator=gen)):
-            close(sr.reverse(denoise, x, s, draw), ref, 1e-4)
+            close(sampler.reverse(denoise, x, s, draw), ref, 1e-4)
         assert len(calls) == 2 * len(sr.run_indices(r, steps)) == 2 * -(-r * steps // 100)
-        assert calls[0] == sr.kept_timesteps()[r - 1]  # the noise level is the paper's, whatever the number of steps
+        assert calls[0] == sampler.kept_timesteps()[r - 1]  # the paper's noise level for any number of steps
 
 
 def test_guidance_one_is_conditional_and_equal_texts_make_the_scale_idle():
