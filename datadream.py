@@ -195,7 +195,8 @@ from common.files import chunks, class_folders, load_tensors, read_json, save_te
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Loop, gather_units, units_of
-from common.plan import PIXEL_BYTES, SQUARE, Classifier, Generator, dataset_needs, print_plan, processes, sizes
+from common.plan import print_plan
+from common.plans import datadream as planned
 from common.report import mean_std, spread
 
 # Sec. 4: the word in front of "photo". "a aircraft photo" is what the code writes; the article is not corrected.
@@ -1218,69 +1219,16 @@ LATER = {"generate": "gen_ arms", "train": "clf_ clip_model"}
 
 
 # ---------------------------------------------------------------------------------------------
-# --plan: what the stages would do, counted on the real networks by common.plan. Reads no data set and no weights.
 
 
-def plan(args, world):
-    """-> [Work] of the stages, [what must be there]. world: processes."""
-    g, (n, n_train, n_val, n_test) = args.gen_images_per_class, sizes(args.dataset, args.data_dir)
-    n_val = n_val or int(args.val_images * (n_train if args.val_images < 1 else n))
-    sd, shots, works = Generator(args.sd_model, args.sd_resolution, args.precision), n * args.shots, []
-
-    if "finetune" in args.stages and args.mode != "zeroshot":
-        jobs, rows = (1, shots) if args.mode == "dset" else (n, args.shots)
-        tuned, units = args.sd_epochs * shots, math.ceil(min(args.sd_batch, rows) / args.sd_micro_batch)
-        crops = 1 if args.dataset in SQUARE else args.sd_cached_crops
-        cached = 0 < 8 * math.prod(sd.latent()) * rows * crops <= CACHE_BYTES
-        encoded, parts = (shots * crops, max(jobs, shots * crops // args.sd_micro_batch)) if cached else (tuned, units)
-        more = dict(batch=args.sd_micro_batch, jobs=jobs, flag="--sd-micro-batch", ram=CACHE_BYTES * cached)
-        works.append(sd.work("finetune", "VAE", encoded=encoded, loads=encoded, load_size=sd.size, units=parts, **more))
-        disk = jobs * args.sd_rank * 4 * 395_904  # numbers of a LoRA of rank 1 on SD 2.1-base
-        works.append(sd.work("finetune", f"{jobs} x LoRA", tuned=tuned, disk=disk, units=units, **more))
-
-    if "generate" in args.stages:
-        micro, side = args.gen_micro_batch, args.gen_save_size or args.sd_resolution
-        for folder in ("images", *["unadapted"] * ("unadapted" in args.arms and args.mode != "zeroshot")):
-            # The last micro-batch costs as much as a full one.
-            jobs = n * math.ceil(g / micro) if (args.mode, folder) == ("cls", "images") else math.ceil(n * g / micro)
-            works.append(sd.work(
-                "generate", f"{folder}/", micro, jobs=jobs, flag="--gen-micro-batch", images=n * g,
-                evaluated=2 * jobs * micro * sd.evaluations(args.gen_sampler, args.gen_steps), decoded=jobs * micro,
-                prompts=n * args.n_templates, disk=n * g * PIXEL_BYTES[args.gen_format] * side**2,
-            ))  # fmt: skip
-
-    clip, tests, seeds = args.clf_model == "clip", args.clf_report_test_selected, args.clf_seeds
-    name = dict(name=args.clip_model) if clip else dict(name="resnet50", size=224, classes=n)
-    clf, todo = Classifier(precision=args.precision, **name), training_runs(args)
-    more = dict(batch=args.clf_micro_batch, load_size=args.gen_save_size or args.sd_resolution)
-    more |= dict(ram=min(2 * CACHE_BYTES, 3 * clf.pixels() ** 2 * (n_val + n_test)))
-    for arm in dict.fromkeys(arm for arm, _ in todo) if "train" in args.stages else ():
-        real = repeat_shots(g, args.shots) * shots
-        length = {"pooled": g * n + real, "real": real}.get("pooled" if args.clf_equal_updates else arm, g * n)
-        epochs, looks = seeds * args.clf_epochs, seeds * args.clf_evals
-        works.append(clf.work(
-            "train", f"{arm}, {seeds} x {args.clf_epochs} epochs", trained=epochs * length,
-            scored=looks * n_val + (looks if tests else 2 * seeds) * n_test,  # test: at the best step and at the last
-            texts_trained=epochs * math.ceil(length / args.clf_batch) * n * args.n_templates,
-            texts=(2 * looks if tests else looks + 2 * seeds) * n * args.n_templates,
-            loads=epochs * length + seeds * (n_val + n_test), flag="--clf-micro-batch",
-            jobs=len(todo), units=math.ceil(args.clf_batch / args.clf_micro_batch), **more,
-        ))  # fmt: skip
-    scored = (n_val + n_test) * (clip and "zero-shot" in args.arms and "train" in args.stages)
-    scored += n_test * ("evaluate" in args.stages)
-    if scored:
-        works.append(clf.work("evaluate", "zero-shot, classifier/", scored=scored, loads=scored, jobs=world, **more))
-    return works, [sd.needs(), clf.needs(), dataset_needs(args)]
-
-
-# ---------------------------------------------------------------------------------------------
+def plan(args):
+    return planned.plan(args, training_runs(args), CACHE_BYTES)
 
 
 def main(args):
     check_args(args)
     if args.plan:
-        world = processes(args)
-        return print_plan(*plan(args, world), args, world)
+        return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device)
     data, shots, val = distributed.on_rank_0(partial(choose, args), dist)
     names = data.class_names

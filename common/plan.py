@@ -218,10 +218,11 @@ def _short(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:g}"
 
 
-def print_plan(works: Sequence[Work], needs: Sequence[str], args: Any, world: int) -> None:
-    """The plan on standard output, of rank 0. needs: what must be there or is downloaded."""
+def print_plan(works: Sequence[Work], needs: Sequence[str], args: Any, world: int = 0) -> None:
+    """The plan on standard output, of rank 0. needs: what must be there or is downloaded. world: 0: as processes()"""
     if os.environ.get("RANK", "0") != "0":
         return
+    world = world or processes(args)
     peak, memory, share = ACCELERATORS[args.plan]
     rows, notes = [], []
     for w in works:

@@ -24,7 +24,7 @@ def planned(script, *words):
     module = importlib.import_module(script)
     args = cli._parse(module.Args, module.PRESETS, "", [*words])
     module.check_args(args)
-    return args, *module.plan(args, plan.processes(args))
+    return args, *module.plan(args)
 
 
 # ---- what a pass costs ------------------------------------------------------------------------------
