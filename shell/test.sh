@@ -13,7 +13,7 @@ style=0
 "$python" -m ruff check . || style=$?
 "$python" -m ruff format --check --quiet . || { style=$?; echo "run: .venv/bin/ruff format ."; }
 tests=0
-"$python" -m pytest "$@" || tests=$?
+OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist loadfile "$@" || tests=$?
 [ "$style" -eq 0 ] || printf 'error: ruff found something, see above\n' >&2
 [ "$tests" -eq 0 ] || exit "$tests"
 exit "$style"
