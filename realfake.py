@@ -8,7 +8,8 @@ Replace a labelled set of real images by generated ones: one image per real imag
 
 Run:
     python realfake.py  # 10 digits, 20 real images per class, tiny models, 2 CPU cores
-    torchrun --standalone --nproc-per-node 8 realfake.py --preset imagenette --sd-batch 64
+    torchrun --standalone --nproc-per-node 8 realfake.py --preset imagenette
+    python realfake.py --preset imagenette --plan h100  # what that run will do and cost; nothing is done
 
 Expect:
     digits: real 95.8, synthetic 83.1 (1 version) to 95.2 (4), real + synthetic 97.4; all of it in docs/realfake.md
@@ -16,18 +17,20 @@ Expect:
 
 Differs:
     1. each image has its own seed and its own visual token; the released sampler mixes the tokens of a batch
+       (--token released)
     2. gradients are averaged over processes; the released multi-GPU tuning does not synchronise them
     3. the LoRA sees all images; the released code always drops half of them (left over from the privacy experiment)
-    4. its captioning, its evaluation out of distribution and its membership inference were never released: ours
+    4. no visual token in the negative branch of the guidance: the fork of diffusers that decided it was never released
+    5. its captioning, its evaluation out of distribution and its membership inference were never released: ours
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from common.cli import Frame, Natural, parse, start
+from common.cli import Count, Fraction, Frame, Natural, NonNegative, Positive, Range, Share, check, parse, start
 
 Stage = Literal["caption", "embed", "finetune", "generate", "train", "attack", "evaluate"]
-Token = Literal["image", "class_mean", "none"]
+Token = Literal["image", "released", "class_mean", "none"]
 Prior = Literal["image", "noise"]
 Ablation = Literal["no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no-caption"]
 
@@ -40,7 +43,7 @@ class Args(Frame):
     """seed of the trainings; what is drawn has gen_seed"""
     stages: tuple[Stage, ...] = ("caption", "embed", "finetune", "generate", "train", "attack", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
-    real_per_class: int | None = None
+    real_per_class: Count | None = None
     """real images drawn from each class of the training split; None: all"""
 
     # ---- models --------------------------------------------------------------------------------
@@ -58,40 +61,45 @@ class Args(Frame):
     caption: bool = True
     """prompts hold the caption of the image; --no-caption: the class name alone"""
     token: Token = "image"
-    """visual token in the last text slot: the image's own embedding, the mean of its class, or none"""
+    """visual token in the last text slot: the image's own embedding, the mean of its class, or none; released: the
+    image's own while tuning, while sampling a mixture over 24 images, as the released sampler makes it by mistake"""
 
     # ---- [3] finetune: LoRA with distribution matching -----------------------------------------
     lora: bool = True
     """--no-lora: the stock generator"""
-    dm_lambda: float = 0.003
+    dm_lambda: NonNegative = 0.003
     """lambda, weight of the squared norm of the summed residual; 0 leaves the term out"""
-    dm_batch: int = 8
+    dm_batch: Count = 8
     """B, images whose residuals are summed: a hyper-parameter. Other values than 8 rescale lambda by 8 / B"""
-    dm_gamma: float = 5.0
-    """gamma of the min-SNR weights; inf: all weights 1"""
-    sd_rank: int = 4
+    dm_gamma: Positive | None = 5.0
+    """gamma of the min-SNR weights; None: all weights 1"""
+    sd_rank: Count = 4
     """rank r of the LoRA; alpha = r"""
-    sd_lr: float = 1e-4
-    """AdamW learning rate of the LoRA"""
-    sd_batch: int = 8
-    """images per step, over all processes"""
-    tune_epochs: int = 100
+    sd_lr: Positive = 1e-4
+    """AdamW learning rate of the LoRA; 1e-4 belongs to sd_batch 8"""
+    sd_batch: Count = 8
+    """images per step, over all processes: matching batches whose gradients are averaged. 64 with --sd-lr 2.8e-4 (rates
+    of Adam grow like the root of the batch) takes an eighth of the steps; not the released recipe"""
+    sd_micro_batch: Count = 1
+    """images per forward pass; 1, so that eight processes share a matching batch. Bits are equal for any number of
+    processes"""
+    tune_epochs: Count = 100
     """passes over the real images"""
-    tune_max_steps: int = 160_000
-    """the tuning is never longer than this; the paper's budget for ImageNet-1K is not published"""
+    tune_max_images: Count = 1_280_000
+    """the tuning sees no more images than this: 160,000 steps of 8; the paper's budget for ImageNet is not published"""
     tune_flip: bool = True
     """mirror half of the images while tuning; not for digits and signs"""
 
     # ---- [4] generate --------------------------------------------------------------------------
     gen_seed: int = 0
     """version v of a real image is a function of (gen_seed, v, the image's name) and of the adapter"""
-    gen_versions: int = 1
+    gen_versions: Count = 1
     """k, generated images for each real one"""
-    gen_resolution: int = 512
+    gen_resolution: Count = 512
     """pixels per side of a generated image"""
-    gen_steps: int = 30
+    gen_steps: Count = 30
     """sampler steps"""
-    i2i_strength: float = 0.75
+    i2i_strength: Annotated[float, Range(0, 1, "(]")] = 0.75
     """share of the steps that are run when starting from the real image: 30 -> 22"""
     gen_guidance: float = 2.0
     """classifier-free guidance scale w"""
@@ -103,8 +111,14 @@ class Args(Frame):
     """negative prompt; it never gets a visual token"""
     gen_split: Literal["strided", "official"] = "strided"
     """batches of a process; official: contiguous ranges, where the last process takes the whole remainder"""
-    gen_micro_batch: int = 24
+    gen_micro_batch: Count = 24
     """images per forward pass on one process; speed and memory only"""
+    gen_format: Literal["png", "jpeg", "webp"] = "png"
+    """png and webp: lossless; jpeg: of gen_quality. The released files are JPEG of quality 75, an eighth of the disk"""
+    gen_quality: Annotated[int, Range(1, 95)] = 95
+    """of --gen-format jpeg"""
+    gen_save_size: Count | None = None
+    """pixels per side of the stored images, None: as generated"""
     ablations: tuple[Ablation, ...] = ()
     """further rows of the table, each the method with one part off (class-mean: the paper's token), one version"""
 
@@ -113,101 +127,118 @@ class Args(Frame):
     """timm model, random start"""
     net_stem: Literal["imagenet", "cifar"] = "imagenet"
     """cifar: 3x3 stem of stride 1 without pooling, for a timm ResNet on small images"""
-    net_versions: tuple[int, ...] = (1,)
+    net_augment: Literal["imagenet", "cifar"] = "imagenet"
+    """imagenet: crops of net_crop and more, colour jitter; cifar: 4 pixels of padding and a crop; both mirror"""
+    net_versions: tuple[Count, ...] = (1,)
     """the scaling curve: versions in the training set, each at most gen_versions; the last is added to real images"""
-    clf_seeds: int = 3
+    clf_seeds: Count = 3
     """classifiers per row, seeds seed, seed + 1, ..."""
-    net_epochs: int = 200
+    net_epochs: Count = 200
     """epochs; the last one counts, nothing is selected"""
     net_equal_updates: bool = False
     """an epoch is as long as one over the real images for every row; officially k versions mean k times the updates"""
-    net_milestones: tuple[int, ...] = (50, 100, 150)
+    net_milestones: tuple[Count, ...] = (50, 100, 150)
     """epochs at which the rate is multiplied by net_decay (timm does it one epoch early)"""
-    net_decay: float = 0.2
+    net_decay: Positive = 0.2
     """factor at each milestone"""
-    net_lr: float = 0.1
+    net_lr: Positive = 0.1
     """SGD with Nesterov momentum 0.9, not scaled by the batch"""
-    net_warmup: int = 5
+    net_warmup: Natural = 5
     """epochs of warm-up, linear from 1e-5"""
-    net_wd: float = 5e-4
+    net_wd: NonNegative = 5e-4
     """weight decay of convolutions and linear layers; biases and BatchNorm have none"""
-    net_smoothing: float = 0.1
+    net_smoothing: Fraction = 0.1
     """label smoothing: the silent default of timm's script"""
-    net_batch: int = 512
+    net_batch: Count = 512
     """images per step, over all processes; an incomplete last batch is dropped"""
-    net_micro_batch: int = 128
+    net_micro_batch: Count = 128
     """images that share BatchNorm statistics, as on each of the official four GPUs; running statistics are averaged"""
-    net_size: int = 224
+    net_size: Count = 224
     """pixels per side that the network sees"""
-    net_crop: float = 0.08
+    net_crop: Annotated[float, Range(0, 1, "(]")] = 0.08
     """smallest area of the random resized crop"""
-    net_flip: float = 0.5
+    net_flip: Share = 0.5
     """probability of mirroring"""
-    net_jitter: float = 0.4
+    net_jitter: NonNegative = 0.4
     """strength of brightness, contrast and saturation jitter"""
-    net_crop_pct: float = 0.95
+    net_crop_pct: Annotated[float, Range(0, 1, "(]")] = 0.95
     """share of the resized test image that the centre crop keeps: 224 of 235"""
 
     # ---- [6] attack, [7] evaluate ----------------------------------------------------------------
-    mia_models: int = 0
+    mia_models: Natural = 0
     """shadow models of the membership inference (even, 6 or more; the official split has 10); 0: no attack"""
-    mia_versions: int = 1
+    mia_versions: Count = 1
     """versions that each shadow model generates from its members"""
     ood: tuple[str, ...] = ()
     """further test sets NAME=DIR with folders by WordNet id or by ImageNet number (V2, Sketch, R, A)"""
 
 
+RELEASED = dict(gen_format="jpeg", gen_quality=75)  # the files of the released generator: Pillow's default
 # Comments: what the paper reports. Its tables for the subsets could not be read; we quote no number from memory.
 PRESETS = {
     "digits": dict(  # 20 real images per class, tiny models; our measured table stands in docs/realfake.md
         dataset="digits", sd_model="tiny", token_clip="tiny", captioner="tiny", precision="fp32", workers=0, seed=0,
-        real_per_class=20, tune_epochs=10, tune_flip=False, sd_lr=1e-3,
+        real_per_class=20, tune_epochs=10, tune_flip=False, sd_lr=1e-3, sd_micro_batch=8,
         gen_versions=4, gen_resolution=32, gen_micro_batch=50,
         ablations=("no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no-caption"),
         net_model="test_resnet", net_versions=(1, 2, 4), net_epochs=16, net_milestones=(8, 12, 15), net_warmup=1,
         net_batch=32, net_micro_batch=32, net_size=32, net_crop=0.7, net_flip=0.0, net_crop_pct=1.0,
         mia_models=6,
     ),
-    "imagenette": dict(dataset="imagenette", data_dir="data"),
-    "imagewoof": dict(dataset="imagewoof", data_dir="data"),
-    "imagenet100": dict(dataset="imagenet100", data_dir="data"),  # recipe not released: that of imagenette
+    "imagenette": dict(data_dir="data", **RELEASED),
+    "imagewoof": dict(dataset="imagewoof", data_dir="data", **RELEASED),
+    "imagenet100": dict(dataset="imagenet100", data_dir="data", **RELEASED),  # recipe not released: imagenette's
     "imagenet1k": dict(  # 70.9 with 1 version, 76.0 with 10; epochs and milestones are our choice, not released
-        dataset="imagenet", data_dir="data", net_epochs=300, net_milestones=(90, 180, 270), net_decay=0.1,
+        dataset="imagenet", data_dir="data", net_epochs=300, net_milestones=(90, 180, 270), net_decay=0.1, **RELEASED,
     ),
-    "cifar10": dict(  # our extension: the paper's code has no trace of CIFAR
-        dataset="cifar10", data_dir="data", net_model="resnet18", net_stem="cifar", net_size=32,
+    "cifar10": dict(  # our extension: the paper's code has no trace of CIFAR. 32 -> 512 -> 32 pixels
+        dataset="cifar10", data_dir="data", gen_save_size=32,
+        net_model="resnet18", net_stem="cifar", net_augment="cifar", net_size=32, net_crop_pct=1.0,
     ),
 }  # fmt: skip
 
 if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
-import json
 import math
 import random
 import shutil
-from contextlib import nullcontext
-from pathlib import Path
+from functools import lru_cache, partial
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
-from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from diffusers import UniPCMultistepScheduler
+from sklearn.metrics import roc_auc_score, roc_curve
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.transforms import v2
 
-from common import datasets, distributed, models
+from common import captions, datasets, distributed, images, models
 from common import run as runs
-from common.checkpoint import load_training, save_training
 from common.clip import encode_images, load_clip, zero_shot_weights
-from common.loop import sum_in_order
-from common.loop import units_of as micro_batches
+from common.diffusion import (
+    Adapter,
+    autocast,
+    decode,
+    latent_shape,
+    load_pipeline,
+    lora_config,
+    lora_parameters,
+    noise_schedule,
+    reset_lora,
+    save_lora,
+    token_ids,
+)  # fmt: skip
+from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
+from common.launch import UserError
+from common.loader import Loader, normalised, to_unit
+from common.loop import Loop
+from common.ood import ood_sets, restricted_top1
+from common.plan import print_plan
+from common.plans import realfake as planned
+from common.report import mean_std, roc_chart, spread
 
 # The replacements that the official code makes in open_clip's list of class names.
 IMAGENET_NAMES = {
@@ -216,9 +247,7 @@ IMAGENET_NAMES = {
 }  # fmt: skip
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every self- and cross-attention
-SPEED_FLAGS = (
-    "output_dir", "device", "compile", "stages", "resume", "track", "workers", "gen_micro_batch", "gen_split",
-)  # fmt: skip
+MIXED = 24  # images whose tokens the released sampler mixes: its batch
 PART = 256  # images in one file of captions or embeddings; an interrupted stage loses at most that many
 
 
@@ -258,7 +287,7 @@ def snr_of(abar):
 
 
 def snr_weight(snr, gamma):
-    """min-SNR weight of the noise prediction: w = min(snr, gamma) / snr, so 0 < w <= 1. [B] -> [B]"""
+    """min-SNR weight of the noise prediction: w = min(snr, gamma) / snr, so 0 < w <= 1; gamma None: 1. [B] -> [B]"""
     return snr.clamp(max=gamma) / snr
 
 
@@ -275,6 +304,16 @@ def matching_loss(pred, target, w, lam):
     return diffusion + lam * dm, diffusion, dm
 
 
+def matching_shares(r, w, total, b):
+    """What some images of a matching batch of b contribute to its loss, for images that are not all on one process.
+
+    r [n, 4, h, w] their residuals, w [n], total = sum_i w_i r_i over the whole batch, a constant. -> shares of L_diff
+    and of L_dm: mean(2 w_i r_i total), summed over images, has the gradient of mean(total^2), and twice its value.
+    """
+    diffusion = (w * r.pow(2).mean((1, 2, 3))).sum() / b
+    return diffusion, 2 * (w.view(-1, 1, 1, 1) * r * total).sum(0).mean()
+
+
 def matching_weight(lam, b):
     """lambda for a batch of b images: 0.003 belongs to B = 8, and the term's share of the loss grows like B."""
     return lam * 8 / b
@@ -286,21 +325,35 @@ def class_means(features, labels, n_classes):
     return total / torch.bincount(labels, minlength=n_classes)[:, None]
 
 
-def visual_tokens(features, labels, rows, mode, n_classes):
-    """Token g_i of each image in rows; NaN elsewhere, so that a leak from other images cannot stay unseen.
+def released_mixture(features):
+    """Official code, by mistake: the embeddings of a batch are stacked along the wrong axis and read row by row, so
+    that every token is a mixture of the batch. [B, D] -> [B, D]"""
+    return features.T.reshape(features.shape)
 
-    features [N, D] raw CLIP embeddings, labels [N], rows: positions -> [N, D], or None for mode none. class_mean: the
-    mean over the rows of the class. Trap: the released sampler stacks the batch's embeddings along the wrong axis and
-    reads them row by row, so that every token is a mixture of the batch.
+
+class VisualTokens:
+    """Token g_i of each image of a set; a function of the set's rows alone, and of no other image.
+
+    features [N, D] raw CLIP embeddings, labels [N], rows: the set's. image: the image's own embedding; class_mean: the
+    mean over the set's rows of the class; released: the mixture of the set's next MIXED rows that it stands among.
     """
-    if mode == "none":
-        return None
-    if mode == "image" and len(rows) == len(features):
-        return features  # as it lies in the file: memory-mapped, not copied
-    rows, tokens = torch.as_tensor(rows), torch.full(features.shape, float("nan"))
-    own = features[rows].float()
-    tokens[rows] = own if mode == "image" else class_means(own, labels[rows], n_classes)[labels[rows]]
-    return tokens
+
+    def __init__(self, features, labels, rows, mode, n_classes):
+        self.features, self.labels, self.rows, self.mode = features, torch.as_tensor(labels), list(rows), mode
+        self.place = {row: n for n, row in enumerate(self.rows)}
+        if mode == "class_mean":
+            self.means = class_means(features[self.rows], self.labels[self.rows], n_classes)
+
+    def __getitem__(self, rows):
+        """rows: B of the set -> [B, D]"""
+        places = [self.place[row] for row in rows]  # a KeyError for an image of another set
+        if self.mode == "class_mean":
+            return self.means[self.labels[rows]]
+        if self.mode == "image":
+            return self.features[rows]
+        starts = [place - place % MIXED for place in places]
+        mixed = {start: released_mixture(self.features[self.rows[start : start + MIXED]]) for start in set(starts)}
+        return torch.stack([mixed[start][place - start] for start, place in zip(starts, places, strict=True)])
 
 
 def with_token(h, g):
@@ -325,24 +378,11 @@ def make_unipc(stored):
     return UniPCMultistepScheduler.from_config(stored.config, final_sigmas_type="sigma_min")
 
 
-def class_range(n_classes, n_workers, worker):
-    """Official code: worker m of M takes classes [m n, (m+1) n), n = N // M; the last one also the remainder."""
-    n = n_classes // n_workers
-    return range(worker * n, n_classes if worker == n_workers - 1 else (worker + 1) * n)
-
-
 def multistep_lr(epoch, base, milestones, decay, warmup, start=1e-5):
     """timm's rate of an epoch: linear from start, then base * decay^{milestones <= epoch + 1}: one epoch early."""
     if epoch < warmup:
         return start + epoch * (base - start) / warmup
     return base * decay ** sum(m <= epoch + 1 for m in milestones)
-
-
-def subset_labels(labels, indices):
-    """Original ImageNet labels -> (positions that belong to the subset, label = place in its index list)"""
-    place = {index: i for i, index in enumerate(indices)}
-    kept = [i for i, label in enumerate(labels) if label in place]
-    return kept, [place[labels[i]] for i in kept]
 
 
 def half_split(n, n_models=10):
@@ -389,22 +429,11 @@ def lira_score(shadow, inside, outside, target, pool=False):
     return score
 
 
-def roc(score, member):
-    """False and true positive rates over all thresholds, equal scores together; both begin at 0. [N], bool [N]"""
-    values = score.unique().flip(0)  # descending
-    place = torch.searchsorted(-values, -score)
-    hits = torch.zeros(2, len(values), dtype=torch.float64)
-    hits[0].index_add_(0, place, (~member).double())
-    hits[1].index_add_(0, place, member.double())
-    rates = F.pad(hits.cumsum(1), (1, 0)) / hits.sum(1, keepdim=True)
-    return rates[0], rates[1]
-
-
 def attack_figures(score, member):
     """-> dict: AUC, best balanced accuracy over all thresholds, TPR at 0.1 % and 1 % FPR. [N], bool [N]"""
-    fpr, tpr = roc(score, member)
-    figures = dict(auc=torch.trapezoid(tpr, fpr).item(), balanced_accuracy=((tpr + 1 - fpr) / 2).max().item())
-    return figures | {f"tpr_at_{at:g}": tpr[fpr <= at].max().item() for at in (0.001, 0.01)}
+    fpr, tpr, _ = roc_curve(member, score, drop_intermediate=False)
+    figures = dict(auc=float(roc_auc_score(member, score)), balanced_accuracy=float(((tpr + 1 - fpr) / 2).max()))
+    return figures | {f"tpr_at_{at:g}": float(tpr[fpr <= at].max()) for at in (0.001, 0.01)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -419,12 +448,12 @@ def in_order(images):
 
 def choose_real(args, data):
     """The images to replace: the training split, or real_per_class of each class."""
-    images, n = data.train, len(data.class_names)
+    real, n = data.train, len(data.class_names)
     if args.real_per_class is not None:
-        images = images.subset(datasets.few_shot(images, data.name, args.real_per_class, args.seed, n))
+        real = real.subset(datasets.few_shot(real, data.name, args.real_per_class, args.seed, n))
     if data.name == "folder":
-        datasets.verify(images)
-    return in_order(images)
+        images.verify(real)
+    return in_order(real)
 
 
 def prompt_names(dataset, class_names):
@@ -472,203 +501,112 @@ def generated_sets(args, n):
     return sets
 
 
-def image_places(real):
-    """-> place(i, copy), the number of that copy in its class folder: copy * n_c + place of image i in its class.
+class Numbers:
+    """Which file is which: copy k of the set's m-th image is number k n_c + its place among the n_c of its class.
 
     A set of fewer copies is then a part of each set of more.
     """
-    size, place = {}, []
-    for label in real.labels:
-        place.append(size.get(label, 0))
-        size[label] = size.get(label, 0) + 1
-    return lambda i, copy: copy * size[real.labels[i]] + place[i]
+
+    def __init__(self, labels, n_classes):
+        self.labels = np.asarray(labels)
+        self.counts = np.bincount(self.labels, minlength=n_classes)
+        firsts = np.cumsum(self.counts) - self.counts  # the images lie class by class
+        self.places = np.arange(len(self.labels)) - firsts[self.labels]
+
+    def of(self, m, copy):
+        return int(copy * self.counts[self.labels[m]] + self.places[m])
 
 
-def generated_images(run, v, real, versions):
-    """The first versions of a set as datasets.Images, in the order version, real image."""
-    members, folders = real.subset(v.rows), runs.class_folders(real.class_names)
-    place = image_places(members)
-    pairs = [(i, k) for k in range(versions) for i in range(len(members))]
-    keys = [f"{folders[members.labels[i]]}/{place(i, k)}.png" for i, k in pairs]
-    return datasets.Images([members.labels[i] for i, _ in pairs], keys, real.class_names, run.path(v.folder))
-
-
-def chunks(items, size):
-    """[a, b, c, d, e], 2 -> [a, b], [c, d], [e]"""
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def padded(tensors, b):
-    """Stack of exactly b tensors: the last one is repeated. The networks then always see the same shape."""
-    return torch.stack(tensors + tensors[-1:] * (b - len(tensors)))
+def generated_images(args, run, v, real, versions):
+    """The first versions of a set, class by class; nothing is listed."""
+    counts = versions * np.bincount(real.labels[v.rows], minlength=len(real.class_names))
+    return datasets.Generated(run.path(v.folder), real.class_names, counts, images.SUFFIX[args.gen_format])
 
 
 # ---------------------------------------------------------------------------------------------
-# [1] caption, [2] embed: one sentence and one CLIP vector per real image.
+# [1] caption, [2] embed: one sentence and one CLIP vector per real image, where a set of the run asks for them.
 # Reads the real images, writes captions.json and embeddings.safetensors (in parts/ while they grow).
 
 
-def caption_all(args, run, dist, real):
+def caption(args, run, dist, real):
     with run.timed("caption"):
         if args.captions_file:
-            captions = read_captions(args.captions_file, real)
+            written = captions.read_captions(args.captions_file, real)
         else:
-            captions = in_parts(run, dist, "captions", real, captioner_of(args, dist.device))
-            captions = [text for part in captions or [] for text in part]
+            write = captions.captioner(models.resolve(args.captioner, "captioner"), dist.device, args.precision)
+            files = in_parts(run, dist, "captions", ".json", real, lambda part, file: write_json(file, write(part)))
+            written = [text for file in files for text in read_json(file)]
         if dist.main:
-            runs.write_json(run.path("captions.json"), dict(zip(real.keys, captions, strict=True)))
+            write_json(run.path("captions.json"), dict(zip(real.keys, written, strict=True)))
     run.done("caption", captions=len(real))
 
 
-def in_parts(run, dist, name, real, work):
-    """work(Images) -> something JSON-able, for each part of PART images that has no file yet. Rank 0 gets the list."""
-    parts = [range(i, min(i + PART, len(real))) for i in range(0, len(real), PART)]
-    files = [run.path("parts", f"{name}-{j:05d}.json") for j in range(len(parts))]
-    bar = distributed.progress(len(distributed.my_items(parts, dist)), name, dist, unit="parts")
-    for part, file in zip(distributed.my_items(parts, dist), distributed.my_items(files, dist), strict=True):
-        if not file.exists():
-            runs.write_json(file, work(real.subset(part)))
-        bar.update(1)
-    bar.close()
+def in_parts(run, dist, name, suffix, real, work):
+    """work(Images, file) for each part of PART images that has no file yet, dealt out. -> the files, for rank 0"""
+    parts = [(range(i, min(i + PART, len(real))), i // PART) for i in range(0, len(real), PART)]
+    files = [run.path("parts", f"{name}-{j:05d}{suffix}") for _, j in parts]
+    mine = distributed.my_items(list(zip(parts, files, strict=True)), dist)
+    with distributed.progress(len(mine), name, dist, unit="parts") as bar:
+        for (rows, _), file in mine:
+            if not file.exists():
+                work(real.subset(rows), file)
+            bar.update(1)
     distributed.barrier(dist)
-    return [json.loads(file.read_text()) for file in files] if dist.main else None
-
-
-def read_captions(file, real):
-    """Captions of the images: {class: {file name: caption}}, class by its name or, as published for ImageNet, by its
-    folder; the published form, a folder of <class>.json; or the captions.json of another run, {image: caption}."""
-    try:
-        if Path(file).is_dir():
-            given = {f.stem: json.loads(f.read_text(encoding="utf-8")) for f in sorted(Path(file).glob("*.json"))}
-        else:
-            given = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise runs.UserError(f"--captions-file {file}: {error}") from error
-    kinds = {type(entry) for entry in given.values()} if isinstance(given, dict) else set()
-    if kinds not in ({dict}, {str}):
-        raise runs.UserError(
-            f"--captions-file {file}: wanted is {{class: {{file name: caption}}}}, or {{image: caption}}"
-        )
-    found = []
-    for key, label in zip(real.keys, real.labels, strict=True):
-        folder, _, name = key.rpartition("/")
-        texts = given.get(real.class_names[label]) or given.get(folder.rpartition("/")[2]) or {}
-        texts, name = (given, key) if kinds == {str} else (texts, name)
-        if name not in texts:
-            raise runs.UserError(f"--captions-file {file}: no caption for {name} of {real.class_names[label]!r}")
-        found.append((texts[name] or "").strip())
-    return found
-
-
-def captioner_of(args, device):
-    """-> function: Images -> list of captions. Greedy, no prompt, at most 16 new tokens, stripped."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    where = models.resolve(args.captioner, "captioner")
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    processor = AutoProcessor.from_pretrained(where)
-    model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype).to(device).eval()
-    if getattr(model.config, "image_token_index", 0) is None:  # BLIP-2 as older transformers saved it
-        model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
-
-    @torch.no_grad()
-    def write(pictures):
-        inputs = processor(images=pictures, return_tensors="pt").to(device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-        # Trap: in transformers 5 max_length=16, the sister repository's setting, counts BLIP-2's 32 image tokens too.
-        ids = model.generate(**inputs, max_new_tokens=16, num_beams=1, do_sample=False)
-        return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
-
-    return lambda images: [c for rows in chunks(range(len(images)), 16) for c in write([images[i] for i in rows])]
+    return files if dist.main else []
 
 
 def embed(args, run, dist, real):
     """Projected CLIP image embeddings, not normalised, float16: what the text encoder's own width can hold."""
     clip = load_clip(args.token_clip, dist.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+
+    def save(part, file):
+        features = encode_images(clip, part, 64, max(1, args.workers))
+        save_tensors(file, {"embeddings": features.half()})
+
     with run.timed("embed"):
-        parts = [range(i, min(i + PART, len(real))) for i in range(0, len(real), PART)]
-        files = [run.path("parts", f"embeddings-{j:05d}.safetensors") for j in range(len(parts))]
-        for part, file in zip(distributed.my_items(parts, dist), distributed.my_items(files, dist), strict=True):
-            if not file.exists():
-                runs.save_tensors(file, {"embeddings": encode_images(clip, real.subset(part), 64).half()})
-        distributed.barrier(dist)
+        files = in_parts(run, dist, "embeddings", ".safetensors", real, save)
         if dist.main:
-            rows = torch.cat([runs.load_tensors(file)["embeddings"] for file in files])
-            runs.save_tensors(run.path("embeddings.safetensors"), {"embeddings": rows})
+            rows = torch.cat([load_tensors(file)["embeddings"] for file in files])
+            save_tensors(run.path("embeddings.safetensors"), {"embeddings": rows})
     run.done("embed", embeddings=len(real))
 
 
 # ---------------------------------------------------------------------------------------------
-# The generator and what it is told about an image.
-
-
-def open_generator(name, device, precision):
-    """The stock pipeline, frozen, without safety checker. One load serves tuning and generation."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    path = models.resolve(name, "generator")
-    off = dict(safety_checker=None, requires_safety_checker=False)
-    pipe = StableDiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
-    if type(pipe) is not StableDiffusionPipeline:
-        raise runs.UserError(f"{name}: a {type(pipe).__name__}; Real-Fake needs a Stable Diffusion 1.x or 2.x pipeline")
-    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
-        part.requires_grad_(False).eval().to(device)
-    for part in (pipe.unet, pipe.vae):
-        part.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in, on CPU and GPU
-    pipe.vae.float()
-    return pipe
-
-
-def token_ids(pipe, prompts):
-    """list of M prompts -> [M, 77], padded and truncated to the tokenizer's full length"""
-    settings = dict(padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length)
-    return pipe.tokenizer(prompts, return_tensors="pt", **settings).input_ids
-
-
-def vae_factor(pipe):
-    """Pixels per latent along one side: 8 for Stable Diffusion"""
-    return 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-
-
-def latent_shape(pipe, size):
-    return pipe.unet.config.in_channels, size // vae_factor(pipe), size // vae_factor(pipe)
-
-
-def lora_settings(r):
-    """y = W x + b + (alpha / r) B A x with alpha = r: the file of the adapter then needs no alpha."""
-    return dict(r=r, lora_alpha=r, lora_dropout=0.0)
+# What the generator is told about an image.
 
 
 class Condition:
-    """Prompt and visual token of every real image of a set; the others have NaN tokens and no caption at all."""
+    """Prompt and visual token of every real image of a set; asked about another image, it fails.
 
-    def __init__(self, args, run, pipe, v, real, names):
-        self.pipe, self.names, self.labels, self.caption = pipe, names, real.labels, v.caption
-        self.rows, captions = set(v.rows), {}
-        if v.caption:
-            written = json.loads(run.path("captions.json").read_text())
-            captions = {i: written[real.keys[i]] for i in v.rows}
-        self.captions, self.tokens = captions, None
+    make: training_prompt or sampling_prompt
+    """
+
+    def __init__(self, args, run, pipe, v, real, names, make):
+        self.pipe, self.names, self.labels, self.make = pipe, names, real.labels, make
+        written = read_json(run.path("captions.json")) if v.caption else {}
+        self.texts = {i: make(names[real.labels[i]], written[real.keys[i]] if v.caption else "") for i in v.rows}
+        self.tokens = None
         if v.token != "none":
-            features = runs.load_tensors(run.path("embeddings.safetensors"))["embeddings"]
+            features = load_tensors(run.path("embeddings.safetensors"))["embeddings"]
             width = pipe.text_encoder.config.hidden_size
             if features.shape[1] != width:
                 what = f"--token-clip {args.token_clip}: its embedding has {features.shape[1]} numbers"
-                raise runs.UserError(f"{what}, the generator's text states have {width}; choose a CLIP of that width")
-            labels = torch.tensor(real.labels)
-            self.tokens = visual_tokens(features, labels, v.rows, v.token, len(names))
-
-    def prompt(self, i, make):
-        """make: training_prompt or sampling_prompt"""
-        assert i in self.rows, f"image {i} is not one of this set"
-        return make(self.names[self.labels[i]], self.captions[i] if self.caption else "")
+                raise UserError(f"{what}, the generator's text states have {width}; choose a CLIP of that width")
+            mode = "image" if v.token == "released" and make is training_prompt else v.token
+            self.tokens = VisualTokens(features, real.labels, v.rows, mode, len(names))
 
     @torch.no_grad()
-    def states(self, rows, b, make):
+    def states(self, rows, b):
         """Text states of these images with their tokens, filled up to b rows: [b, 77, W]"""
         rows = rows + rows[-1:] * (b - len(rows))
-        ids = token_ids(self.pipe, [self.prompt(i, make) for i in rows])
+        ids = token_ids(self.pipe, [self.texts[i] for i in rows])
         h = self.pipe.text_encoder(ids.to(self.pipe.text_encoder.device))[0]
         return with_token(h, None if self.tokens is None else self.tokens[rows])
+
+
+def padded(tensors, b):
+    """Stack of exactly b tensors: the last one is repeated. The networks then always see the same shape."""
+    return torch.stack(tensors + tensors[-1:] * (b - len(tensors)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -681,138 +619,114 @@ def adapter_file(run, name):
     return run.path("lora", *([] if name == "full" else [name]), "pytorch_lora_weights.safetensors")
 
 
-def tuning_pixels(image, size, u, v, flip):
-    """PIL RGB -> [3, size, size] in [-1, 1]: shorter side to size (bilinear), crop at the shares u, v, mirrored"""
+def tuning_pixels(image, u, v, flip, size):
+    """PIL RGB -> uint8 [3, size, size]: shorter side to size (bilinear), crop at the shares u, v, mirrored"""
     image = v2.functional.resize(image, size, v2.InterpolationMode.BILINEAR)
     free_x, free_y = image.size[0] - size, image.size[1] - size
     image = v2.functional.crop(image, int(u * (free_y + 1)), int(v * (free_x + 1)), size, size)
-    image = v2.functional.horizontal_flip(image) if flip else image
-    return v2.functional.pil_to_tensor(image).float() / 127.5 - 1
+    return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(image) if flip else image)
 
 
 def finetune(args, run, dist, pipe, real, names, sets):
-    pipe.unet.add_adapter(LoraConfig(target_modules=UNET_TARGETS, **lora_settings(args.sd_rank)))
-    cast_training_params(pipe.unet, torch.float32)
+    pipe.unet.add_adapter(lora_config(args.sd_rank, UNET_TARGETS))
     jobs = list({v.adapter: v for v in reversed(list(sets.values())) if v.adapter}.values())[::-1]
-    # With one matching batch per step a process tunes alone, and the processes take different adapters.
-    share = args.sd_batch > args.dm_batch
-    alone = distributed.Dist(rank=0, local_rank=dist.local_rank, world=1, device=dist.device)
-    with run.timed("finetune", memory_flag="--dm-batch"):
-        for v in jobs if share else distributed.my_items(jobs, dist):
-            condition = Condition(args, run, pipe, v, real, names)
-            tune_lora(args, run, dist if share else alone, pipe, v, real, condition)
+    units = args.sd_batch // args.sd_micro_batch
+    team, mine = distributed.deal(jobs, units, dist)
+    smaller = f"--sd-micro-batch {max(1, args.sd_batch // dist.world)}"
+    distributed.say_idle(dist, "finetune", len(jobs), units, smaller)
+    with run.timed("finetune", "--sd-micro-batch"):
+        for v in mine:
+            tune_lora(args, run, team, pipe, v, real, names)
     distributed.barrier(dist)
     pipe.unload_lora_weights()
-    run.done("finetune", adapters=[v.adapter for v in jobs])
+    run.done("finetune", files=[adapter_file(run, v.adapter) for v in jobs], adapters=[v.adapter for v in jobs])
 
 
-def tune_lora(args, run, team, pipe, v, real, condition):
+def tuning_steps(args, n):
+    """Steps of the tuning on n images, and those of one pass; counted in images, whatever the batch."""
+    per_epoch = n // args.sd_batch  # an incomplete batch would have another L_dm
+    return min(args.tune_epochs * per_epoch, max(1, args.tune_max_images // args.sd_batch)), per_epoch
+
+
+def tune_lora(args, run, team, pipe, v, real, names):
     """Tune one adapter on the rows of a set and save it. team: the processes that share each step."""
     file = adapter_file(run, v.adapter)
     if file.exists():
         return
-    per_epoch = len(v.rows) // args.sd_batch  # an incomplete batch would have another L_dm
+    total, per_epoch = tuning_steps(args, len(v.rows))
     if not per_epoch:
-        raise runs.UserError(
-            f"--sd-batch {args.sd_batch}: {v.adapter} has only {len(v.rows)} images; choose it smaller"
-        )
-    total = min(args.tune_epochs * per_epoch, args.tune_max_steps)
-    layers = [(n, p) for n, p in pipe.unet.named_parameters() if p.requires_grad]
+        raise UserError(f"--sd-batch {args.sd_batch}: {v.adapter} has only {len(v.rows)} images; choose it smaller")
+    layers = lora_parameters([pipe.unet])
+    reset_lora(layers, args.sd_rank, args.seed, "lora")  # A ~ N(0, 1/r^2), B = 0: it starts as the stock generator
     params = [p for _, p in layers]
-    with torch.no_grad():
-        for name, p in layers:  # A ~ N(0, 1/r^2), B = 0: the adapter starts as the stock generator
-            g = distributed.generator(args.seed, "lora", name)
-            p.copy_(torch.randn(p.shape, generator=g) / args.sd_rank if "lora_A" in name else torch.zeros(p.shape))
-    optimizer = torch.optim.AdamW(params, lr=args.sd_lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    checkpoint, weights = file.with_name("checkpoint.safetensors"), {str(i): p for i, p in enumerate(params)}
-    first, _, _ = load_training(checkpoint, weights, optimizer)
+    optimizer = torch.optim.AdamW(params, lr=args.sd_lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, fused=True)
+    condition = Condition(args, run, pipe, v, real, names, training_prompt)
+    abar = alphas_cumprod(**noise_schedule(pipe.scheduler.config))
+    lam, shape = matching_weight(v.lam, args.dm_batch), latent_shape(pipe, args.gen_resolution)
+    groups = args.sd_batch // args.dm_batch
 
-    abar = alphas_cumprod(**schedule_of(pipe.scheduler.config)).to(team.device)
-    lam, size, b = matching_weight(v.lam, args.dm_batch), args.gen_resolution, args.dm_batch
-    recent = torch.zeros(4, device=team.device)
-    bar = distributed.progress(total, f"finetune {v.adapter}", team, initial=first, unit="steps")
-    for step in range(first, total):
-        epoch, position = divmod(step, per_epoch)
-        order = torch.randperm(len(v.rows), generator=distributed.generator(args.seed, "epoch", epoch)).tolist()
-        batch = [v.rows[i] for i in order[position * args.sd_batch : (position + 1) * args.sd_batch]]
+    @lru_cache(2)  # the loader runs ahead into the next pass
+    def order(epoch):
+        return torch.randperm(len(v.rows), generator=distributed.generator(args.seed, "epoch", epoch)).tolist()
 
-        # All that is random in the step, drawn for the whole batch in this order, whoever computes which part.
+    @lru_cache(64)
+    def draw(step):
+        """All that is random in a step, for the whole batch, whoever computes which part of it."""
+        epoch, i = divmod(step, per_epoch)
+        batch = [v.rows[j] for j in order(epoch)[i * args.sd_batch : (i + 1) * args.sd_batch]]
         g = distributed.generator(args.seed, "step", step)
         where = torch.rand(3, len(batch), generator=g)  # crop row, crop column, mirror
         t = torch.randint(len(abar), (len(batch),), generator=g)
-        noise, eps = torch.randn(2, len(batch), *latent_shape(pipe, size), generator=g)
-        gradients, units = {}, [slice(k, k + b) for k in range(0, len(batch), b)]
-        for j in micro_batches(team.rank, len(units), team.world):
-            u = units[j]
-            flips = (where[2, u] < 0.5).logical_and(torch.tensor(args.tune_flip)).tolist()
-            crops = zip(batch[u], where[0, u].tolist(), where[1, u].tolist(), flips, strict=True)
-            x = torch.stack([tuning_pixels(real[i], size, r, c, flip) for i, r, c, flip in crops]).to(team.device)
-            abar_t, target = abar[t[u].to(team.device)], eps[u].to(team.device)
-            with autocast(args, team.device):
+        return batch, where, t, *torch.randn(2, len(batch), *shape, generator=g)
+
+    def pictures_of(step):
+        """[(image, position in the endless stream, crop row, crop column, mirrored)] of a step"""
+        batch, (rows, columns, mirror), *_ = draw(step)
+        flips = [args.tune_flip and m < 0.5 for m in mirror.tolist()]
+        first = step * args.sd_batch
+        return list(zip(batch, range(first, first + len(batch)), rows.tolist(), columns.tolist(), flips, strict=True))
+
+    view = partial(tuning_pixels, size=args.gen_resolution)
+    pictures = Loader(real, view, team.device, args.workers, (args.seed, "tune"))
+    checkpoint = file.with_name("checkpoint.safetensors")
+    loop = Loop(run, f"finetune/{v.adapter}", total, optimizer, team, args.sd_micro_batch, file=checkpoint)
+    stream = pictures(part for step in loop.steps for part in loop.mine(pictures_of(step)))
+    for step in loop:
+        batch, _, t, xi, eps = draw(step)
+        # Forward passes, and the sum of the weighted residuals of each matching batch over all processes ...
+        own = {}
+        for u in loop.units(len(batch)):
+            noise, target, abar_t, t_u = (x.to(team.device) for x in (xi[u], eps[u], abar[t[u]], t[u]))
+            with autocast(args.precision, team.device):
                 with torch.no_grad():
-                    posterior = pipe.vae.encode(x).latent_dist
-                    z0 = posterior.mean + posterior.std * noise[u].to(team.device)
-                    z_t = add_noise(pipe.vae.config.scaling_factor * z0.float(), target, abar_t)
-                h = condition.states(batch[u], b, training_prompt)
-                prediction = pipe.unet(z_t, t[u].to(team.device), h).sample
-            w = snr_weight(snr_of(abar_t), args.dm_gamma)
-            loss, diffusion, dm = matching_loss(prediction, target, w, lam)
-            gradients[j] = [*torch.autograd.grad(loss, params), torch.stack([loss, diffusion, dm]).detach()]
+                    posterior = pipe.vae.encode(to_unit(next(stream))).latent_dist
+                    z0 = pipe.vae.config.scaling_factor * (posterior.mean + posterior.std * noise).float()
+                h = condition.states(batch[u], len(batch[u]))
+                prediction = pipe.unet(add_noise(z0, target, abar_t), t_u, h).sample
+            w = snr_weight(snr_of(abar_t), args.dm_gamma) if args.dm_gamma else torch.ones_like(abar_t)
+            own[loop.unit] = prediction.float() - target, w
+            group = u.start // args.dm_batch
+            sums = torch.zeros(groups, *shape, device=team.device)
+            sums[group] = (w.view(-1, 1, 1, 1) * own[loop.unit][0].detach()).sum(0)
+            loop.keep([sums])
+        (residual_sums,) = loop.sum()
+        # ... then the backward passes: each image's share of the loss, whose gradient needs only that sum.
+        for u in loop.units(len(batch)):
+            r, w = own.pop(loop.unit)
+            diffusion, dm = matching_shares(r, w, residual_sums[u.start // args.dm_batch], args.dm_batch)
+            loop.backward((diffusion + lam * dm) / groups)
+        loss = loop.update(clip=1.0)
+        moments = residual_sums.pow(2).mean()  # L_dm; the shares' values add up to twice that, as their gradients do
+        loop.log(loss=loss - lam * moments, matching=lam * moments)
 
-        *grads, values = sum_in_order(gradients, len(units), team)
-        for p, grad in zip(params, grads, strict=True):
-            p.grad = grad / len(units)  # averaged over the matching batches, which are never summed into one
-        nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        recent += torch.cat([values / len(units), values.new_ones(1)])
-        bar.update(1)
-        if (step + 1) % 25 == 0 or step + 1 == total:
-            loss, diffusion, dm = (recent[:3] / recent[3]).tolist()
-            runs.check_finite(loss, f"finetune, {v.adapter}, step {step + 1}")
-            chart = f"finetune/{v.adapter}"
-            run.log(step + 1, **{f"{chart}/loss": loss, f"{chart}/diffusion": diffusion, f"{chart}/matching": lam * dm})
-            bar.set_postfix(loss=f"{loss:.4f}")
-            recent.zero_()
-        if (step + 1) % 100 == 0 and step + 1 < total and team.main:
-            save_training(checkpoint, weights, optimizer, step + 1)
-    bar.close()
     if team.main:
-        tensors = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-        tensors = {f"unet.{k}": t.float().cpu().contiguous() for k, t in tensors.items()}
-        runs.save_tensors(file, tensors)
-        checkpoint.unlink(missing_ok=True)
-    distributed.barrier(team)
-
-
-def schedule_of(config):
-    """Arguments of alphas_cumprod from a pipeline's scheduler config."""
-    if config.beta_schedule != "scaled_linear":
-        raise runs.UserError(f"sd_model's noise schedule is {config.beta_schedule!r}; Real-Fake needs scaled_linear")
-    return dict(n=config.num_train_timesteps, beta_start=config.beta_start, beta_end=config.beta_end)
+        save_lora(file, unet=pipe.unet)
+    loop.finish()
 
 
 # ---------------------------------------------------------------------------------------------
 # [4] generate: versions 1..k of every real image. Reads lora/, captions, embeddings, the real images;
 # writes images/, ablations/<name>/, shadows/<m>/images/, each an ImageFolder; skips files that exist.
-
-
-class Folded:
-    """A U-Net with an adapter folded into its weights: W = W0 + s B A. No extra products while sampling."""
-
-    def __init__(self, unet):
-        self.unet, self.stock = unet, {}
-
-    @torch.no_grad()
-    def swap(self, tensors, scale):
-        """tensors: {unet.<module>.lora.down.weight: A, ...up.weight: B}; {} for the stock U-Net."""
-        for weight, stock in self.stock.values():
-            weight.copy_(stock)
-        for key in [k for k in tensors if k.endswith("down.weight")]:
-            name = key.split(".lora.")[0].removeprefix("unet.")
-            weight = self.unet.get_submodule(name).weight
-            a, b = (tensors[k].to(weight.device) for k in (key, key.replace("down.weight", "up.weight")))
-            _, stock = self.stock.setdefault(name, (weight, weight.clone()))
-            weight.copy_(stock.float() + scale * (b @ a))
 
 
 def denoise(unet, stored, steps, strength, w, z0, noise, h, watch=lambda t: None):
@@ -826,7 +740,7 @@ def denoise(unet, stored, steps, strength, w, z0, noise, h, watch=lambda t: None
     times = scheduler.timesteps[first:]
     scheduler.set_begin_index(first)
     if z0 is not None:
-        z = add_noise(z0, noise, alphas_cumprod(**schedule_of(stored.config)).to(z0.device)[times[0]])
+        z = add_noise(z0, noise, alphas_cumprod(**noise_schedule(stored.config)).to(z0.device)[times[0]])
     for t in times:
         watch(t)
         eps_u, eps_c = unet(torch.cat([z, z]).to(h.dtype), t, h).sample.float().chunk(2)
@@ -847,116 +761,124 @@ def my_batches(args, dist, batches):
 
 
 def generate(args, run, dist, pipe, real, names, sets):
-    if dist.main:
-        forecast_disk(args, run, sets)
-    folded = Folded(pipe.unet)
+    todo = distributed.on_rank_0(partial(missing_versions, args, run, real, sets), dist)
+    adapter = Adapter(pipe)
     unet = torch.compile(pipe.unet) if args.compile else pipe.unet
-    with run.timed("generate", memory_flag="--gen-micro-batch"), runs.ImageWriter() as writer:
+    quality = args.gen_quality if args.gen_format == "jpeg" else 100
+    with run.timed("generate", "--gen-micro-batch"), images.ImageWriter(
+        args.gen_format, quality, args.gen_save_size
+    ) as writer:  # fmt: skip
         for v in sets.values():
-            folded.swap(runs.load_tensors(adapter_file(run, v.adapter)) if v.adapter else {}, args.gen_lora_scale)
-            draw_versions(args, run, dist, pipe, unet, writer, v, real, Condition(args, run, pipe, v, real, names))
+            adapter.use(adapter_file(run, v.adapter) if v.adapter else None, args.gen_lora_scale)
+            condition = Condition(args, run, pipe, v, real, names, sampling_prompt)
+            draw_versions(args, run, dist, pipe, unet, writer, v, real, condition, todo[v.folder])
     distributed.barrier(dist)
     for v in sets.values() if dist.main else []:
         list_versions(args, run, v, real, names)
-    folded.swap({}, 0)
+    adapter.use(None)
     run.done("generate", images={v.folder: len(v.rows) * v.versions for v in sets.values()})
 
 
-def forecast_disk(args, run, sets):
-    """Stop before the start when the images will not fit. A PNG of a photo takes about 2/3 of its pixels' bytes."""
-    n = sum(len(v.rows) * v.versions for v in sets.values())
-    there = sum(1 for v in sets.values() for _ in run.path(v.folder).glob("*/*.png"))
-    need, free = 2 * (n - there) * args.gen_resolution**2, shutil.disk_usage(run.dir).free
-    print(f"generate: {n - there:,} of {n:,} images to draw, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
+def missing_versions(args, run, real, sets):
+    """{folder of a set: [(image, versions that are not there yet)]}. Stops when the images will not fit on the disk."""
+    todo, suffix = {}, images.SUFFIX[args.gen_format]
+    for v in sets.values():
+        numbers, missing = Numbers(real.labels[v.rows], len(real.class_names)), {}
+        there = [
+            images.existing(run.path(v.folder, name), v.versions * n, suffix)
+            for name, n in zip(class_folders(real.class_names), numbers.counts, strict=True)
+        ]
+        for m, i in enumerate(v.rows):
+            ks = [k for k in range(v.versions) if not there[real.labels[i]][numbers.of(m, k)]]
+            if ks:
+                missing[i] = ks
+        todo[v.folder] = missing
+    left, n = (
+        sum(len(ks) for of in todo.values() for ks in of.values()),
+        sum(len(v.rows) * v.versions for v in sets.values()),
+    )
+    # A PNG of a photo takes about 1.5 bytes per pixel, a JPEG 0.2.
+    need = planned.PIXEL_BYTES[args.gen_format] * left * (args.gen_save_size or args.gen_resolution) ** 2
+    free = shutil.disk_usage(run.dir).free
+    print(f"generate: {left:,} of {n:,} images to draw, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
     if need > free:
-        raise runs.UserError(
+        raise UserError(
             f"{run.dir}: the images need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; "
             "free some space, lower --gen-versions or choose another --output-dir"
         )
+    return todo
 
 
-def draw_versions(args, run, dist, pipe, unet, writer, v, real, condition):
+def draw_versions(args, run, dist, pipe, unet, writer, v, real, condition, todo):
     """All missing images of one set. Posterior and text of an image are computed once for all of its versions."""
-    todo = {}
-    if dist.main:  # rank 0 looks, so that all processes cut the same list
-        for k in range(v.versions):
-            files = generated_files(run, v, real, k)
-            todo |= {i: [*todo.get(i, []), k] for i, file in zip(v.rows, files, strict=True) if not file.exists()}
-    todo = distributed.broadcast_object(todo, dist)
-    mine = my_batches(args, dist, chunks([i for i in v.rows if i in todo], args.gen_micro_batch))
-    files = [dict(zip(v.rows, generated_files(run, v, real, k), strict=True)) for k in range(v.versions)]
+    mine = my_batches(args, dist, chunks(list(todo), args.gen_micro_batch))
+    numbers, place = Numbers(real.labels[v.rows], len(real.class_names)), {i: m for m, i in enumerate(v.rows)}
+    folders, suffix = class_folders(real.class_names), images.SUFFIX[args.gen_format]
+    # Both sides forced to the size; Pillow's default is bicubic. The proportions are not kept.
+    view = lambda image: v2.functional.pil_to_tensor(image.resize((args.gen_resolution,) * 2))  # noqa: E731
+    stream = Loader(real, view, dist.device, args.workers)(mine if v.prior == "image" else [])
     bar = distributed.progress(sum(len(todo[i]) for rows in mine for i in rows), f"generate {v.folder}", dist)
     for rows in mine:
-        posterior = posterior_of(args, pipe, real, rows) if v.prior == "image" else None
+        posterior = posterior_of(args, pipe, next(stream)) if v.prior == "image" else None
         h = guidance_states(args, pipe, condition, rows)
         for k in sorted({k for i in rows for k in todo[i]}):
             seeds = [version_seed(args, real.keys[i], k) for i in rows]
             for i, image in zip(rows, sample_versions(args, pipe, unet, posterior, h, seeds), strict=True):
                 if k in todo[i]:
-                    writer.save(files[k][i], image)
+                    file = run.path(v.folder, folders[real.labels[i]], f"{numbers.of(place[i], k)}{suffix}")
+                    writer.save(file, image)
                     bar.update(1)
     bar.close()
 
 
-def generated_files(run, v, real, version):
-    """Path of that version of each of the set's rows, in their order."""
-    images = generated_images(run, v, real, version + 1)
-    return [images.root / key for key in images.keys[version * len(v.rows) :]]
-
-
 @torch.no_grad()
-def posterior_of(args, pipe, real, rows):
-    """Mean and deviation of the VAE's posterior: both sides forced to the size (bicubic). -> 2 x [b, 4, h, w]"""
-    size, pixels = args.gen_resolution, []
-    for i in rows:
-        image = real[i].resize((size, size))  # Pillow's default is bicubic; the proportions are not kept
-        pixels.append(v2.functional.pil_to_tensor(image).float() / 127.5 - 1)
-    with autocast(args, pipe.vae.device):
-        posterior = pipe.vae.encode(padded(pixels, args.gen_micro_batch).to(pipe.vae.device)).latent_dist
+def posterior_of(args, pipe, x):
+    """uint8 [B, 3, H, W] -> mean and deviation of the VAE's posterior, filled up: 2 x [b, 4, h, w]"""
+    with autocast(args.precision, x.device):
+        posterior = pipe.vae.encode(to_unit(padded(list(x), args.gen_micro_batch))).latent_dist
     return posterior.mean.float(), posterior.std.float()
 
 
 @torch.no_grad()
 def guidance_states(args, pipe, condition, rows):
     """Negative text without a token above the images' text with theirs: [2 b, 77, W]"""
-    h_c = condition.states(rows, args.gen_micro_batch, sampling_prompt)
+    h_c = condition.states(rows, args.gen_micro_batch)
     h_u = pipe.text_encoder(token_ids(pipe, [args.gen_negative]).to(h_c.device))[0]
     return torch.cat([h_u.expand_as(h_c), h_c])
 
 
 @torch.no_grad()
 def sample_versions(args, pipe, unet, posterior, h, seeds):
-    """posterior: of posterior_of, or None to start from noise. h [2 b, 77, W], seeds: B ints -> B uint8 [3, H, W].
+    """posterior: of posterior_of, or None to start from noise. h [2 b, 77, W], seeds: B ints -> uint8 [B, 3, H, W].
 
     The generator of an image draws the noise of its posterior, then that of the latent. The network always sees a full
     micro-batch: a fixed shape gives bit-equal images in any slot, beside any neighbours, on any number of processes.
     """
-    shape, device = latent_shape(pipe, args.gen_resolution), pipe.unet.device
+    shape = latent_shape(pipe, args.gen_resolution)
     both = [torch.randn(2, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    xi, noise = padded(both, args.gen_micro_batch).to(device).unbind(1)
-    scaling = pipe.vae.config.scaling_factor
-    z0 = scaling * (posterior[0] + posterior[1] * xi) if posterior else None
+    xi, noise = padded(both, args.gen_micro_batch).to(h.device).unbind(1)
+    z0 = pipe.vae.config.scaling_factor * (posterior[0] + posterior[1] * xi) if posterior else None
     z = denoise(unet, pipe.scheduler, args.gen_steps, args.i2i_strength, args.gen_guidance, z0, noise, h)
-    with autocast(args, device):
-        x = pipe.vae.decode(z / scaling).sample.float()
-    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    return list(pixels[: len(seeds)])
+    return decode(pipe, z, args.precision)[: len(seeds)]
 
 
 def list_versions(args, run, v, real, names):
     """metadata.jsonl of a set: what each image is, from which real image, and its seed. Fails if one is missing."""
-    images, rows = generated_images(run, v, real, v.versions), []
-    missing = [key for key in images.keys if not (images.root / key).exists()]
-    if missing:
-        raise runs.UserError(f"{images.root}: {missing[:5]} are missing; run the same command again")
-    captions = json.loads(run.path("captions.json").read_text()) if v.caption else {}
-    for j, (file, label) in enumerate(zip(images.keys, images.labels, strict=True)):
-        version, source = j // len(v.rows), real.keys[v.rows[j % len(v.rows)]]
-        prompt = sampling_prompt(names[label], captions.get(source, ""))
-        what = dict(prompt=prompt, seed=version_seed(args, source, version), version=version, source=source)
-        rows.append(dict(file_name=file, label=label, class_name=real.class_names[label], **what))
-    assert len(rows) == len(v.rows) * v.versions, "one image per real image and version"
-    runs.write_metadata(images.root, rows)
+    numbers, suffix = Numbers(real.labels[v.rows], len(real.class_names)), images.SUFFIX[args.gen_format]
+    folders = class_folders(real.class_names)
+    for folder, n in zip(folders, numbers.counts, strict=True):
+        if not images.existing(run.path(v.folder, folder), v.versions * n, suffix).all():
+            raise UserError(f"{run.path(v.folder, folder)}: images are missing; run the same command again")
+    written = read_json(run.path("captions.json")) if v.caption else {}
+
+    def about(version, m, i):
+        source, c = real.keys[i], int(real.labels[i])
+        name = f"{folders[c]}/{numbers.of(m, version)}{suffix}"
+        what = dict(prompt=sampling_prompt(names[c], written.get(source, "")), seed=version_seed(args, source, version))
+        return dict(file_name=name, label=c, class_name=real.class_names[c], **what, version=version, source=source)
+
+    rows = (about(k, m, i) for k in range(v.versions) for m, i in enumerate(v.rows))
+    runs.write_metadata(run.path(v.folder), rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -971,18 +893,21 @@ def classifier_loss(logits, labels, smoothing):
 
 def make_net(args, n_classes, seed):
     """timm model, random start of this seed; the last BatchNorm of each residual block starts at zero, as timm does."""
-    seed_augmentation(distributed.seed_of(seed, "net"))
-    try:
-        net = timm.create_model(args.net_model, num_classes=n_classes)
-    except RuntimeError as error:
-        raise runs.UserError(f"--net-model {args.net_model}: {error}") from error
+    seed_timm(distributed.seed_of(seed, "net"))
+    net = timm.create_model(args.net_model, num_classes=n_classes)
     if args.net_stem == "cifar":
         if not hasattr(net, "maxpool"):
-            raise runs.UserError(f"--net-stem cifar: {args.net_model} is no ResNet of timm's; use --net-stem imagenet")
+            raise UserError(f"--net-stem cifar: {args.net_model} is no ResNet of timm's; use --net-stem imagenet")
         width = net.bn1.num_features
         net.conv1, net.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return net
+
+
+def seed_timm(seed):
+    """The two generators that timm's transforms and initialisations draw from."""
+    random.seed(seed)
+    distributed.seed_global(seed)
 
 
 def make_optimizer(args, net):
@@ -991,40 +916,20 @@ def make_optimizer(args, net):
 
 
 def transforms(args, training):
-    """Official code: timm's defaults, which overwrite the transforms that the released data set class defines."""
+    """PIL RGB -> uint8 [3, net_size, net_size]. Official code: timm's defaults, which overwrite the transforms that the
+    released data set class defines."""
     size, stats = args.net_size, dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    if training and args.net_augment == "cifar":
+        steps = [v2.Resize((size, size)), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(args.net_flip)]
+        return v2.Compose([*steps, v2.PILToTensor()])
+    whole = dict(use_prefetcher=True, **stats)  # timm then leaves the numbers as bytes
     if not training:
-        return timm.data.create_transform(size, interpolation="bicubic", crop_pct=args.net_crop_pct, **stats)
-    crop = dict(scale=(args.net_crop, 1.0), ratio=(3 / 4, 4 / 3), interpolation="random")
-    change = dict(hflip=args.net_flip, color_jitter=args.net_jitter or None, auto_augment=None, re_prob=0.0)
-    return timm.data.create_transform(size, is_training=True, **crop, **change, **stats)
-
-
-def seed_augmentation(seed):
-    """The two generators that timm's transforms and initialisations draw from."""
-    random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-
-
-class Mixed(torch.utils.data.Dataset):
-    """Lists of images one after the other, no re-weighting. Item (position, entry): augmented by (seed, position)."""
-
-    def __init__(self, args, sources, seed):
-        self.entries = [(source, i) for source in sources for i in range(len(source))]
-        self.transform, self.seed, self.cache = transforms(args, training=True), seed, {}
-        self.keep = len(self.entries) * 3 * args.net_size**2 < 2e8  # a small set is decoded once
-
-    def __len__(self):
-        return len(self.entries)
-
-    def __getitem__(self, item):
-        position, entry = item
-        source, i = self.entries[entry]
-        image = self.cache.get(entry) or source[i]
-        if self.keep:
-            self.cache[entry] = image
-        seed_augmentation(distributed.seed_of(self.seed, "augment", position))
-        return self.transform(image), source.labels[i]
+        view = timm.data.create_transform(size, interpolation="bicubic", crop_pct=args.net_crop_pct, **whole)
+    else:
+        crop = dict(scale=(args.net_crop, 1.0), ratio=(3 / 4, 4 / 3), interpolation="random")
+        change = dict(hflip=args.net_flip, color_jitter=args.net_jitter or None, auto_augment=None, re_prob=0.0)
+        view = timm.data.create_transform(size, is_training=True, **crop, **change, **whole)
+    return lambda image: torch.as_tensor(view(image))
 
 
 def training_rows(args):
@@ -1035,17 +940,23 @@ def training_rows(args):
     return rows | {name: (f"ablations/{name}", 1, False) for name in args.ablations}
 
 
+def training_jobs(args):
+    """(row, seed) of every network to train"""
+    return [(row, args.seed + s) for row in training_rows(args) for s in range(args.clf_seeds)]
+
+
 def train(args, run, dist, real, sets):
-    jobs = [(row, args.seed + s) for row in training_rows(args) for s in range(args.clf_seeds)]
-    share = args.net_micro_batch < args.net_batch
-    alone = distributed.Dist(rank=0, local_rank=dist.local_rank, world=1, device=dist.device)
-    with run.timed("train", memory_flag="--net-micro-batch"):
-        for row, seed in jobs if share else distributed.my_items(jobs, dist):
+    jobs, units = training_jobs(args), math.ceil(args.net_batch / args.net_micro_batch)
+    team, mine = distributed.deal(jobs, units, dist)
+    smaller = f"--net-micro-batch {max(1, args.net_batch // dist.world)}"
+    distributed.say_idle(dist, "train", len(jobs), units, smaller)
+    with run.timed("train", "--net-micro-batch"):
+        for row, seed in mine:
             folder, versions, with_real = training_rows(args)[row]
             sources = [real] * with_real
-            sources += [generated_images(run, sets[folder], real, versions)] if folder else []
+            sources += [generated_images(args, run, sets[folder], real, versions)] if folder else []
             place = run.path("classifier", "runs", f"{row}-seed{seed}")
-            train_net(args, run, dist if share else alone, place, f"{row}/seed{seed}", sources, len(real), seed)
+            train_net(args, run, team, place, f"train/{row}-seed{seed}", sources, len(real), seed)
     run.done("train", classifiers=len(jobs))
 
 
@@ -1053,94 +964,67 @@ def train_net(args, run, team, folder, chart, sources, n_real, seed):
     """Train one network to the last epoch and save it in folder. team: the processes that share each step."""
     if (folder / "metrics.json").exists():
         return
-    data = Mixed(args, sources, seed)
+    data = datasets.Concat(sources)  # one list after the other, no re-weighting
     length = min(n_real, len(data)) if args.net_equal_updates else len(data)
     size = min(args.net_batch, length)
-    steps = length // size  # the incomplete last batch is dropped
-    n_classes = len(sources[0].class_names)
-    net = make_net(args, n_classes, seed).to(team.device, memory_format=torch.channels_last).train()
-    optimizer, params = make_optimizer(args, net), [p for p in net.parameters() if p.requires_grad]
+    per_epoch = length // size  # the incomplete last batch is dropped
+    total = args.net_epochs * per_epoch
+    net = make_net(args, len(data.class_names), seed).to(team.device, memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(args, net)
     running = [b for n, b in net.named_buffers() if n.endswith(("running_mean", "running_var"))]
-    weights = {n: t for n, t in net.state_dict(keep_vars=True).items() if not n.endswith("num_batches_tracked")}
-    checkpoint = folder / "checkpoint.safetensors"
-    first, _, _ = load_training(checkpoint, weights, optimizer)
+    params = [p for p in net.parameters() if p.requires_grad]
+    checkpoint, micro = folder / "checkpoint.safetensors", args.net_micro_batch
+    loop = Loop(run, chart, total, optimizer, team, micro, file=checkpoint, params=params, buffers=running)
+    labels = torch.as_tensor(data.labels)
 
-    def units_of(epoch):
-        """Micro-batches of each step of an epoch, as lists of (position in the endless stream, entry)"""
-        order = torch.randperm(len(data), generator=distributed.generator(seed, "order", epoch)).tolist()
-        stream = [(epoch * len(data) + p, entry) for p, entry in enumerate(order)]
-        return [chunks(stream[s * size : (s + 1) * size], args.net_micro_batch) for s in range(steps)]
+    @lru_cache(2)  # the loader runs ahead into the next epoch
+    def order(epoch):
+        return torch.randperm(len(data), generator=distributed.generator(seed, "order", epoch)).tolist()
 
-    mine = (
-        u
-        for e in range(first, args.net_epochs)
-        for units in units_of(e)
-        for u in (units[j] for j in micro_batches(team.rank, len(units), team.world))
-    )
-    loader = iter(torch.utils.data.DataLoader(data, batch_sampler=mine, num_workers=args.workers))
-    bar = distributed.progress(args.net_epochs, f"train {chart}", team, initial=first, unit="epochs")
-    for epoch in range(first, args.net_epochs):
-        rate = multistep_lr(epoch, args.net_lr, args.net_milestones, args.net_decay, args.net_warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        losses = torch.zeros((), device=team.device)
-        for units in units_of(epoch):
-            before, gradients = [b.clone() for b in running], {}
-            for j in micro_batches(team.rank, len(units), team.world):
-                x, labels = (t.to(team.device, non_blocking=True) for t in next(loader))
-                for b, old in zip(running, before, strict=True):
-                    b.copy_(old)
-                with autocast(args, team.device):
-                    logits = net(x.contiguous(memory_format=torch.channels_last))
-                loss = classifier_loss(logits, labels, args.net_smoothing) * len(labels) / size
-                after = [b.clone() * len(labels) / size for b in running]
-                gradients[j] = [*torch.autograd.grad(loss, params), loss.detach(), *after]
-            total = sum_in_order(gradients, len(units), team)
-            for p, grad in zip(params, total, strict=False):
-                p.grad = grad
-            for b, mean in zip(running, total[len(params) + 1 :], strict=True):
-                b.copy_(mean)
-            optimizer.step()
-            losses += total[len(params)]
-        value = losses.item() / steps
-        runs.check_finite(value, f"train, {chart}, epoch {epoch + 1}")
-        run.log(epoch + 1, **{f"train/{chart}/loss": value, f"train/{chart}/lr": rate})
-        bar.update(1)
-        if (epoch + 1) % 5 == 0 and epoch + 1 < args.net_epochs and team.main:
-            save_training(checkpoint, weights, optimizer, epoch + 1)
-    bar.close()
+    def batch_at(step):
+        """[(entry, position in the endless stream)] of a step"""
+        epoch, i = divmod(step, per_epoch)
+        entries = order(epoch)[i * size : (i + 1) * size]
+        first = epoch * len(data) + i * size
+        return list(zip(entries, range(first, first + size), strict=True))
+
+    pictures = Loader(data, transforms(args, training=True), team.device, args.workers, (seed, "augment"))
+    stream = pictures(part for step in loop.steps for part in loop.mine(batch_at(step)))
+    for step in loop:
+        target = labels[[entry for entry, _ in batch_at(step)]]
+        for u in loop.units(size):
+            x = normalised(next(stream), IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
+            with autocast(args.precision, team.device):
+                logits = net(x)
+            y = target[u].to(team.device, non_blocking=True)
+            loop.backward(classifier_loss(logits, y, args.net_smoothing) * len(y) / size)
+        epoch = step // per_epoch
+        lr = multistep_lr(epoch, args.net_lr, args.net_milestones, args.net_decay, args.net_warmup)
+        loss = loop.update(lr=lr)
+        loop.log(loss=loss, lr=lr)
     if team.main:
-        runs.save_tensors(folder / "weights.safetensors", weights)
-        runs.write_json(folder / "metrics.json", dict(images=len(data), updates=steps * args.net_epochs, loss=value))
-        checkpoint.unlink(missing_ok=True)
-    distributed.barrier(team)
+        weights = {n: t for n, t in net.state_dict().items() if not n.endswith("num_batches_tracked")}
+        save_tensors(folder / "weights.safetensors", weights)
+        write_json(folder / "metrics.json", dict(images=len(data), updates=total))
+    loop.finish()
 
 
 def trained_net(args, folder, n_classes, device):
     """The network of a finished run, in eval mode."""
     net = make_net(args, n_classes, 0)
-    net.load_state_dict(runs.load_tensors(folder / "weights.safetensors"), strict=False)  # without batch counters
+    net.load_state_dict(load_tensors(folder / "weights.safetensors"), strict=False)  # without batch counters
     return net.to(device, memory_format=torch.channels_last).eval()
 
 
 @torch.no_grad()
-def logits_of(args, net, images, device):
+def logits_of(args, net, data, device):
     """Logits [N, C] float32 of images under the evaluation transform"""
-    view = Views(images, transforms(args, training=False))
-    loader = torch.utils.data.DataLoader(view, batch_size=args.net_micro_batch, num_workers=args.workers)
-    with autocast(args, device):
-        return torch.cat([net(x.to(device, memory_format=torch.channels_last)).float().cpu() for x in loader])
-
-
-class Views(torch.utils.data.Dataset):
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(self.images[i])
+    pictures = Loader(data, transforms(args, training=False), device, args.workers)
+    with autocast(args.precision, device):
+        return torch.cat([
+            net(normalised(x, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)).float().cpu()
+            for x in pictures(chunks(range(len(data)), args.net_micro_batch))
+        ])  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1151,16 +1035,13 @@ class Views(torch.utils.data.Dataset):
 def attack(args, run, dist, real, sets):
     n_classes, keep = len(real.class_names), torch.from_numpy(half_split(len(real), args.mia_models))
     jobs = [(kind, m) for kind in ("synthetic", "real") for m in range(args.mia_models)]
-    share = args.net_micro_batch < args.net_batch
-    alone = distributed.Dist(rank=0, local_rank=dist.local_rank, world=1, device=dist.device)
-    with run.timed("attack", memory_flag="--net-micro-batch"):
-        for kind, m in jobs if share else distributed.my_items(jobs, dist):
+    team, mine = distributed.deal(jobs, math.ceil(args.net_batch / args.net_micro_batch), dist)
+    with run.timed("attack", "--net-micro-batch"):
+        for kind, m in mine:
             v, folder = sets[f"shadows/{m}/images"], run.path("shadows", str(m), kind)
             members = real.subset(v.rows)
-            sources = [generated_images(run, v, real, v.versions) if kind == "synthetic" else members]
-            train_net(
-                args, run, dist if share else alone, folder, f"shadow-{kind}/{m}", sources, len(members), args.seed + m
-            )
+            sources = [generated_images(args, run, v, real, v.versions) if kind == "synthetic" else members]
+            train_net(args, run, team, folder, f"shadow-{kind}/{m}", sources, len(members), args.seed + m)
         distributed.barrier(dist)
         scores = {}
         for kind, m in distributed.my_items(jobs, dist):
@@ -1173,8 +1054,8 @@ def attack(args, run, dist, real, sets):
             results, curves = {}, {}
             for kind in kinds:
                 results[kind], curves[kind] = attack_results(phi[kind], keep)
-            runs.write_json(run.path("attack.json"), results)
-            draw_roc(run.path("attack.png"), curves)
+            write_json(run.path("attack.json"), results)
+            roc_chart(run.path("attack.png"), "Who was a member? LiRA", curves)
     run.done("attack", shadows=args.mia_models)
 
 
@@ -1194,101 +1075,37 @@ def attack_results(phi, keep):
     return mean, curve
 
 
-def draw_roc(path, curves):
-    """ROC of LiRA on log axes, one line per target and kind. curves: {kind: [(score, member)]}"""
-    import io
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 5))
-    axes = figure.add_subplot(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1))
-    axes.set(xlabel="false positive rate", ylabel="true positive rate", title="Who was a member? LiRA")
-    axes.plot([1e-3, 1], [1e-3, 1], ":", color="grey")
-    for kind, color in (("real", "tab:red"), ("synthetic", "tab:blue")):
-        for i, (score, member) in enumerate(curves[kind]):
-            axes.plot(*roc(score, member), color=color, alpha=0.7, label=None if i else f"trained on {kind} images")
-    axes.legend()
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    runs.write_bytes(path, data.getvalue())
-
-
 # ---------------------------------------------------------------------------------------------
 # [7] evaluate: every saved network on the real test split and further test sets. Writes results.json, samples.png,
 # report.html and classifier/, a timm folder of the first seed of the largest synthetic row.
-
-
-def ood_images(root, indices):
-    """Test set with folders by WordNet id (Sketch, R, A) or ImageNet number (V2) -> Images, labels that occur
-
-    indices: ImageNet numbers of the classes the network knows, in label order. Images of other classes are dropped,
-    labels are places in that list. Trap: V2's folders sort as 0, 1, 10, 100 when taken for words.
-    """
-    from timm.data import ImageNetInfo
-
-    root = Path(root)
-    if not root.is_dir():
-        raise runs.UserError(f"--ood {root}: no such folder")
-    number = {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
-    labels, keys = [], []
-    for folder in sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: datasets.natural_key(p.name)):
-        label = int(folder.name) if folder.name.isdecimal() else number.get(folder.name)
-        if label is None or label >= 1000:
-            raise runs.UserError(f"{folder}: neither a WordNet id of ImageNet nor a number below 1000")
-        files = sorted(
-            (f for f in folder.iterdir() if f.suffix.lower() in datasets.IMAGE_SUFFIXES), key=lambda f: f.name
-        )
-        labels += [label] * len(files)
-        keys += [f"{folder.name}/{file.name}" for file in files]
-    kept, mapped = subset_labels(labels, indices)
-    if not kept:
-        raise runs.UserError(f"{root}: no images of the classes of this network")
-    names = [str(i) for i in indices]
-    return datasets.Images(mapped, [keys[i] for i in kept], names, root), sorted(set(mapped))
-
-
-def ood_sets(args):
-    """--ood NAME=DIR ... -> {name: (Images, labels that occur)}"""
-    found = {}
-    for entry in args.ood:
-        name, _, folder = entry.partition("=")
-        if not folder or name in ("", "test", *found):
-            raise runs.UserError(f"--ood {entry}: wanted is NAME=DIR, each NAME once and none of them test")
-        found[name] = ood_images(folder, datasets.IMAGENET_SUBSETS[args.dataset])
-    return found
-
-
-def restricted_top1(logits, labels, known):
-    """Percent right when only the classes in `known` may be answered: the protocol of ImageNet-A and -R."""
-    allowed = torch.full((logits.shape[1],), -math.inf)
-    allowed[known] = 0.0
-    return 100 * ((logits + allowed).argmax(1) == torch.tensor(labels)).float().mean().item()
 
 
 def evaluate(args, run, dist, data, real, sets):
     with run.timed("evaluate"):
         n, test = len(data.class_names), data.test
         every = list(range(n))
-        scored = {"test": (test, every)} | ood_sets(args)
-        jobs = [(row, args.seed + s) for row in training_rows(args) for s in range(args.clf_seeds)]
-        mine = {}
+        scored = {"test": (test, every)} | ood_sets(args.ood, args.dataset)
+        jobs, mine = training_jobs(args), {}
         for row, seed in distributed.my_items(jobs, dist):
             net = trained_net(args, run.path("classifier", "runs", f"{row}-seed{seed}"), n, dist.device)
-            logits = {name: logits_of(args, net, images, dist.device) for name, (images, _) in scored.items()}
-            top1 = {name: restricted_top1(logits[name], images.labels, k) for name, (images, k) in scored.items()}
+            logits = {name: logits_of(args, net, data, dist.device) for name, (data, _) in scored.items()}
+            top1 = {name: restricted_top1(logits[name], data.labels, k) for name, (data, k) in scored.items()}
             mine[row, seed] = (top1, logits["test"].argmax(1))
         found = {k: v for part in distributed.all_gather_object(mine, dist) for k, v in part.items()}
+        clip_top1 = zero_shot_top1(args, test, dist)
         if dist.main:
-            write_report(args, run, data, real, sets, found, list(scored), zero_shot_top1(args, test, dist.device))
+            write_report(args, run, data, real, sets, found, list(scored), clip_top1)
     run.done("evaluate", classifiers=len(jobs))
 
 
-def zero_shot_top1(args, test, device):
+def zero_shot_top1(args, test, dist):
     """Top-1 of the CLIP that gave the tokens: what a foundation model knows without any of this."""
-    clip = load_clip(args.token_clip, device)
+    clip = load_clip(args.token_clip, dist.device)
     weights = zero_shot_weights(clip, prompt_names(args.dataset, test.class_names), ["a photo of a {}"])
-    predicted = (F.normalize(encode_images(clip, test), dim=-1) @ weights.T).argmax(1).cpu()
-    return 100 * (predicted == torch.tensor(test.labels)).float().mean().item()
+    rows = list(range(dist.rank, len(test), dist.world))
+    features = encode_images(clip, test.subset(rows), workers=max(1, args.workers))
+    right = (F.normalize(features, dim=-1) @ weights.T).argmax(1).cpu() == torch.as_tensor(test.labels[rows])
+    return 100 * distributed.gather_rows(right, dist).float().mean().item()
 
 
 ORDERINGS = {  # the paper's claims, each as (better row, worse row); k: the largest number of versions
@@ -1322,19 +1139,18 @@ def write_report(args, run, data, real, sets, found, splits, clip_top1):
     table[0] += [""] * (len(splits) - 1)
     for row in training_rows(args):
         per_seed = {s: [found[row, args.seed + i][0][s] for i in range(args.clf_seeds)] for s in splits}
-        about = json.loads(run.path("classifier", "runs", f"{row}-seed{args.seed}", "metrics.json").read_text())
-        mean, std = ({s: float(f(v)) for s, v in per_seed.items()} for f in (np.mean, spread))
+        about = read_json(run.path("classifier", "runs", f"{row}-seed{args.seed}", "metrics.json"))
+        mean, std = ({s: mean_std(v)[k] for s, v in per_seed.items()} for k in (0, 1))
         metrics[row] = dict(mean=mean["test"], std=std["test"], per_seed=per_seed["test"], updates=about["updates"])
         metrics[row] |= {f"ood/{s}": dict(mean=mean[s], std=std[s]) for s in splits[1:]}
-        cells = [f"{mean[s]:.1f}" + (f" ± {std[s]:.1f}" if args.clf_seeds > 1 else "") for s in splits]
-        table.append([row, *cells, about["images"], about["updates"]])
+        table.append([row, *(spread(per_seed[s]) for s in splits), about["images"], about["updates"]])
     header = ["training set", *("test top-1" if s == "test" else s for s in splits), "images", "updates"]
     claims = compared(metrics, args.net_versions[-1])
     tables = {"Top-1, last epoch": (header, table)}
     tables["Which of the paper's orderings show here"] = (["claim", "difference", "verdict"], claims)
     pictures = {"Real and generated samples": "samples.png"}
     if run.path("attack.json").exists():
-        attacks = json.loads(run.path("attack.json").read_text())
+        attacks = read_json(run.path("attack.json"))
         metrics["membership"] = attacks
         rows = [[k, a, *(f"{100 * x:.1f}" for x in f.values())] for k, by in attacks.items() for a, f in by.items()]
         head = ["trained on", "attack", "AUC", "balanced accuracy", "TPR at 0.1 % FPR", "TPR at 1 % FPR"]
@@ -1358,11 +1174,6 @@ def write_report(args, run, data, real, sets, found, splits, clip_top1):
     print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
 
 
-def spread(values):
-    """Standard deviation over the seeds, 0 for a single one"""
-    return np.std(values, ddof=1) if len(values) > 1 else 0.0
-
-
 def summary_of(args, real):
     return (
         f"{args.dataset}, {len(real)} real images, {args.gen_versions} generated for each; every network from scratch"
@@ -1372,13 +1183,15 @@ def summary_of(args, real):
 def samples(args, run, real, sets):
     """samples.png: the first image of each class, its versions, and what each ablation makes of it"""
     first = [int(real.of_class(c)[0]) for c in range(len(real.class_names))]
-    rows = {"real": [real[i] for i in first]}
+    rows = {"real": [partial(real.open, i) for i in first]}
     for v in (v for v in sets.values() if not v.folder.startswith("shadows")):
+        drawn = generated_images(args, run, v, real, v.versions)
+        n = np.bincount(real.labels[v.rows], minlength=len(first))
         for k in range(min(v.versions, 4)):
-            files = generated_files(run, v, real, k)
-            rows[f"{Path(v.folder).name} {k}"] = [datasets.open_rgb(files[v.rows.index(i)]) for i in first]
+            name = f"{v.folder.rpartition('/')[2]} {k}"
+            rows[name] = [partial(drawn.open, int(drawn.of_class(c)[k * n[c]])) for c in range(len(first))]
     size = min(max(args.gen_resolution, 64), 128)
-    runs.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), real.class_names, size=size)
+    images.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), real.class_names, size=size)
 
 
 def save_classifier(args, run, row, class_names):
@@ -1386,39 +1199,62 @@ def save_classifier(args, run, row, class_names):
     net = trained_net(args, run.path("classifier", "runs", f"{row}-seed{args.seed}"), len(class_names), "cpu")
     net = net.to(memory_format=torch.contiguous_format)  # the file format knows no other layout
     timm.models.save_for_hf(net, run.path("classifier"), safe_serialization=True)
-    runs.write_json(run.path("classifier", "classes.json"), dict(class_names=class_names, row=row, seed=args.seed))
+    write_json(run.path("classifier", "classes.json"), dict(class_names=class_names, row=row, seed=args.seed))
 
 
 # ---------------------------------------------------------------------------------------------
 
 
-def autocast(args, device):
-    """Mixed precision for the forward passes of training and evaluation."""
-    return torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else nullcontext()
-
-
 def check_args(args):
-    """Ranges that would otherwise fail in the middle of a run, and the one warning about B."""
-    positive = "dm_batch sd_rank sd_batch tune_epochs tune_max_steps gen_versions gen_resolution gen_steps "
-    positive += "gen_micro_batch clf_seeds net_epochs net_batch net_micro_batch net_size mia_versions"
-    for name in positive.split():
-        if getattr(args, name) < 1:
-            raise runs.UserError(f"{runs.flag(name)} is {getattr(args, name)}; it must be at least 1")
+    """What a single flag's range cannot say."""
+    check(args)
     if args.sd_batch % args.dm_batch:
-        raise runs.UserError(f"--sd-batch {args.sd_batch}: it must be a multiple of --dm-batch {args.dm_batch}")
-    if not 0 < args.i2i_strength <= 1 or not kept_steps(args.i2i_strength, args.gen_steps):
-        raise runs.UserError(f"--i2i-strength {args.i2i_strength}: it must lie in 0..1 and keep at least one step")
+        raise UserError(f"--sd-batch {args.sd_batch}: it must be a multiple of --dm-batch {args.dm_batch}")
+    if args.dm_batch % args.sd_micro_batch:
+        raise UserError(f"--dm-batch {args.dm_batch}: it must be a multiple of --sd-micro-batch {args.sd_micro_batch}")
+    if not kept_steps(args.i2i_strength, args.gen_steps):
+        raise UserError(f"--i2i-strength {args.i2i_strength}: it keeps none of --gen-steps {args.gen_steps}")
     if (
         not args.net_versions
         or max(args.net_versions) > args.gen_versions
         or list(args.net_versions) != sorted(set(args.net_versions))
     ):
-        raise runs.UserError(f"--net-versions {args.net_versions}: ascending numbers, at most --gen-versions")
-    if args.ood and args.dataset not in datasets.IMAGENET_SUBSETS:
-        raise runs.UserError(f"--ood: needs ImageNet or a subset of it, not {args.dataset}")
-    ood_sets(args)  # a wrong folder is told now, not after days
+        raise UserError(f"--net-versions {args.net_versions}: ascending numbers, at most --gen-versions")
+    ood_sets(args.ood, args.dataset)  # a wrong folder is told now, not after days
     if args.mia_models % 2 or 0 < args.mia_models < 6:  # 6: every target then has two shadows on each side
-        raise runs.UserError(f"--mia-models {args.mia_models}: an even number from 6 on, or 0 for no attack")
+        raise UserError(f"--mia-models {args.mia_models}: an even number from 6 on, or 0 for no attack")
+
+
+def planned_models(args, sets):
+    """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
+    wanted = [("--sd-model", args.sd_model, "generator"), ("--token-clip", args.token_clip, "clip")]
+    if "caption" in args.stages and needs_captions(sets) and args.captions_file is None:
+        wanted.append(("--captioner", args.captioner, "captioner"))
+    found = models.check_models([*wanted, ("--net-model", args.net_model, "network")])
+    scheduler = models.scheduler_config(found["--sd-model"])
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind != "epsilon":  # residuals of v are no residuals of the noise, and another min-SNR weight belongs to them
+        raise UserError(f"--sd-model {args.sd_model}: predicts {kind!r}; Real-Fake's loss is defined for epsilon")
+    if scheduler.get("beta_schedule") != "scaled_linear":
+        said = scheduler.get("beta_schedule")
+        raise UserError(f"--sd-model {args.sd_model}: its noise schedule is {said!r}; scaled_linear is needed")
+    return found
+
+
+def needs_captions(sets):
+    return any(v.caption for v in sets.values())
+
+
+def needs_tokens(sets):
+    return any(v.token != "none" for v in sets.values())
+
+
+# Flags that no stage before this one reads: they may change while it has not begun.
+LATER = {
+    "finetune": "sd_ dm_ tune_",
+    "generate": "gen_steps gen_guidance gen_lora_scale gen_negative gen_format gen_quality gen_save_size gen_seed i2i_",
+    "train": "net_ clf_", "evaluate": "ood",
+}  # fmt: skip
 
 
 def check_order(args, run, todo):
@@ -1427,36 +1263,42 @@ def check_order(args, run, todo):
     for stage in todo:
         for before in [s for s in stages[: stages.index(stage)] if s != "attack"] if stage in stages else []:
             if before not in todo and run.todo(before):
-                raise runs.UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
+                raise UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
+
+
+def plan(args):
+    n = planned.images_of(args)
+    return planned.plan(args, n, generated_sets(args, n), training_rows(args), kept_steps, tuning_steps)
 
 
 def main(args):
-    if args.plan:
-        raise runs.UserError("--plan: this script has no plan yet, only datadream.py; leave the flag out")
     check_args(args)
+    if args.plan:
+        return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device)
-    data = datasets.load_dataset(args.dataset, args.data_dir)
+    data = distributed.on_rank_0(partial(datasets.load_dataset, args.dataset, args.data_dir), dist)
     if data.note:
         distributed.say(dist, data.note)
     if args.dm_batch != 8:
         lam = matching_weight(args.dm_lambda, args.dm_batch)
         distributed.say(dist, f"note: --dm-batch {args.dm_batch}: lambda becomes {lam:g}, which is 0.003 at 8")
-    real, names = choose_real(args, data), prompt_names(args.dataset, data.class_names)
-    sets = generated_sets(args, len(real))
-    ids = {"generator": (args.sd_model, "generator"), "clip": (args.token_clip, "clip")}
-    if args.captions_file is None:
-        ids["captioner"] = (args.captioner, "captioner")
-    ids = {name: models.fingerprint(models.resolve(*what)) for name, what in ids.items()}
+    real = distributed.on_rank_0(partial(choose_real, args, data), dist)
+    names, sets = prompt_names(args.dataset, data.class_names), generated_sets(args, len(real))
+    found = planned_models(args, sets)
+    hashed = {flag: where for flag, where in found.items() if flag != "--net-model"}
+    ids = {flag[2:].replace("-", "_"): models.fingerprint(where) for flag, where in hashed.items()}
+    ids |= {"real": keys_hash(real)}
 
-    run = runs.open_run("realfake", args, dist, SPEED_FLAGS, models=ids | {"real": keys_hash(real)})
+    run = runs.open_run("realfake", args, dist, ["gen_micro_batch", "gen_split"], models=ids, later=LATER)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(args, run, todo)
     if "caption" in todo:
-        caption_all(args, run, dist, real)
+        caption(args, run, dist, real) if needs_captions(sets) else run.done("caption", captions=0)
     if "embed" in todo:
-        embed(args, run, dist, real)
+        embed(args, run, dist, real) if needs_tokens(sets) else run.done("embed", embeddings=0)
     if "finetune" in todo or "generate" in todo:
-        pipe = open_generator(args.sd_model, dist.device, args.precision)
+        path = found["--sd-model"]
+        pipe = load_pipeline(path, dist.device, args.precision, **models.load_kwargs(path))
         if "finetune" in todo:
             finetune(args, run, dist, pipe, real, names, sets)
         if "generate" in todo:

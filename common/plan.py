@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import costs, datasets
-from common.costs import FROZEN, TRAINED, Cost
+from common.costs import FORWARD, FROZEN, TRAINED, Cost
 from common.diffusion import DECODED_PIXELS
 from common.distributed import idle, shared
 from common.images import IMAGE_SUFFIXES
@@ -74,16 +74,18 @@ class Generator:
 
     def work(
         self, stage: str, what: str, batch: int, *, encoded: float = 0, tuned: float = 0, evaluated: float = 0,
-        decoded: float = 0, prompts: float = 0, train: int = FROZEN, **more: Any,
+        decoded: float = 0, prompts: float = 0, train: int = FROZEN, text_tuned: bool = True, **more: Any,
     ) -> Work:  # fmt: skip
-        """So many images through the VAE's encoder; U-Net, and text encoder for each, in training (FROZEN: of a LoRA);
-        U-Net without gradients; VAE's decoder; so many prompts. batch: images in a pass, with guidance two passes."""
+        """So many images through the VAE's encoder; U-Net in training (FROZEN: of a LoRA), and text encoder for each,
+        in training too if text_tuned; U-Net without gradients; VAE's decoder; so many prompts. batch: images in a pass,
+        with guidance two passes."""
         cost = partial(costs.sd_cost, self.name, size=self.size)
         unet, text, vae = cost("unet"), cost("text_encoder"), cost("decode")
         some = max(1, min(batch, DECODED_PIXELS // self.size**2))
+        text_train = train if text_tuned else FORWARD
         parts = [
             (encoded, cost("encode"), batch), (evaluated, unet, 2 * batch), (decoded, vae, some), (prompts, text, 1),
-            (tuned, cost("unet", train=train), batch), (tuned, cost("text_encoder", train=train), batch),
+            (tuned, cost("unet", train=train), batch), (tuned, cost("text_encoder", train=text_train), batch),
         ]  # fmt: skip
         weights = (2 if self.precision == "bf16" else 4) * (unet.numbers + text.numbers) + 4 * vae.numbers
         return _work(weights, parts, passes=encoded + tuned + evaluated + decoded, **more | dict(

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common import metrics
@@ -230,6 +231,25 @@ def confusion_chart(counts: Sequence[Sequence[float]], names: Sequence[str]) -> 
                 ink = "white" if shares[i][j] > 0.3 else "#1c2430"
                 axes.text(j, i, f"{value:g}", ha="center", va="center", fontsize=8, color=ink)
     return figure
+
+
+def roc_chart(path: str | Path, title: str, curves: dict[str, Sequence[tuple[Any, Any]]]) -> None:
+    """PNG: receiver operating curves on log axes, a colour for each name. curves: {name: [(scores [N], bool [N])]}"""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import roc_curve
+
+    figure = Figure(figsize=(5, 5))
+    axes = figure.add_subplot(xscale="log", yscale="log", xlim=(1e-3, 1), ylim=(1e-3, 1))
+    axes.set(xlabel="false positive rate", ylabel="true positive rate", title=title)
+    axes.plot([1e-3, 1], [1e-3, 1], ":", color="grey")
+    for color, (name, pairs) in zip(COLOURS, curves.items(), strict=False):
+        for i, (score, positive) in enumerate(pairs):
+            fpr, tpr, _ = roc_curve(positive, score)
+            axes.plot(fpr, tpr, color=color, alpha=0.7, label=None if i else name)
+    axes.legend()
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
+    write_bytes(path, data.getvalue())
 
 
 def _drawn(chart: Callable[..., "Figure"], *what: Any) -> str:

@@ -24,9 +24,15 @@ import diffusers  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
+from torchvision.transforms.v2.functional import pil_to_tensor  # noqa: E402
 
 import realfake as rf  # noqa: E402
-from common import run as runs  # noqa: E402
+from common.diffusion import load_pipeline  # noqa: E402
+from common.files import chunks  # noqa: E402
+from common.images import ImageWriter  # noqa: E402
+from common.loader import Loader  # noqa: E402
+from common.models import resolve  # noqa: E402
+from common.report import print_table  # noqa: E402
 
 TFLOP = 39.0  # of one image at 512 pixels, counted in tests/test_realfake.py
 
@@ -52,10 +58,13 @@ def full_size(device, dtype):
 
 def our_way(args, pipe, unet, pictures, h, folder):
     """Stage generate: VAE, UniPC, decoding, PNGs behind the model's back"""
-    with runs.ImageWriter() as writer:
-        for rows in rf.chunks(list(range(len(pictures))), args.gen_micro_batch):
-            posterior = rf.posterior_of(args, pipe, pictures, rows)
-            for i, image in zip(rows, rf.sample_versions(args, pipe, unet, posterior, h, rows), strict=True):
+    batches = chunks(range(len(pictures)), args.gen_micro_batch)
+    size = (args.gen_resolution, args.gen_resolution)
+    stream = Loader(pictures, lambda image: pil_to_tensor(image.resize(size)), h.device, args.workers)(batches)
+    with ImageWriter() as writer:
+        for rows, x in zip(batches, stream, strict=True):
+            posterior = rf.posterior_of(args, pipe, x)
+            for i, image in zip(rows, rf.sample_versions(args, pipe, unet, posterior, h, list(rows)), strict=True):
                 writer.save(folder / f"{i}.png", image)
 
 
@@ -68,7 +77,7 @@ def official_way(args, pipe, pictures, h, folder, batch):
     if pipe.device.type == "cuda":
         stock.enable_model_cpu_offload()
     negative, positive = h[:1], h[-1:]
-    for rows in rf.chunks(list(range(len(pictures))), batch):
+    for rows in chunks(list(range(len(pictures))), batch):
         images = stock(
             image=[pictures[i].resize((args.gen_resolution,) * 2) for i in rows],
             prompt_embeds=positive.expand(len(rows), -1, -1), negative_prompt_embeds=negative.expand(len(rows), -1, -1),
@@ -102,7 +111,7 @@ def main():
     bf16 = asked.full and device.type == "cuda"
     flags = dict(precision="bf16" if bf16 else "fp32", gen_steps=30, gen_resolution=512 if asked.full else 32)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    pipe = full_size(device, dtype) if asked.full else rf.open_generator("tiny", device, "fp32")
+    pipe = full_size(device, dtype) if asked.full else load_pipeline(resolve("tiny", "generator"), device, "fp32")
     side, width = (256, 768) if asked.full else (32, pipe.text_encoder.config.hidden_size)
     noise = np.random.default_rng(0).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
     pictures = [Image.fromarray(x) for x in noise]
@@ -130,7 +139,7 @@ def main():
             [*line, f"{100 * rate * TFLOP / asked.peak:.0f} %"] for line, (_, rate) in zip(table, rows, strict=True)
         ]
     print(f"{asked.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {flags['precision']}")
-    runs.print_table(header, table)
+    print_table(header, table)
 
 
 if __name__ == "__main__":

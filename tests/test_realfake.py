@@ -5,6 +5,8 @@ import math
 import re
 import subprocess
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +15,14 @@ from PIL import Image
 from torch import nn
 
 import realfake as rf
-from common import datasets, distributed
+from common import captions, datasets, distributed, metrics
 from common import run as runs
+from common.captions import captioner
+from common.diffusion import Adapter, load_pipeline, lora_config
+from common.files import class_range, load_tensors, save_tensors, write_json
+from common.launch import UserError
 from common.models import resolve
+from common.ood import ood_images, restricted_top1, subset_labels
 
 
 @pytest.fixture
@@ -78,22 +85,24 @@ def test_golden_token(g):
 def test_golden_sampling_tokens_are_the_intended_ones(g):
     features = g["gentoken.features"]
     n = len(features)
-    ours = rf.visual_tokens(features, torch.zeros(n, dtype=torch.long), range(n), "image", 1)
+    ours, released = (
+        rf.VisualTokens(features, torch.zeros(n, dtype=torch.long), range(n), mode, 1)[list(range(n))]
+        for mode in ("image", "released")
+    )
     assert torch.equal(ours[:, None], g["gentoken.intended"])
-    released = torch.stack(list(features), dim=1).view(n, 1, -1)  # what the released sampler does: it mixes images
-    assert torch.equal(released, g["gentoken.released"]) and not torch.equal(released, ours[:, None])
+    assert torch.equal(released[:, None], g["gentoken.released"]) and not torch.equal(released, ours)
 
 
 def test_golden_class_means(g):
     features, labels, means = g["classmean.features"], g["classmean.labels"], g["classmean.means"]
     close(rf.class_means(features, labels, len(means)), means, 1e-6)
-    tokens = rf.visual_tokens(features, labels, range(len(labels)), "class_mean", len(means))
-    close(tokens, means[labels], 1e-6)
+    tokens = rf.VisualTokens(features, labels, range(len(labels)), "class_mean", len(means))
+    close(tokens[list(range(len(labels)))], means[labels], 1e-6)
 
 
 def test_golden_chunks(g):
     for n, workers, i, start, length in g["chunks.N_k_index_start_len"].tolist():
-        ours = rf.class_range(n, workers, i)
+        ours = class_range(n, workers, i)
         assert (ours.start, len(ours)) == (start, length)
 
 
@@ -146,9 +155,9 @@ def test_golden_label_smoothing(g):
 
 
 @pytest.mark.parametrize("kind", ["cross", "self"])
-def test_golden_lora_attention(g, kind):
+def test_golden_lora_attention(g, kind, tmp_path):
     from diffusers.models.attention_processor import Attention
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
     x, ctx = g[f"lora.{kind}.x"], g["lora.cross.ctx"] if kind == "cross" else None
@@ -163,23 +172,24 @@ def test_golden_lora_attention(g, kind):
         return attn.requires_grad_(False)
 
     tuned = nn.ModuleDict({"attn": frozen()})
-    inject_adapter_in_model(LoraConfig(target_modules=rf.UNET_TARGETS, **rf.lora_settings(4)), tuned)
+    inject_adapter_in_model(lora_config(4, rf.UNET_TARGETS), tuned)
     tensors = {}
     for name, layer in tuned.named_modules():
         if isinstance(layer, LoraLayer):
             key = name.split(".")[1]
             layer.lora_A["default"].weight.data.copy_(g[f"lora.{kind}.{key}.A"])
             layer.lora_B["default"].weight.data.copy_(g[f"lora.{kind}.{key}.B"])
-            tensors |= {f"unet.{name}.lora.down.weight": g[f"lora.{kind}.{key}.A"]}
-            tensors |= {f"unet.{name}.lora.up.weight": g[f"lora.{kind}.{key}.B"]}
+            tensors |= {f"unet.{name}.lora_A.weight": g[f"lora.{kind}.{key}.A"]}
+            tensors |= {f"unet.{name}.lora_B.weight": g[f"lora.{kind}.{key}.B"]}
+    save_tensors(tmp_path / "lora.safetensors", tensors)
     plain = nn.ModuleDict({"attn": frozen()})
-    folded = rf.Folded(plain)
+    folded = Adapter(SimpleNamespace(unet=plain, text_encoder=None))
     for scale in (0.5, 1.0, 0.0):
         expected = g[f"lora.{kind}.y_scale{scale}"]
         for layer in tuned.modules():
             if isinstance(layer, LoraLayer):
                 layer.scaling["default"] = scale
-        folded.swap(tensors, scale)  # what stage 4 uses
+        folded.use(tmp_path / "lora.safetensors", scale)  # what stage 4 uses
         for net in (tuned, plain):
             with torch.no_grad():
                 close(net["attn"](x, ctx), expected, 1e-4)
@@ -188,7 +198,7 @@ def test_golden_lora_attention(g, kind):
 def test_golden_subsets(g):
     labels = g["subset.labels"].tolist()
     for name in ("imagenette", "imagenet100"):
-        kept, mapped = rf.subset_labels(labels, datasets.IMAGENET_SUBSETS[name])
+        kept, mapped = subset_labels(labels, datasets.IMAGENET_SUBSETS[name])
         assert kept == g[f"subset.{name}.kept"].tolist() and mapped == g[f"subset.{name}.mapped"].tolist()
 
 
@@ -200,6 +210,15 @@ def test_golden_lira(g):
     pairs = score[member][:, None] - score[~member][None]
     auc = ((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item()  # the definition, counted pair by pair
     assert rf.attack_figures(score, member)["auc"] == pytest.approx(auc)
+
+
+def test_attack_figures_are_counted_threshold_by_threshold():
+    score, member = torch.randn(300), torch.rand(300) < 0.4
+    score = score + member  # members score higher
+    rates = [((score >= t)[~member].float().mean().item(), (score >= t)[member].float().mean().item()) for t in score]
+    figures = rf.attack_figures(score, member)
+    assert figures["balanced_accuracy"] == pytest.approx(max((hit + 1 - false) / 2 for false, hit in rates))
+    assert figures["tpr_at_0.01"] == pytest.approx(max([hit for false, hit in rates if false <= 0.01], default=0))
 
 
 def test_golden_prompts(meta):
@@ -262,18 +281,19 @@ def test_token_changes_only_the_last_slot_of_a_copy():
     assert rf.with_token(h, None) is h
 
 
-def test_tokens_do_not_depend_on_other_images():
+def test_tokens_do_not_depend_on_images_outside_the_set():
     features, labels = torch.randn(12, 16), torch.arange(12) % 3
     members = [0, 1, 3, 4, 7, 8, 11]
     other = features.clone()
     other[[i for i in range(12) if i not in members]] = float("inf")  # non-members: any use of them would show
-    for mode in ("image", "class_mean"):
-        tokens = rf.visual_tokens(features, labels, members, mode, 3)
-        assert torch.equal(tokens[members], rf.visual_tokens(other, labels, members, mode, 3)[members])
-        assert tokens[members].isfinite().all() and tokens[[2, 5, 6, 9, 10]].isnan().all()
-    same = rf.visual_tokens(torch.ones(12, 16) * 0.3, labels, range(12), "class_mean", 3)
-    assert torch.allclose(same, torch.full((12, 16), 0.3))
-    assert rf.visual_tokens(features, labels, members, "none", 3) is None
+    for mode in ("image", "released", "class_mean"):
+        tokens, spoilt = (rf.VisualTokens(table, labels, members, mode, 3) for table in (features, other))
+        assert torch.equal(tokens[members], spoilt[members]) and tokens[members].isfinite().all()
+        assert torch.equal(tokens[[7, 3]], tokens[members][[4, 2]]), "nor on its neighbours in a batch"
+        with pytest.raises(KeyError):
+            tokens[[2]]
+    same = rf.VisualTokens(torch.ones(12, 16) * 0.3, labels, range(12), "class_mean", 3)
+    assert torch.allclose(same[list(range(12))], torch.full((12, 16), 0.3))
 
 
 def test_guidance_one_ignores_the_negative_prompt():
@@ -311,14 +331,19 @@ def test_sets_have_one_image_per_real_image_and_version():
     real = datasets.Images(labels, [f"c{c}/{i}" for i, c in enumerate(labels)], ["a", "b", "c"])
     args = rf.Args(gen_versions=3, mia_models=4, ablations=("no-lora", "no-prior", "no-token"))
     sets = rf.generated_sets(args, len(real))
-    run = type("Run", (), {"path": lambda self, *parts: rf.Path("run", *parts)})()
+    run = type("Run", (), {"path": lambda self, *parts: Path("run", *parts)})()
     for v in sets.values():
         for k in range(1, v.versions + 1):
-            images = rf.generated_images(run, v, real, k)
-            assert len(images) == len(v.rows) * k == len(set(images.keys))
-            assert images.labels.tolist() == [labels[i] for i in v.rows] * k
-        few, many = (set(rf.generated_images(run, v, real, k).keys) for k in (1, v.versions))
-        assert few <= many
+            images = rf.generated_images(args, run, v, real, k)
+            keys, numbers = {images.key(i) for i in range(len(images))}, rf.Numbers(real.labels[v.rows], 3)
+            assert len(images) == len(v.rows) * k == len(keys)
+            files = {
+                f"0{labels[i]}_{'abc'[labels[i]]}/{numbers.of(m, j)}.png"
+                for m, i in enumerate(v.rows)
+                for j in range(k)
+            }
+            assert keys == files, "a set of fewer versions is a part of each set of more"
+            assert all(images.labels[i] == int(images.key(i)[1]) for i in range(len(images)))
     assert sets["ablations/no-lora"].adapter is None and sets["ablations/no-prior"].adapter == "full"
     assert sets["ablations/no-token"].adapter == "no-token"
     counts = np.bincount(sum((sets[f"shadows/{m}/images"].rows for m in range(4)), []), minlength=8)
@@ -388,15 +413,15 @@ def test_out_of_distribution_folders(tmp_path):
             Image.new("RGB", (8, 8)).save(tmp_path / root / folder / "a b.png")
     nette = datasets.IMAGENET_SUBSETS["imagenette"]
     for root in ("v2", "r"):
-        images, known = rf.ood_images(tmp_path / root, nette)
+        images, known = ood_images(tmp_path / root, nette)
         assert sorted(images.labels.tolist()) == known == [0, 1] and images[0].size == (8, 8)
-    every, known = rf.ood_images(tmp_path / "v2", list(range(1000)))
+    every, known = ood_images(tmp_path / "v2", list(range(1000)))
     assert every.labels.tolist() == [0, 5, 10, 217] == known, "V2's folders are numbers, not words"
     logits = torch.tensor([[0.0, 1.0, 9.0], [2.0, 1.0, 9.0]])
-    assert rf.restricted_top1(logits, [1, 0], [0, 1]) == 100.0 and rf.restricted_top1(logits, [1, 0], [0, 1, 2]) == 0.0
-    with pytest.raises(runs.UserError, match="neither"):
+    assert restricted_top1(logits, [1, 0], [0, 1]) == 100.0 and restricted_top1(logits, [1, 0], [0, 1, 2]) == 0.0
+    with pytest.raises(UserError, match="neither"):
         (tmp_path / "v2" / "cats").mkdir()
-        rf.ood_images(tmp_path / "v2", nette)
+        ood_images(tmp_path / "v2", nette)
 
 
 def test_prompts_use_the_official_class_names():
@@ -409,13 +434,13 @@ def test_ready_captions(tmp_path):
     real = datasets.Images([0, 1], ["train/n01/a.JPEG", "train/n02/b c.JPEG"], ["tench", "dog"])
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({"n01": {"a.JPEG": " a fish "}, "dog": {"b c.JPEG": "a dog"}}))
-    assert rf.read_captions(file, real) == ["a fish", "a dog"]
+    assert captions.read_captions(file, real) == ["a fish", "a dog"]
     file.write_text(json.dumps(dict(zip(real.keys, ["a fish", "a dog"], strict=True))))  # what the stage writes
-    assert rf.read_captions(file, real) == ["a fish", "a dog"]
+    assert captions.read_captions(file, real) == ["a fish", "a dog"]
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "n01.json").write_text('{"a.JPEG": "a fish"}')
     (tmp_path / "published" / "n02.json").write_text('{"b c.JPEG": null}')
-    assert rf.read_captions(tmp_path / "published", real) == ["a fish", ""]
+    assert captions.read_captions(tmp_path / "published", real) == ["a fish", ""]
 
 
 @pytest.mark.parametrize(
@@ -435,8 +460,8 @@ def test_wrong_captions_are_told_in_one_line(tmp_path, content, words):
     file = tmp_path / "captions.json"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(runs.UserError, match=words) as caught:
-        rf.read_captions(file, real)
+    with pytest.raises(UserError, match=words) as caught:
+        captions.read_captions(file, real)
     assert "\n" not in str(caught.value)
 
 
@@ -496,18 +521,17 @@ def greedy_caption(folder, image):
 def test_blip2_folder_writes_captions(tmp_path):
     folder, cpu = tmp_path / "blip2", torch.device("cpu")
     words = tiny_blip2(folder)
-    args = rf.Args(captioner=str(folder), precision="fp32")
     rng = torch.Generator().manual_seed(0)
     pixels = (torch.rand(40, 12, 9, 3, generator=rng) * 255).byte().numpy()
     real = datasets.Images([0] * 40, [f"{i}.png" for i in range(40)], ["x"], pixels=pixels)
-    captions = rf.captioner_of(args, cpu)(real)
+    captions = captioner(str(folder), cpu, "fp32")(real)
     expected, lengths = zip(*[greedy_caption(folder, real[i]) for i in range(40)], strict=True)
     assert captions == list(expected) and len(set(captions)) > 20
     assert max(lengths) == 16 > min(lengths), "some captions end by themselves, others at 16 tokens"
     assert {word for c in captions for word in c.split()} <= set(words[4:]), "no image, end or padding tokens"
-    assert rf.captioner_of(args, cpu)(real.subset([39, 3, 20])) == [captions[i] for i in (39, 3, 20)]
+    assert captioner(str(folder), cpu, "fp32")(real.subset([39, 3, 20])) == [captions[i] for i in (39, 3, 20)]
 
-    halved = rf.captioner_of(replace(args, precision="bf16"), cpu)(real)
+    halved = captioner(str(folder), cpu, "bf16")(real)
     assert len(halved) == 40 and len(set(halved)) > 20
 
     config = json.loads((folder / "config.json").read_text())
@@ -516,7 +540,7 @@ def test_blip2_folder_writes_captions(tmp_path):
     (folder / "processor_config.json").unlink()
     about = json.loads((folder / "preprocessor_config.json").read_text()) | {"processor_class": "Blip2Processor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(about))
-    assert rf.captioner_of(args, cpu)(real) == captions
+    assert captioner(str(folder), cpu, "fp32")(real) == captions
 
 
 # ---- the tiny generator ---------------------------------------------------------------------------
@@ -524,30 +548,15 @@ def test_blip2_folder_writes_captions(tmp_path):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return rf.open_generator("tiny", torch.device("cpu"), "fp32")
+    return load_pipeline(resolve("tiny", "generator"), torch.device("cpu"), "fp32")
 
 
-def test_fresh_adapter_and_scale_zero_leave_the_generator_as_it_was(pipe):
+def test_fresh_adapter_leaves_the_generator_as_it_was(pipe):
     unet = pipe.unet
     z, h, t = torch.randn(2, 4, 4, 4), torch.randn(2, 24, 64), torch.tensor(500)
     with torch.no_grad():
         stock = unet(z, t, h).sample
-        frozen = {n: p.clone() for n, p in unet.named_parameters()}
-        name = next(n for n, m in unet.named_modules() if n.endswith("attn2.to_k"))
-        out, into = unet.get_submodule(name).weight.shape
-        tensors = {f"unet.{name}.lora.down.weight": torch.randn(4, into)}
-        tensors |= {f"unet.{name}.lora.up.weight": torch.zeros(out, 4)}
-        folded = rf.Folded(unet)
-        folded.swap(tensors, 1.0)
-        assert torch.equal(unet(z, t, h).sample, stock)
-        tensors[f"unet.{name}.lora.up.weight"] = torch.randn(out, 4)
-        folded.swap(tensors, 0.5)
-        assert not torch.equal(unet(z, t, h).sample, stock)
-        folded.swap(tensors, 0.0)
-        assert torch.equal(unet(z, t, h).sample, stock)
-        folded.swap({}, 1.0)
-        assert all(torch.equal(p, frozen[n]) for n, p in unet.named_parameters())
-    unet.add_adapter(rf.LoraConfig(target_modules=rf.UNET_TARGETS, **rf.lora_settings(4)))
+    unet.add_adapter(lora_config(4, rf.UNET_TARGETS))
     trained = [n for n, p in unet.named_parameters() if p.requires_grad]
     assert trained and all("lora" in n for n in trained)
     with torch.no_grad():
@@ -560,7 +569,8 @@ def test_an_image_does_not_depend_on_its_neighbours(pipe):
     real = rf.in_order(datasets.load_dataset("digits").train)
 
     def draw(rows):
-        posterior = rf.posterior_of(args, pipe, real, rows)
+        x = torch.stack([torch.from_numpy(np.asarray(real[i])).permute(2, 0, 1) for i in rows])
+        posterior = rf.posterior_of(args, pipe, x)
         h = torch.linspace(-1, 1, 24 * 64).view(1, 24, 64).expand(6, -1, -1)
         return rf.sample_versions(args, pipe, pipe.unet, posterior, h, [100 + i for i in rows])
 
@@ -582,6 +592,9 @@ class Guarded:
     def __getitem__(self, i):
         assert i in self.members, f"non-member {i} was opened"
         return self.images[i]
+
+    def open(self, i, shorter=None):
+        return self[i]
 
     def subset(self, rows):
         assert set(rows) <= self.members
@@ -605,8 +618,8 @@ def test_no_non_member_reaches_a_shadow_model(pipe, tmp_path):
         if spoilt:
             captions |= {real.keys[i]: "a red zero" for i in outside}
             features[outside] = float("inf")
-        runs.write_json(run.path("captions.json"), captions)
-        runs.save_tensors(run.path("embeddings.safetensors"), {"embeddings": features})
+        write_json(run.path("captions.json"), captions)
+        save_tensors(run.path("embeddings.safetensors"), {"embeddings": features})
         guarded = Guarded(real, v.rows)
         rf.finetune(args, run, dist, pipe, guarded, data.class_names, {v.folder: v})
         rf.generate(args, run, dist, pipe, guarded, data.class_names, {v.folder: v})
@@ -617,9 +630,325 @@ def test_no_non_member_reaches_a_shadow_model(pipe, tmp_path):
     assert hashes[0] == hashes[1]
 
 
+# ---- the stages against plain lines over stock parts ------------------------------------------------------
+
+
+@pytest.fixture
+def stage(tmp_path):
+    """stage(**flags) -> args, run, dist, real, class names: a run folder of the digits with captions and embeddings."""
+
+    def make(**flags):
+        args = rf.Args(**{**rf.PRESETS["digits"], "real_per_class": 2, "mia_models": 0, "ablations": (), **flags})
+        args.output_dir = str(tmp_path / "run")
+        data, dist = datasets.load_dataset(args.dataset, args.data_dir), distributed.Dist(0, 0, 1, torch.device("cpu"))
+        real = rf.choose_real(args, data)
+        run = runs.open_run("realfake", args, dist, ["gen_micro_batch", "gen_split"], later=rf.LATER)
+        texts = {key: f"caption {i} of a digit" for i, key in enumerate(real.keys)}
+        write_json(run.path("captions.json"), texts)
+        features = torch.randn(len(real), 64, generator=torch.Generator().manual_seed(5)).half()
+        save_tensors(run.path("embeddings.safetensors"), {"embeddings": features})
+        return SimpleNamespace(
+            args=args, run=run, dist=dist, real=real, names=data.class_names, features=features, data=data,
+            texts=list(texts.values()), sets=rf.generated_sets(args, len(real)),
+        )  # fmt: skip
+
+    return make
+
+
+def token_states(pipe, prompts, tokens):
+    """Last hidden states of the text encoder with the tokens in the last slot."""
+    ids = pipe.tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+    h = pipe.text_encoder(ids).last_hidden_state.clone()
+    h[:, -1, :] = tokens.float()
+    return h
+
+
+def photos(tmp_path):
+    """Photos that are no squares: a crop that is not where it should be shows."""
+    for split in ("train", "test"):
+        for c, name in enumerate(("seven", "two")):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.effect_noise((70 + 20 * c, 48 + 8 * i), 90).save(tmp_path / "photos" / split / name / f"{i}.png")
+    return dict(dataset="folder", data_dir=str(tmp_path / "photos"))
+
+
+def test_tuning_equals_a_plain_loop_over_stock_parts(stage, tmp_path):
+    """Three steps of two matching batches of two: losses as logged, A and B after the updates."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers.training_utils import compute_snr
+    from peft import LoraConfig
+    from torchvision.transforms.v2 import functional as tv
+
+    flags = dict(real_per_class=4, sd_batch=4, dm_batch=2, sd_micro_batch=1, dm_lambda=0.5, sd_lr=3e-3, tune_epochs=2)
+    s = stage(**photos(tmp_path), **flags, tune_flip=True, tune_max_images=12, gen_resolution=32)
+    args, real, per_epoch = s.args, s.real, 2
+    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
+    rf.finetune(args, s.run, s.dist, pipe, real, s.names, s.sets)
+    ours = load_tensors(s.run.path("lora", "pytorch_lora_weights.safetensors"))
+    logged = metrics.read(s.run.dir)
+
+    stock = StableDiffusionPipeline.from_pretrained(resolve("tiny", "generator"), safety_checker=None)
+    for part in (stock.unet, stock.vae, stock.text_encoder):
+        part.requires_grad_(False).eval()
+    scheduler = DDPMScheduler.from_config(stock.scheduler.config)
+    stock.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    layers = {name: p for name, p in stock.unet.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for name, p in layers.items():
+            start = torch.randn(p.shape, generator=distributed.generator(args.seed, "lora", name)) / 4
+            p.copy_(start if "lora_A" in name else torch.zeros(p.shape))
+    optimizer = torch.optim.AdamW(layers.values(), lr=3e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    losses, matching = [], []
+    for step in range(3):
+        order = torch.randperm(8, generator=distributed.generator(args.seed, "epoch", step // per_epoch)).tolist()
+        rows = order[step % per_epoch * 4 :][:4]
+        g = distributed.generator(args.seed, "step", step)
+        where, t = torch.rand(3, 4, generator=g), torch.randint(1000, (4,), generator=g)
+        xi, eps = torch.randn(2, 4, 4, 8, 8, generator=g)
+        x = []
+        for i, (u, v, mirror) in zip(rows, where.T.tolist(), strict=True):
+            image = tv.resize(real[i], 32, tv.InterpolationMode.BILINEAR)
+            image = tv.crop(image, int(u * (image.height - 31)), int(v * (image.width - 31)), 32, 32)
+            x.append(tv.pil_to_tensor(tv.hflip(image) if mirror < 0.5 else image) / 127.5 - 1)
+        with torch.no_grad():
+            posterior = stock.vae.encode(torch.stack(x)).latent_dist
+            z = stock.vae.config.scaling_factor * (posterior.mean + posterior.std * xi)
+            prompts = [f"photo of {s.names[real.labels[i]]}, {s.texts[i]}" for i in rows]
+            h = token_states(stock, prompts, s.features[rows])
+        r = stock.unet(scheduler.add_noise(z, eps, t), t, h).sample - eps
+        snr = compute_snr(scheduler, t)
+        w = torch.minimum(snr, torch.full_like(snr, 5.0)) / snr
+        parts = [rf.matching_loss(r[k : k + 2], torch.zeros(2, 4, 8, 8), w[k : k + 2], 0.5 * 8 / 2) for k in (0, 2)]
+        loss = sum(total for total, _, _ in parts) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(layers.values(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        matching.append(sum(0.5 * 8 / 2 * dm.item() for _, _, dm in parts) / 2)
+    assert set(ours) == {f"unet.{name.replace('.default', '')}" for name in layers}
+    for name, p in layers.items():
+        close(ours[f"unet.{name.replace('.default', '')}"], p.detach(), 5e-5)
+    assert logged["finetune/full/loss"][3] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert logged["finetune/full/matching"][3] == pytest.approx(np.mean(matching), rel=1e-4)
+
+
+def test_sharing_a_matching_batch_changes_no_gradient():
+    """The loss of a batch from shares of its images, each of which knows the others only by the sum."""
+    pred, target, w = residuals()
+    pred.requires_grad_()
+    total, _, dm = rf.matching_loss(pred, target, w, 0.7)
+    expected = torch.autograd.grad(total, pred)[0]
+    r = pred - target
+    summed = (w.view(-1, 1, 1, 1) * r).sum(0).detach()
+    shares = [rf.matching_shares(r[u], w[u], summed, 8) for u in (slice(0, 3), slice(3, 4), slice(4, 8))]
+    loss = sum(diffusion + 0.7 * moment for diffusion, moment in shares)
+    close(torch.autograd.grad(loss, pred)[0], expected, 1e-6)
+    assert loss.item() - 0.7 * dm.item() == pytest.approx(total.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("prior", ["image", "noise"])
+def test_versions_equal_those_of_a_stock_pipeline(stage, tmp_path, prior):
+    """Drawn by the stage from photos; then by diffusers' own pipelines with UniPC, adapter at 0.5 and the token."""
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
+
+    s = stage(**photos(tmp_path), gen_versions=2, gen_steps=6, gen_micro_batch=3, gen_prior=prior, net_versions=(1,))
+    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
+    tensors = {}
+    for name, layer in pipe.unet.named_modules():
+        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            g = distributed.generator("adapter", name)
+            tensors[f"unet.{name}.lora_A.weight"] = torch.randn(4, layer.in_features, generator=g) / 4
+            tensors[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=g) / 20
+    save_tensors(s.run.path("lora", "pytorch_lora_weights.safetensors"), tensors)
+    rf.generate(s.args, s.run, s.dist, pipe, s.real, s.names, s.sets)
+
+    kind = StableDiffusionImg2ImgPipeline if prior == "image" else StableDiffusionPipeline
+    stock = kind.from_pretrained(resolve("tiny", "generator"), safety_checker=None)
+    stock.scheduler = UniPCMultistepScheduler.from_config(stock.scheduler.config, final_sigmas_type="sigma_min")
+    stock.load_lora_weights(s.run.path("lora"), weight_name="pytorch_lora_weights.safetensors")
+    stock.unet.set_adapters(stock.unet.active_adapters(), [0.5])
+    negative = "distorted, unrealistic, blurry, out of frame, cropped, deformed"
+    for i, version in ((0, 0), (1, 1), (3, 0)):
+        c = int(s.real.labels[i])
+        seed = distributed.seed_of(0, version, s.real.keys[i])
+        ids = stock.tokenizer([negative], padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+        prompt = f"photo of {s.names[c]}, {s.texts[i]}, best quality"
+        with torch.no_grad():
+            hidden = dict(prompt_embeds=token_states(stock, [prompt], s.features[[i]]))
+            hidden["negative_prompt_embeds"] = stock.text_encoder(ids.input_ids).last_hidden_state
+        g = torch.Generator().manual_seed(seed)
+        if prior == "image":
+            x = torch.from_numpy(np.asarray(s.real[i].resize((32, 32), Image.Resampling.BICUBIC)))
+            hidden |= dict(image=x.permute(2, 0, 1)[None] / 127.5 - 1, strength=0.75)
+        else:
+            hidden |= dict(latents=torch.randn(2, 4, 8, 8, generator=g)[1:], height=32, width=32)
+        drawn = stock(**hidden, num_inference_steps=6, guidance_scale=2.0, generator=g, output_type="np").images[0]
+        place, n = [int(k) for k in s.real.of_class(c)].index(i), len(s.real.of_class(c))
+        ours = Image.open(s.run.path("images", f"0{c}_{s.names[c]}", f"{version * n + place}.png"))
+        assert np.abs(np.asarray(ours).astype(int) - (255 * drawn).round()).max() <= 1
+
+
+def test_embeddings_are_those_of_open_clip_not_normalised(stage):
+    from common.clip import load_clip
+
+    s = stage()
+    rf.embed(s.args, s.run, s.dist, s.real)
+    clip = load_clip("tiny")
+    with torch.no_grad():
+        x = torch.stack([clip.preprocess(s.real[i]) for i in range(len(s.real))])
+        expected = clip.model.encode_image(x)
+    ours = load_tensors(s.run.path("embeddings.safetensors"))["embeddings"]
+    assert ours.dtype == torch.float16 and (expected.norm(dim=1) - 1).abs().min() > 0.01
+    assert ((ours.float() - expected).norm(dim=1) / expected.norm(dim=1)).max() < 2e-3
+
+
+def test_training_equals_a_plain_loop_over_timm(stage):
+    """Six epochs of two steps of two micro-batches with timm's transforms, loss, optimizer and scheduler."""
+    from timm.data import create_transform
+    from timm.loss import LabelSmoothingCrossEntropy
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import create_scheduler_v2
+
+    flags = dict(net_epochs=6, net_milestones=(4, 5), net_batch=8, net_micro_batch=4, net_warmup=1, net_size=64)
+    s = stage(**flags, net_flip=0.5, net_lr=0.02, net_wd=0.05)
+    args, seed = s.args, 3
+    folder = s.run.path("classifier", "runs", "x")
+    rf.train_net(args, s.run, s.dist, folder, "train/x", [s.real], len(s.real), seed)
+    ours = load_tensors(folder / "weights.safetensors")
+
+    import random
+
+    random.seed(distributed.seed_of(seed, "net"))
+    torch.manual_seed(distributed.seed_of(seed, "net"))
+    import timm
+
+    net = timm.create_model("test_resnet", num_classes=10).to(memory_format=torch.channels_last).train()
+    optimizer = create_optimizer_v2(net, opt="sgd", lr=0.02, weight_decay=0.05, momentum=0.9)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="multistep",
+        num_epochs=6,
+        decay_milestones=[4, 5],
+        decay_rate=0.2,
+        warmup_epochs=1,
+        warmup_lr=1e-5,
+    )
+    stats = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    transform = create_transform(
+        64, is_training=True, scale=(0.7, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=0.4, auto_augment=None,
+        interpolation="random", re_prob=0.0, **stats,
+    )  # fmt: skip
+    running = [b for n, b in net.named_buffers() if "running" in n]
+    for epoch in range(6):
+        order = torch.randperm(20, generator=distributed.generator(seed, "order", epoch)).tolist()
+        for step in range(2):
+            optimizer.zero_grad()
+            before, after = [b.clone() for b in running], [torch.zeros_like(b) for b in running]
+            for part in (0, 4):
+                x, y = [], []
+                for position in range(step * 8 + part, step * 8 + part + 4):
+                    number = distributed.seed_of(seed, "augment", epoch * 20 + position)
+                    random.seed(number), torch.manual_seed(number)
+                    x.append(transform(s.real[order[position]])), y.append(int(s.real.labels[order[position]]))
+                for b, old in zip(running, before, strict=True):
+                    b.copy_(old)
+                x = torch.stack(x).contiguous(memory_format=torch.channels_last)
+                (LabelSmoothingCrossEntropy(0.1)(net(x), torch.tensor(y)) / 2).backward()
+                after = [a + b / 2 for a, b in zip(after, running, strict=True)]
+            for b, mean in zip(running, after, strict=True):
+                b.copy_(mean)
+            optimizer.step()
+        scheduler.step(epoch + 1)
+    for name, tensor in net.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            assert torch.allclose(ours[name], tensor, atol=1e-5), name
+
+
+def test_what_is_replaced_are_training_images(stage):
+    s = stage()
+    assert set(s.real.keys) <= set(s.data.train.keys) and not set(s.real.keys) & set(s.data.test.keys)
+    assert np.bincount(s.real.labels).tolist() == [2] * 10
+
+
+def test_stages_that_nobody_reads_are_not_run(launch, tmp_path):
+    """Without captions and tokens neither captioner nor CLIP says a word: here the captioner does not even exist."""
+    flags = ["--no-caption", "--token", "none", "--mia-models", 0, "--ablations", "no-lora"]
+    flags = [*(f for f in SMALL if f not in ("--ablations", "no-token", "--mia-models", "6")), *flags]
+    out = tmp_path / "run"
+    launch("realfake.py", "--output-dir", out, *flags, "--stages", "caption", "embed", "--captioner", tmp_path / "none")
+    assert not (out / "parts").exists() and not (out / "embeddings.safetensors").exists()
+
+
+def test_velocity_models_are_refused(tmp_path):
+    import shutil
+
+    shutil.copytree(resolve("tiny", "generator"), tmp_path / "v")
+    file = tmp_path / "v/scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    args = rf.Args(**{**rf.PRESETS["digits"], "sd_model": str(tmp_path / "v")})
+    with pytest.raises(UserError, match="--sd-model .*'v_prediction'.*epsilon"):
+        rf.planned_models(args, rf.generated_sets(args, 20))
+
+
+def test_a_larger_batch_does_not_multiply_the_work():
+    args = rf.Args()
+    assert rf.tuning_steps(args, 12_894) == (160_000, 1611)
+    assert rf.tuning_steps(replace(args, sd_batch=64), 12_894) == (20_000, 201)
+    assert rf.tuning_steps(replace(args, sd_batch=64), 1_281_167)[0] * 64 == 1_280_000
+    assert rf.tuning_steps(replace(args, tune_epochs=2), 80) == (20, 10)
+
+
+COMMON = dict(
+    sd_rank=4, sd_lr=1e-4, sd_batch=8, dm_batch=8, dm_lambda=0.003, dm_gamma=5.0, tune_epochs=100, tune_flip=True,
+    gen_resolution=512, gen_steps=30, i2i_strength=0.75, gen_guidance=2.0, gen_lora_scale=0.5, gen_prior="image",
+    gen_micro_batch=24, token="image", caption=True, lora=True, seed=42, precision="bf16", gen_versions=1,
+    sd_model="stable-diffusion-v1-5/stable-diffusion-v1-5", token_clip="ViT-L-14-quickgelu/openai",
+    captioner="Salesforce/blip2-opt-2.7b", net_lr=0.1, net_warmup=5, net_wd=5e-4, net_smoothing=0.1, net_batch=512,
+    net_micro_batch=128, net_flip=0.5, clf_seeds=3,
+)  # fmt: skip
+PHOTOS = dict(
+    net_model="resnet50", net_stem="imagenet", net_augment="imagenet", net_size=224, net_crop=0.08, net_jitter=0.4,
+    net_crop_pct=0.95, gen_format="jpeg", gen_quality=75, gen_save_size=None,
+)  # fmt: skip
+NETTE = dict(net_epochs=200, net_milestones=(50, 100, 150), net_decay=0.2)
+PRESETS = {
+    "imagenette": dict(dataset="imagenette", **PHOTOS, **NETTE),
+    "imagewoof": dict(dataset="imagewoof", **PHOTOS, **NETTE),
+    "imagenet100": dict(dataset="imagenet100", **PHOTOS, **NETTE),
+    "imagenet1k": dict(dataset="imagenet", **PHOTOS, net_epochs=300, net_milestones=(90, 180, 270), net_decay=0.1),
+    "cifar10": dict(
+        dataset="cifar10", **NETTE, net_model="resnet18", net_stem="cifar", net_augment="cifar", net_size=32,
+        net_crop_pct=1.0, gen_save_size=32, gen_format="png",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_method_pages(preset):
+    args = rf.Args(**rf.PRESETS[preset])
+    wanted = COMMON | PRESETS[preset]
+    assert {name: getattr(args, name) for name in wanted} == wanted
+    rf.check_args(args)
+
+
+def test_cifar_augmentation_is_padding_and_a_mirror():
+    args = rf.Args(**rf.PRESETS["cifar10"])
+    image = Image.effect_noise((32, 32), 90).convert("RGB")
+    seen = {hash(rf.transforms(args, True)(image).numpy().tobytes()) for _ in range(300)}
+    x = np.pad(np.asarray(image).transpose(2, 0, 1), ((0, 0), (4, 4), (4, 4)))
+    crops = [x[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    allowed = {hash(np.ascontiguousarray(c).tobytes()) for crop in crops for c in (crop, crop[:, :, ::-1])}
+    assert len(seen) > 60 and seen <= allowed
+    assert torch.equal(rf.transforms(args, False)(image), torch.from_numpy(np.asarray(image)).permute(2, 0, 1))
+
+
 # ---- the script, end to end on the tiny world ------------------------------------------------------------
 
-SMALL = """--real-per-class 3 --tune-max-steps 1 --gen-versions 2 --gen-steps 3 --gen-micro-batch 30
+SMALL = """--real-per-class 3 --tune-max-images 8 --gen-versions 2 --gen-steps 3 --gen-micro-batch 30
 --ablations no-token
 --net-versions 1 2 --clf-seeds 1 --net-epochs 2 --net-milestones 2 --net-size 32 --mia-models 6""".split()
 RESULT_FILES = ("images/**/*.png", "ablations/**/*.png", "shadows/**/*.*", "lora/**/*.safetensors", "captions.json")
@@ -679,9 +1008,7 @@ def test_saved_classifier_loads_in_timm(small):
 
     about = json.loads((small[0] / "classifier" / "classes.json").read_text())
     net = timm.create_model(f"local-dir:{small[0] / 'classifier'}", pretrained=True)
-    weights = runs.load_tensors(
-        small[0] / "classifier/runs" / f"{about['row']}-seed{about['seed']}/weights.safetensors"
-    )
+    weights = load_tensors(small[0] / "classifier/runs" / f"{about['row']}-seed{about['seed']}/weights.safetensors")
     state = net.state_dict()
     assert weights and all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
@@ -783,7 +1110,7 @@ def test_wrong_ood_folders_are_told_before_anything_runs(tmp_path):
         ("nowhere", "NAME=DIR"),
         (f"test={tmp_path / 'r'}", "none of them test"),
     ):
-        with pytest.raises(runs.UserError, match=words):
+        with pytest.raises(UserError, match=words):
             rf.check_args(rf.Args(dataset="imagenette", ood=(ood,)))
 
 
@@ -809,7 +1136,7 @@ def test_caption_stage_with_a_blip2_folder_goes_on_after_a_kill(launch, tmp_path
 
     args = rf.Args(**{**rf.PRESETS["digits"], "captioner": str(tmp_path / "blip2"), "real_per_class": 60})
     real = rf.choose_real(args, datasets.load_dataset("digits"))
-    captions = rf.captioner_of(args, torch.device("cpu"))(real)
+    captions = captioner(args.captioner, torch.device("cpu"), "fp32")(real)
     assert json.loads((out / "captions.json").read_text()) == dict(zip(real.keys, captions, strict=True))
     assert len(captions) == 600 and len(set(captions)) > 20
 
@@ -885,7 +1212,7 @@ def test_full_size_parameters_and_flops_are_those_of_the_method_page():
     assert steps * 2 * forward + encode + decode == pytest.approx(39, rel=0.01), "TFLOP per generated image"
     assert tflop(lambda: net(torch.empty(1, 3, 224, 224, device="meta"))) == pytest.approx(0.0082, rel=0.01)
 
-    unet.requires_grad_(False).add_adapter(rf.LoraConfig(target_modules=rf.UNET_TARGETS, **rf.lora_settings(4)))
+    unet.requires_grad_(False).add_adapter(lora_config(4, rf.UNET_TARGETS))
     lora = [p for p in unet.parameters() if p.requires_grad]
     assert sum(p.numel() for p in lora) == 797_184 and len(lora) == 256
     batch = [t.expand(8, *t.shape[1:]) for t in (z, h)]

@@ -1,0 +1,92 @@
+"""The work of realfake.py, stage by stage. Reads no data set and no weights."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from common import costs
+from common.plan import PIXEL_BYTES, Classifier, Generator, Work, dataset_needs, sizes
+
+# BLIP-2 OPT-2.7B, an image and 16 tokens: ViT-g 0.52 (224 pixels, 257 tokens, 1.0 G numbers), Q-Former 0.01, OPT
+# 2 x 2.65 G numbers x (32 + 16 tokens) = 0.25. Counted from its config, not on meta tensors.
+CAPTION_TFLOP, CAPTIONER_NUMBERS = 0.78, 3.74e9
+
+
+def images_of(args: Any) -> int:
+    """Real images that are replaced."""
+    classes, train, _, _ = sizes(args.dataset, args.data_dir)
+    return train if args.real_per_class is None else min(train, classes * args.real_per_class)
+
+
+def plan(
+    args: Any, n: int, sets: dict[str, Any], rows: dict[str, tuple], kept_steps: Callable, tuning_steps: Callable
+) -> tuple[list[Work], list[str]]:
+    """-> the work of the planned stages, what must be there. n: real images; sets, rows: of the script."""
+    classes, _, _, n_test = sizes(args.dataset, args.data_dir)
+    sd, works = Generator(args.sd_model, args.gen_resolution, args.precision), []
+    tokens, drawn = any(v.token != "none" for v in sets.values()), sum(len(v.rows) * v.versions for v in sets.values())
+    written = any(v.caption for v in sets.values()) and args.captions_file is None
+    clip = Classifier(args.token_clip, args.precision)
+
+    if "caption" in args.stages and written and args.captioner != "tiny":
+        works.append(Work(
+            "caption", "BLIP-2", n * CAPTION_TFLOP, n, loads=n, gpu=2 * CAPTIONER_NUMBERS, precision=args.precision,
+            jobs=math.ceil(n / 256),
+        ))  # fmt: skip
+    if "embed" in args.stages and tokens:
+        works.append(clip.work("embed", "CLIP", 64, scored=n, loads=n, jobs=math.ceil(n / 256)))
+    if "finetune" in args.stages:
+        adapters = {v.adapter: len(v.rows) for v in reversed(list(sets.values())) if v.adapter}
+        seen = sum(tuning_steps(args, m)[0] * args.sd_batch for m in adapters.values())
+        units = args.sd_batch // args.sd_micro_batch
+        work = sd.work(
+            "finetune", f"{len(adapters)} x LoRA", args.dm_batch, encoded=seen, tuned=seen, loads=seen,
+            load_size=sd.size, jobs=len(adapters), units=units, flag="--sd-micro-batch", text_tuned=False,
+        )  # fmt: skip
+        works.append(work)
+    if "generate" in args.stages:
+        side, micro = args.gen_save_size or args.gen_resolution, args.gen_micro_batch
+        for name, some in (
+            ("images/", [sets["images"]]),
+            ("others", [v for v in sets.values() if v.folder != "images"]),
+        ):
+            passes, decoded, encoded = 0, 0, 0
+            for v in some:
+                m = math.ceil(len(v.rows) / micro) * micro
+                steps = args.gen_steps if v.prior == "noise" else kept_steps(args.i2i_strength, args.gen_steps)
+                passes, decoded = passes + 2 * steps * m * v.versions, decoded + m * v.versions
+                encoded += m * (v.prior == "image")
+            if some:
+                n_images = sum(len(v.rows) * v.versions for v in some)
+                works.append(sd.work(
+                    "generate", name, micro, encoded=encoded, evaluated=passes, decoded=decoded, loads=encoded,
+                    load_size=sd.size, prompts=encoded, images=n_images, flag="--gen-micro-batch",
+                    jobs=sum(math.ceil(len(v.rows) / micro) for v in some),
+                    disk=n_images * PIXEL_BYTES[args.gen_format] * side**2,
+                ))  # fmt: skip
+    net = Classifier(args.net_model, args.precision, classes, args.net_size)
+    units, stored = math.ceil(args.net_batch / args.net_micro_batch), args.gen_save_size or args.gen_resolution
+    more = dict(batch=args.net_micro_batch, load_size=stored, flag="--net-micro-batch", units=units)
+    if "train" in args.stages:
+        for row, (_, versions, real) in rows.items():
+            seen = args.clf_seeds * args.net_epochs * (n if args.net_equal_updates else n * (versions + real))
+            work = net.work(
+                "train", f"{row}, {args.clf_seeds} x {args.net_epochs} epochs", trained=seen, loads=seen,
+                jobs=len(rows) * args.clf_seeds, **more,
+            )  # fmt: skip
+            works.append(work)
+    if "attack" in args.stages and args.mia_models:
+        seen = args.mia_models * args.net_epochs * (n // 2) * (1 + args.mia_versions)
+        scored = 2 * args.mia_models * n
+        jobs = 2 * args.mia_models
+        works.append(net.work("attack", f"{jobs} networks", trained=seen, scored=scored, loads=seen, jobs=jobs, **more))
+    if "evaluate" in args.stages:
+        jobs = len(rows) * args.clf_seeds
+        more |= dict(units=1, flag="")
+        works.append(net.work("evaluate", "test split", scored=n_test * jobs, loads=n_test * jobs, jobs=jobs, **more))
+        works.append(clip.work("evaluate", "zero-shot", 256, scored=n_test, loads=n_test, jobs=n_test))
+    needs = [sd.needs(), clip.needs(), dataset_needs(args)]
+    if written and not costs.local(args.captioner):
+        needs.append(f"{args.captioner}, about 15 GB, downloaded unless it is in the cache")
+    assert drawn == sum(w.images for w in works) or "generate" not in args.stages
+    return works, needs
