@@ -20,10 +20,11 @@ import unicodedata
 import urllib.error
 from pathlib import Path
 
+import archives
 import numpy as np
 import pytest
-import scipy.io
 import torchvision.datasets
+from archives import JPEG, encoded, fill_tree, write
 from PIL import Image
 
 from common import datasets, files
@@ -31,55 +32,9 @@ from common.datasets import Images, few_shot, few_shot_disef, hold_out, load_dat
 from common.files import class_folders
 from common.launch import UserError
 
-CALTECH = """Faces Leopards Motorbikes accordion airplanes anchor ant barrel bass beaver binocular bonsai
-brain brontosaurus buddha butterfly camera cannon car_side ceiling_fan cellphone chair chandelier cougar_body
-cougar_face crab crayfish crocodile crocodile_head cup dalmatian dollar_bill dolphin dragonfly electric_guitar
-elephant emu euphonium ewer ferry flamingo flamingo_head garfield gerenuk gramophone grand_piano hawksbill
-headphone hedgehog helicopter ibis inline_skate joshua_tree kangaroo ketch lamp laptop llama lobster lotus
-mandolin mayfly menorah metronome minaret nautilus octopus okapi pagoda panda pigeon pizza platypus pyramid
-revolver rhino rooster saxophone schooner scissors scorpion sea_horse snoopy soccer_ball stapler starfish
-stegosaurus stop_sign strawberry sunflower tick trilobite umbrella watch water_lilly wheelchair wild_cat
-windsor_chair wrench yin_yang""".split()
-TEXTURES = """banded blotchy braided bubbly bumpy chequered cobwebbed cracked crosshatched crystalline dotted
-fibrous flecked freckled frilly gauzy grid grooved honeycombed interlaced knitted lacelike lined marbled
-matted meshed paisley perforated pitted pleated polka-dotted porous potholed scaly smeared spiralled sprinkled
-stained stratified striped studded swirly veined waffled woven wrinkled zigzagged""".split()
-PETS = """Abyssinian american_bulldog american_pit_bull_terrier basset_hound beagle Bengal Birman Bombay boxer
-British_Shorthair chihuahua Egyptian_Mau english_cocker_spaniel english_setter german_shorthaired
-great_pyrenees havanese japanese_chin keeshond leonberger Maine_Coon miniature_pinscher newfoundland Persian
-pomeranian pug Ragdoll Russian_Blue saint_bernard samoyed scottish_terrier shiba_inu Siamese Sphynx
-staffordshire_bull_terrier wheaten_terrier yorkshire_terrier""".split()
-FOODS = """apple_pie baby_back_ribs baklava beef_carpaccio beef_tartare beet_salad beignets bibimbap
-bread_pudding breakfast_burrito bruschetta caesar_salad cannoli caprese_salad carrot_cake ceviche cheese_plate
-cheesecake chicken_curry chicken_quesadilla chicken_wings chocolate_cake chocolate_mousse churros clam_chowder
-club_sandwich crab_cakes creme_brulee croque_madame cup_cakes deviled_eggs donuts dumplings edamame
-eggs_benedict escargots falafel filet_mignon fish_and_chips foie_gras french_fries french_onion_soup
-french_toast fried_calamari fried_rice frozen_yogurt garlic_bread gnocchi greek_salad grilled_cheese_sandwich
-grilled_salmon guacamole gyoza hamburger hot_and_sour_soup hot_dog huevos_rancheros hummus ice_cream lasagna
-lobster_bisque lobster_roll_sandwich macaroni_and_cheese macarons miso_soup mussels nachos omelette
-onion_rings oysters pad_thai paella pancakes panna_cotta peking_duck pho pizza pork_chop poutine prime_rib
-pulled_pork_sandwich ramen ravioli red_velvet_cake risotto samosa sashimi scallops seaweed_salad
-shrimp_and_grits spaghetti_bolognese spaghetti_carbonara spring_rolls steak strawberry_shortcake sushi tacos
-takoyaki tiramisu tuna_tartare waffles""".split()
-
 
 def name_hash(names):
     return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-
-
-def encoded(mode="RGB", size=(4, 3), color=0, kind="PNG", **options):
-    buffer = io.BytesIO()
-    Image.new(mode, size, color).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-JPEG = encoded(kind="JPEG")
-
-
-def write(path, content=JPEG):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content) if isinstance(content, bytes) else path.write_text(content)
-    return path
 
 
 def message(call, *args, **kwargs):
@@ -471,12 +426,6 @@ def test_fewshot_folder_errors(tmp_path):
 # Sets on disk, each in its own layout
 
 
-def fill_tree(folder, classes, count, pattern="{name}_{i}.jpg"):
-    for name in classes:
-        for i in range(1, count + 1):
-            write(folder / name / pattern.format(name=name, i=i))
-
-
 def check_division(data, per_class):
     """The 50/20/30 division: stratified, and the same again."""
     for split, count in zip((data.train, data.val, data.test), per_class, strict=True):
@@ -488,8 +437,7 @@ def check_division(data, per_class):
 
 
 def test_caltech101(tmp_path):
-    folder = tmp_path / "caltech101" / "101_ObjectCategories"
-    fill_tree(folder, [*CALTECH, "Faces_easy", "BACKGROUND_Google"], 10, "image_{i:04d}.jpg")
+    folder = archives.caltech101(tmp_path)
     data = load_dataset("caltech101", tmp_path)
     assert check_splits(data) == (500, 200, 300)
     assert name_hash(data.class_names) == "84f9ff49dce58ae6"
@@ -505,7 +453,7 @@ def test_caltech101(tmp_path):
 
 @pytest.fixture
 def eurosat(tmp_path):
-    fill_tree(tmp_path / "eurosat" / "2750", datasets.EUROSAT.split(), 20)
+    archives.eurosat(tmp_path)
     return tmp_path
 
 
@@ -517,30 +465,19 @@ def test_eurosat(eurosat):
 
 
 def test_dtd(tmp_path):
-    fill_tree(tmp_path / "dtd" / "dtd" / "images", TEXTURES, 3, "{name}_{i:04d}.jpg")
-    for i, split in enumerate(("train", "val", "test"), 1):
-        lines = "".join(f"{name}/{name}_{i:04d}.jpg\n" for name in TEXTURES)
-        write(tmp_path / "dtd" / "dtd" / "labels" / f"{split}1.txt", lines)
+    folder = archives.dtd(tmp_path)
     data = load_dataset("dtd", tmp_path)
     assert check_splits(data) == (47, 47, 47) and "official" in data.note
     assert name_hash(data.class_names) == "681d23b9cd3c2ede"
     assert data.train.keys[0] == "banded/banded_0001.jpg"
 
-    (tmp_path / "dtd" / "dtd" / "images" / "woven" / "woven_0002.jpg").unlink()
+    (folder / "images" / "woven" / "woven_0002.jpg").unlink()
     text = message(load_dataset, "dtd", tmp_path)
     assert "1 images are missing" in text and "woven_0002.jpg" in text
 
 
 def test_pets(tmp_path):
-    base = tmp_path / "oxford-iiit-pet"
-    for start, split in ((1, "trainval"), (11, "test")):
-        lines = []
-        for label, name in enumerate(PETS, 1):
-            for i in range(start, start + 2):
-                write(base / "images" / f"{name}_{i}.jpg")
-                lines.append(f"{name}_{i} {label} 1 1\n")
-        random.Random(0).shuffle(lines)
-        write(base / "annotations" / f"{split}.txt", "".join(lines))
+    archives.pets(tmp_path)
     data = load_dataset("pets", tmp_path)
     assert check_splits(data) == (74, None, 74)
     assert name_hash(data.class_names) == "50be1443390f8a02"
@@ -550,13 +487,7 @@ def test_pets(tmp_path):
 
 @pytest.fixture
 def flowers(tmp_path, monkeypatch):
-    base, labels, ids = tmp_path / "flowers-102", [], {"trnid": [], "valid": [], "tstid": []}
-    for i in range(1, 102 * 3 + 1):
-        write(base / "jpg" / f"image_{i:05d}.jpg")
-        labels.append((i - 1) // 3 + 1)
-        list(ids.values())[i % 3].append(i)
-    scipy.io.savemat(base / "imagelabels.mat", {"labels": np.array([labels])})
-    scipy.io.savemat(base / "setid.mat", {key: np.array([value]) for key, value in ids.items()})
+    archives.flowers102(tmp_path)
     monkeypatch.setattr(torchvision.datasets.flowers102, "check_integrity", lambda path, md5=None: True)
     return tmp_path
 
@@ -569,10 +500,7 @@ def test_flowers102(flowers):
 
 
 def test_food101(tmp_path):
-    fill_tree(tmp_path / "food-101" / "images", FOODS, 2, "100{i}.jpg")
-    for i, split in ((1, "train"), (2, "test")):
-        listed = {name: [f"{name}/100{i}"] for name in reversed(FOODS)}
-        write(tmp_path / "food-101" / "meta" / f"{split}.json", json.dumps(listed))
+    archives.food101(tmp_path)
     data = load_dataset("food101", tmp_path)
     assert check_splits(data) == (101, None, 101)
     assert name_hash(data.class_names) == "efe7060c0e6aa88c"
@@ -580,34 +508,17 @@ def test_food101(tmp_path):
 
 
 def test_fgvc_aircraft(tmp_path):
-    variants = ["707-320", "A300B4", "An-12", "F-16A/B", "F/A-18", "BAE 146-200", "Yak-42"]
-    base, number = tmp_path / "fgvc-aircraft-2013b" / "data", 1000000
-    write(base / "variants.txt", "".join(f"{v}\n" for v in variants))
-    for split in ("train", "val", "test"):
-        lines = []
-        for variant in variants:
-            number += 1
-            write(base / "images" / f"{number}.jpg")
-            lines.append(f"{number} {variant}\n")
-        write(base / f"images_variant_{split}.txt", "".join(lines))
+    archives.fgvc_aircraft(tmp_path)
     data = load_dataset("fgvc_aircraft", tmp_path)
     assert check_splits(data) == (7, 7, 7)
-    assert data.class_names == variants, "the order of the file, slashes and spaces kept"
+    assert data.class_names == archives.VARIANTS, "the order of the file, slashes and spaces kept"
 
 
 def test_cars_put_there_by_hand(tmp_path):
-    base, names = tmp_path / "stanford_cars", ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012"]
-    for split, file in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
-        rows = np.zeros((1, 4), dtype=[("class", object), ("fname", object)])
-        for i in range(4):
-            write(base / f"cars_{split}" / f"{i + 1:05d}.jpg")
-            rows[0, i] = (i % 2 + 1, f"{i + 1:05d}.jpg")
-        (base / file).parent.mkdir(parents=True, exist_ok=True)
-        scipy.io.savemat(base / file, {"annotations": rows})
-    scipy.io.savemat(base / "devkit" / "cars_meta.mat", {"class_names": np.array([names], dtype=object)})
+    base = archives.cars(tmp_path)
     data = load_dataset("cars", tmp_path)
     assert check_splits(data) == (4, None, 4)
-    assert data.class_names == names and data.train.keys[0] == "cars_train/00001.jpg"
+    assert data.class_names == archives.CARS and data.train.keys[0] == "cars_train/00001.jpg"
     assert data.test.labels.tolist() == [0, 1, 0, 1]
 
     (base / "devkit" / "cars_meta.mat").unlink()
@@ -616,18 +527,14 @@ def test_cars_put_there_by_hand(tmp_path):
 
 
 def test_sun397_with_and_without_its_partition(tmp_path):
-    places = ["/a/abbey", "/a/apartment_building/outdoor", "/t/theater/indoor_seats", "/y/youth_hostel"]
-    write(tmp_path / "SUN397" / "ClassName.txt", "".join(f"{p}\n" for p in places))
-    for place in places:
-        for i in range(10):
-            write(tmp_path / "SUN397" / place[1:] / f"sun_{place[-1]}{i}.jpg")
+    base = archives.sun397(tmp_path)
     data = load_dataset("sun397", tmp_path)
     assert check_splits(data) == (20, 8, 12)
     assert data.class_names == ["abbey", "outdoor apartment_building", "indoor_seats theater", "youth_hostel"]
     check_division(data, (5, 2, 3))
     for half, name in enumerate(("Training_01.txt", "Testing_01.txt")):
-        lines = [f"{p}/sun_{p[-1]}{i}.jpg\n" for p in places for i in range(half * 5, half * 5 + 5)]
-        write(tmp_path / "SUN397" / name, "".join(lines))
+        lines = [f"{p}/sun_{p[-1]}{i}.jpg\n" for p in archives.PLACES for i in range(half * 5, half * 5 + 5)]
+        write(base / name, "".join(lines))
     data = load_dataset("sun397", tmp_path)
     assert check_splits(data) == (20, None, 20) and "official" in data.note
     assert data.train.keys[0] == "a/abbey/sun_y0.jpg"
@@ -637,18 +544,8 @@ def test_sun397_with_and_without_its_partition(tmp_path):
 # ImageNet
 
 
-def fill_imagenet(base, positions, splits=("train", "val")):
-    from timm.data import ImageNetInfo
-
-    wnids = ImageNetInfo().label_names()
-    for split in splits:
-        for i in positions:
-            write(base / split / wnids[i] / f"{wnids[i]}_{split}.JPEG")
-    return wnids
-
-
 def test_imagenet_and_its_subset_in_the_layout_of_coop(tmp_path):
-    wnids = fill_imagenet(tmp_path / "imagenet" / "images", range(1000))
+    wnids = archives.imagenet(tmp_path / "imagenet" / "images", range(1000))
     data = load_dataset("imagenet", tmp_path)
     assert check_splits(data) == (1000, None, 1000)
     assert name_hash(data.class_names) == "9ca08297d28c6afd" and len(set(data.class_names)) == 1000
@@ -664,11 +561,11 @@ def test_imagenet_and_its_subset_in_the_layout_of_coop(tmp_path):
 
 
 def test_imagewoof_and_imagenette_of_fast_ai(tmp_path):
-    fill_imagenet(tmp_path / "imagewoof2-160", datasets.IMAGENET_SUBSETS["imagewoof"])
+    archives.imagenet(tmp_path / "imagewoof2-160", datasets.IMAGENET_SUBSETS["imagewoof"])
     data = load_dataset("imagewoof", tmp_path)
     assert check_splits(data) == (10, None, 10) and "fast.ai" in data.note
     assert data.class_names[0] == "Shih Tzu" and data.class_names[-1] == "dingo"
-    fill_imagenet(tmp_path / "imagenette2-320", datasets.IMAGENET_SUBSETS["imagenette"])
+    archives.imagenet(tmp_path / "imagenette2-320", datasets.IMAGENET_SUBSETS["imagenette"])
     data = load_dataset("imagenette", tmp_path)
     assert data.class_names == [
         *["tench", "English Springer Spaniel", "cassette player", "chainsaw", "church"],
@@ -680,10 +577,10 @@ def test_imagenet_errors(tmp_path):
     positions = datasets.IMAGENET_SUBSETS["imagenette"]
     text = message(load_dataset, "imagenet", tmp_path)
     assert "train/n01440764" in text and "val/<wnid>/" in text
-    wnids = fill_imagenet(tmp_path, positions, ["train"])
+    wnids = archives.imagenet(tmp_path, positions, ["train"])
     write(tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG")
     assert "sort the validation images" in message(load_dataset, "imagenette", tmp_path)
-    fill_imagenet(tmp_path, positions, ["val"])
+    archives.imagenet(tmp_path, positions, ["val"])
     (tmp_path / "train" / wnids[701] / f"{wnids[701]}_train.JPEG").unlink()
     assert "no images of class 'parachute'" in message(load_dataset, "imagenette", tmp_path)
 
@@ -1145,7 +1042,7 @@ def test_test_images_suffice_where_the_shots_come_from_elsewhere(tmp_path):
     write(tmp_path / "test" / "cow" / "1.jpg")
     assert load_dataset("folder", tmp_path, train_needed=False).train is None
 
-    fill_imagenet(tmp_path / "imagenet", datasets.IMAGENET_SUBSETS["imagenette"], ["val"])
+    archives.imagenet(tmp_path / "imagenet", datasets.IMAGENET_SUBSETS["imagenette"], ["val"])
     assert "train/n01440764" in message(load_dataset, "imagewoof", tmp_path).replace("n02086240", "n01440764")
     data = load_dataset("imagenette", tmp_path, download=False, train_needed=False)
     assert data.train is None and len(data.test) == 10 == len(data.class_names)
@@ -1154,8 +1051,8 @@ def test_test_images_suffice_where_the_shots_come_from_elsewhere(tmp_path):
 def test_test_images_suffice_for_sets_on_disk(tmp_path):
     base = tmp_path / "dtd" / "dtd"
     for i, split in enumerate(("train", "val", "test"), 1):
-        write(base / "labels" / f"{split}1.txt", "".join(f"{name}/{name}_{i:04d}.jpg\n" for name in TEXTURES))
-    for name in TEXTURES:
+        write(base / "labels" / f"{split}1.txt", "".join(f"{name}/{name}_{i:04d}.jpg\n" for name in archives.TEXTURES))
+    for name in archives.TEXTURES:
         write(base / "images" / name / f"{name}_0003.jpg")
     assert "94 images are missing" in message(load_dataset, "dtd", tmp_path, download=False)
     data = load_dataset("dtd", tmp_path, download=False, train_needed=False)
