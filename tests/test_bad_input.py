@@ -4,7 +4,9 @@ Most cases call main() and look at the UserError, which common.run.cli prints as
 go through the command line to see that.
 """
 
+import dataclasses
 import json
+import typing
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 
 import datadream as dd
+from common import cli
 from common.launch import UserError
 
 TINY = {**dd.PRESETS["digits"], "shots": 1, "sd_epochs": 1, "sd_warmup": 1, "gen_images_per_class": 2, "gen_steps": 2}
@@ -108,6 +111,48 @@ def test_ranges(refused):
     refused("--clf-warmup-epochs", clf_epochs=2, clf_warmup_epochs=2)
     refused("no real image", shots=4, gen_images_per_class=2)
     refused("--n-templates", n_templates=99)
+
+
+def numeric_fields():
+    """All flags of datadream.py that take a number, or None."""
+    hints = typing.get_type_hints(dd.Args)
+    return [name for name, hint in hints.items() if {int, float} & {hint, *typing.get_args(hint)}]
+
+
+def refusal(field, value):
+    """What checking the flags says about this value of one field of the default run, None if it is taken."""
+    try:
+        dd.check_args(dataclasses.replace(dd.Args(**dd.PRESETS["digits"]), **{field: value}))
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 2**63, -1, 0, 10**12])
+def test_strange_numbers_are_taken_or_refused_by_the_name_of_their_flag(value):
+    """Of every numeric flag; any other exception than UserError fails."""
+    fields = numeric_fields()
+    if value == 10**12:
+        fields.remove("clf_seeds")  # the runs are listed, one by one
+    said = {field: refusal(field, value) for field in fields}
+    assert len(fields) > 30 and {"shots", "gen_guidance", "gen_seed", "val_images", "gen_save_size"} <= set(fields)
+    for field, text in said.items():
+        assert text is None or cli.flag(field) in text and "\n" not in text, f"{field}: {text}"
+    refused = {field for field, text in said.items() if text}
+    if not abs(value) < 2**63:
+        assert refused == set(fields)
+    elif value == -1:
+        assert refused == set(fields) - {"gen_seed", "gen_guidance"}
+    elif value == 0:
+        assert {"shots", "sd_lr", "clf_lr", "sd_batch", "gen_steps", "sd_rank", "clf_epochs", "clf_evals"} <= refused
+        assert not refused & {"seed", "workers", "sd_warmup", "clf_wd", "clf_mix_prob", "val_images", "gen_guidance"}
+    else:
+        assert {"clf_mix_prob", "clf_real_weight", "clf_dropout", "n_templates"} <= refused
+
+
+def test_a_word_for_a_number_is_refused_by_the_name_of_its_flag():
+    for field in numeric_fields():
+        with pytest.raises(UserError, match=cli.flag(field)):
+            cli._parse(dd.Args, dd.PRESETS, "", [cli.flag(field), "nan"])
 
 
 def test_missing_shots_folder(refused, tmp_path):
