@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCHERS = sorted(p.stem for p in (ROOT / "shell").glob("datadream_*.sh"))
 SHORT = """--sd-resolution 64 --shots 1 --sd-epochs 1 --sd-warmup 0 --gen-images-per-class 1 --gen-sampler ddim
 --gen-steps 1 --gen-micro-batch 4 --clf-epochs 1 --clf-warmup-epochs 0 --clf-evals 1 --clf-seeds 1 --clf-micro-batch 8
---precision fp32 --workers 0 --output-dir run""".split()
+--precision bf16 --workers 0 --output-dir run""".split()
 PICTURE = archives.encoded(size=(80, 64), color=(90, 140, 60), kind="JPEG")
 
 # preset: (fills DATA_DIR, classes, more flags). With a hundred classes the main row is enough.
