@@ -1,6 +1,6 @@
 """Random weights of Stable Diffusion 2.1-base and CLIP ViT-B/16 as a hub cache holds them, for rehearsals at full size.
 
-    write_hub(home)                      # 8.8 GB below home/hub; run a script with HF_HOME=home, HF_HUB_OFFLINE=1
+    write_hub(home)                      # 7.9 GB below home/hub; run a script with HF_HOME=home, HF_HUB_OFFLINE=1
     write_fp16_only(home, other_home)    # the same repositories, the generator with its fp16 files only; hard links
 
 Configs, file names, keys and shapes are those of the published repositories, so stock libraries and all checks of the
