@@ -759,7 +759,8 @@ class Painter:
             h, null = torch.stack([self.encode(p)[0] for p in prompts]), self.encode("")[0].expand(len(prompts), -1, -1)
             gens = [torch.Generator().manual_seed(distributed.seed_of(seed, "upsampler")) for seed in seeds]
             text = dict(prompt_embeds=h, negative_prompt_embeds=null, guidance_scale=1.0, generator=gens)
-            x = self.stage2(image=quantised(x).to(self.dtype), output_type="pt", **text).images.float() * 2 - 1
+            # "pt" leaves the range as it is, [-1, 1], where the other output types map it to [0, 1].
+            x = self.stage2(image=quantised(x).to(self.dtype), output_type="pt", **text).images.float()
         return as_uint8(x).cpu()
 
     @torch.no_grad()

@@ -536,6 +536,46 @@ def tiny_if(folder):
     ).save_pretrained(folder)  # fmt: skip
 
 
+def tiny_if_2(folder):
+    """DeepFloyd IF's second stage, 16 -> 32 pixels, with a text encoder of its own: the stock pipeline takes prompts"""
+    from diffusers import DDPMScheduler, IFSuperResolutionPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(models.TINY_WEIGHTS / "k2t")
+    text = T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=6, out_channels=6, block_out_channels=(8, 16), norm_num_groups=4,
+        layers_per_block=1, cross_attention_dim=16, attention_head_dim=4, class_embed_type="timestep",
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    IFSuperResolutionPipeline(
+        tokenizer=tokenizer, text_encoder=T5EncoderModel(text), unet=unet, safety_checker=None, feature_extractor=None,
+        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"), watermarker=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def test_upsampler_equals_the_stock_pipeline(tmp_path):
+    from diffusers import IFSuperResolutionPipeline
+
+    for seed, (make, name) in enumerate(((tiny_if, "one"), (tiny_if_2, "two"))):
+        torch.manual_seed(seed)
+        make(tmp_path / name)
+    flags = dict(sd_model=str(tmp_path / "one"), upsampler=str(tmp_path / "two"))
+    painter = sr.Painter(sr.Args(**{**sr.PRESETS["digits"], **flags}), torch.device("cpu"))
+    picture = Image.effect_noise((16, 16), 90).convert("RGB")
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    stock = IFSuperResolutionPipeline.from_pretrained(tmp_path / "two", use_safetensors=True)
+    text = painter.pipe.text_encoder  # the second stage has none of its own in the script: the first one's is shared
+    stock.text_encoder.load_state_dict(text.state_dict())
+    g = torch.Generator().manual_seed(sr.distributed.seed_of(7, "upsampler"))
+    (drawn,) = stock("a seven", image=picture, guidance_scale=1.0, generator=[g], output_type="pil").images
+    (ours,) = painter.pixels(x, ["a seven"], [7])
+    assert ours.shape == (3, 32, 32)
+    assert (ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(drawn)).int()).abs().max() <= 1  # rounding
+
+
 @pytest.mark.parametrize("family", [tiny_sdxl, tiny_if])
 @pytest.mark.parametrize("noise", ["ancestral", "ddim"])
 def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):

@@ -14,5 +14,12 @@ FAULTS = {
             "scale * F.normalize(text.mean(1), dim=-1)",
             tests="test_golden_zero_shot_head",
         ),
+        # [3] generate
+        Fault(
+            "range of stage II doubled again",
+            'output_type="pt", **text).images.float()',
+            'output_type="pt", **text).images.float() * 2 - 1',
+            tests="test_upsampler_equals_the_stock_pipeline",
+        ),
     ],
 }
