@@ -423,8 +423,9 @@ def tune_head(
 ):
     """Tune W and b in place, one AdamW step per pair of batches; yields the loss after each step.
 
-    real, syn: rows -> features [B, D], labels [B]; teacher(features): logits of the frozen head. Official code: real
-    images get hard cross-entropy only; gradients of everything trained are clipped together at norm 1.
+    real, syn: rows -> features [B, D], labels [B]; teacher: rows of syn -> logits of the untouched CLIP, which the
+    authors copy, encoder and head, before anything is tuned. Official code: real images get hard cross-entropy only;
+    gradients of everything trained are clipped together at norm 1.
     rates: learning rate of each step. extra: further parameters (of the image tower), whose gradients come through the
     features. pseudo: synthetic images take the teacher's class as their hard label.
     """
@@ -438,7 +439,7 @@ def tune_head(
         if rows_syn:
             f, y = syn(rows_syn)
             with torch.no_grad():
-                z0 = teacher(f)
+                z0 = teacher(rows_syn)
             y = z0.argmax(1) if pseudo else y
             loss = loss + weights[1] * tuning_loss(head_logits(f, W, b), z0, y, sl, T, smoothing)
         optimizer.zero_grad()
@@ -1087,11 +1088,12 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
     else:
         phases, lr = [only_real if row == "real" else mixed], args.head_lr
 
-    on_images = args.tune_share > 0 or not args.freeze_bn
+    batch_statistics = not args.freeze_bn
+    on_images = args.tune_share > 0 or batch_statistics
     extra, tower = [], None
     if on_images:  # the image path: pixels in every step
         clip = load_clip(args.head_clip, device)
-        tower = clip.model.visual.train(not args.freeze_bn)
+        tower = clip.model.visual.train(batch_statistics)
         extra = last_share(tower, args.tune_share)
 
     def source(name, rows):
@@ -1110,6 +1112,7 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
 
     W, b = W0.clone().to(device).requires_grad_(), torch.zeros(len(W0), device=device, requires_grad=True)
     frozen, test = W0.to(device), cached["test"]
+    untouched = cached[set_name].features[syn_rows].to(device) if syn_rows else None  # seen before anything was tuned
     x_test, y_test = test.features.to(device), test.labels.to(device)
     sl = 0.0 if row.endswith("-ce") else args.sl
     step, total, curve, best = 0, sum(map(len, phases)), [], 0.0
@@ -1119,9 +1122,9 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
             planned = math.ceil(n_syn / args.head_batch)
             rates = official_rates(args.head_epochs, len(pairs) // args.head_epochs, planned, lr)
         losses = tune_head(
-            W, b, pairs, source("shots", real_rows), source(set_name, syn_rows), lambda f: head_logits(f, frozen, 0.0),
-            rates, args.head_wd, sl, args.sl_temperature, (args.real_weight, args.syn_weight), args.label_smoothing,
-            extra, args.pseudo_labels,
+            W, b, pairs, source("shots", real_rows), source(set_name, syn_rows),
+            lambda rows: head_logits(untouched[rows], frozen, 0.0), rates, args.head_wd, sl, args.sl_temperature,
+            (args.real_weight, args.syn_weight), args.label_smoothing, extra, args.pseudo_labels,
         )  # fmt: skip
         for loss in losses:
             step += 1
@@ -1129,7 +1132,7 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
                 runs.check_finite(loss, f"train, {classifier_name(row, m, seed)}, step {step}")
                 if on_images:
                     x_test = encode_images(clip, images["test"], batch=args.gen_micro_batch)
-                    tower.train(not args.freeze_bn)  # encode_images leaves the mode of the whole model
+                    tower.train(batch_statistics)  # encode_images leaves the mode of the whole model
                 with torch.no_grad():
                     score = top1(head_logits(x_test, W, b), y_test)
                 best = max(best, score)

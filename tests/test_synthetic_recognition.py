@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -146,7 +147,8 @@ def test_golden_tuning_on_synthetic_images(g):
     pairs = [([], rows) for epoch in order for rows in sr.chunks(epoch, 16)]
     data = rows_of(g["ct_zsl.X"], g["ct_zsl.y"])
     rates = [sr.head_rate(s, len(pairs), 0.05) for s in range(len(pairs))]
-    losses = list(sr.tune_head(W, b, pairs, None, data, lambda f: sr.head_logits(f, W0, 0.0), rates, 0.1, 0.5, 2))
+    teacher = lambda rows: sr.head_logits(g["ct_zsl.X"][rows], W0, 0.0)  # noqa: E731
+    losses = list(sr.tune_head(W, b, pairs, None, data, teacher, rates, 0.1, 0.5, 2))
     close(torch.tensor(losses), g["ct_zsl.losses"], 1e-4)
     close(W, g["ct_zsl.W"], 1e-4)
     close(b, g["ct_zsl.b"], 1e-4)
@@ -159,7 +161,8 @@ def test_golden_mix_training(g):
     pairs = [([i for i in real if i >= 0], [i for i in syn if i >= 0]) for real, syn in steps]
     real, syn = rows_of(g["ct_fsl.Xr"], g["ct_fsl.yr"]), rows_of(g["ct_fsl.Xs"], g["ct_fsl.ys"])
     rates = [sr.head_rate(s, len(pairs), 0.02) for s in range(len(pairs))]
-    losses = list(sr.tune_head(W, b, pairs, real, syn, lambda f: sr.head_logits(f, W0, 0.0), rates, 0.1, 0.5, 2))
+    teacher = lambda rows: sr.head_logits(g["ct_fsl.Xs"][rows], W0, 0.0)  # noqa: E731
+    losses = list(sr.tune_head(W, b, pairs, real, syn, teacher, rates, 0.1, 0.5, 2))
     close(torch.tensor(losses), g["ct_fsl.losses"], 1e-4)
     close(W, g["ct_fsl.W"], 1e-4)
     close(b, g["ct_fsl.b"], 1e-4)
@@ -193,7 +196,7 @@ def tuned(problem, pairs, **more):
     flags = dict(rates=rates, wd=0.1, sl=0.5, T=2) | more
     teacher = W0.clone()
     steps = sr.tune_head(
-        W, b, pairs, rows_of(x_real, y_real), rows_of(x, y), lambda f: sr.head_logits(f, teacher, 0.0), **flags
+        W, b, pairs, rows_of(x_real, y_real), rows_of(x, y), lambda r: sr.head_logits(x[r], teacher, 0.0), **flags
     )
     losses = list(steps)
     assert torch.equal(teacher, W0)  # the teacher never changes
@@ -472,6 +475,60 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="no weights of --backbone"):
         sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
+
+
+class WithBatchNorm(torch.nn.Module):
+    """An image tower like RN50's in that it has BatchNorm, and the CLIP around it"""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(3 * 16, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 8)
+        )
+
+    def encode_image(self, x):
+        return self.visual(x)
+
+    @staticmethod
+    def preprocess(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def tune_on_pixels(tmp_path, monkeypatch, **flags):
+    """train_head of le-sce on 30 images, in whole batches -> start, weights afterwards, teacher's logits, features"""
+    torch.manual_seed(0)
+    model = WithBatchNorm()
+    clip = SimpleNamespace(model=model, preprocess=model.preprocess)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(p) for p in pixels]
+    with torch.no_grad():
+        features = model.eval().visual(torch.stack([model.preprocess(p) for p in pictures]))
+    labels, seen, soft = torch.arange(30) % 3, [], sr.soft_loss
+    cached = {name: SimpleNamespace(features=features, labels=labels) for name in ("le", "test")}
+    monkeypatch.setattr(sr, "load_clip", lambda *_: clip)
+    monkeypatch.setattr(sr, "encode_images", lambda *_, **__: features)
+    monkeypatch.setattr(sr, "soft_loss", lambda z, z0, T: (seen.append(z0), soft(z, z0, T))[1])
+    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), log=lambda *_, **__: None)
+    args = sr.Args(**{**sr.PRESETS["digits"], "head_epochs": 3, "head_batch": 10, "head_lr": 0.1, **flags})
+    W0 = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    images = {"le": pictures, "test": pictures}
+    sr.train_head(args, run, torch.device("cpu"), clip, "le-sce", 0, 0, W0, images, cached, {}, {})
+    ours = load_tensors(tmp_path / "classifier" / "runs" / "le-sce-seed0" / "weights.safetensors")
+    wanted = [sr.head_logits(features[rows], W0, 0.0) for _, rows in sr.step_pairs(0, 30, 16, 10, 3, 0)]
+    return start, {k.removeprefix("visual."): v for k, v in ours.items() if k.startswith("visual.")}, seen, wanted
+
+
+@pytest.mark.parametrize("flags", [dict(tune_share=1.0), dict(freeze_bn=False), dict(tune_share=0.5, freeze_bn=False)])
+def test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves(flags, tmp_path, monkeypatch):
+    start, after, seen, wanted = tune_on_pixels(tmp_path, monkeypatch, **flags)
+    assert len(seen) == len(wanted) == 9
+    for z0, expected in zip(seen, wanted, strict=True):
+        close(z0, expected, 1e-5)
+    moved = {key for key, value in after.items() if not torch.equal(value, start[f"visual.{key}"])}
+    statistics = {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+    assert moved & statistics == (set() if flags.get("freeze_bn", True) else statistics)
+    assert bool(moved - statistics) == ("tune_share" in flags)
 
 
 def test_last_share_counts_from_the_end():

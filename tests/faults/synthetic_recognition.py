@@ -14,6 +14,24 @@ FAULTS = {
             "scale * F.normalize(text.mean(1), dim=-1)",
             tests="test_golden_zero_shot_head",
         ),
+        Fault(
+            "CE instead of SCE",
+            "return sl * soft_loss(z, z0, T) + (1 - sl) * hard if sl else hard",
+            "return hard",
+            tests="test_golden_soft_loss",
+        ),
+        Fault(
+            "teacher is tuned",
+            "                z0 = teacher(rows_syn)",
+            "                z0 = head_logits(f, W, b)",
+            tests="test_teacher_is_the_untouched_clip",
+        ),
+        Fault(
+            "BatchNorm always frozen",
+            "batch_statistics = not args.freeze_bn",
+            "batch_statistics = False",
+            tests="test_teacher_is_the_untouched_clip",
+        ),
         # [3] generate
         Fault(
             "range of stage II doubled again",
