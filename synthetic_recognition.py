@@ -554,18 +554,13 @@ def select(run, shots):
 # [2] sentences: language enhancement (Sec. 3.1). Reads class names, writes sentences.json.
 
 
-def load_writer(args, device):
-    """-> speak(words, n): n sampled texts, temperature 1, top-k 50, at most 32 new tokens"""
+def load_writer(args, device, path):
+    """-> speak(words, n): n sampled texts, temperature 1, top-k 50, at most 32 new tokens. path: of planned_models"""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     chat = args.sentence_kind == "chat"
-    path = args.sentence_model if chat else models.resolve(args.sentence_model, "seq2seq")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = (AutoModelForCausalLM if chat else AutoModelForSeq2SeqLM).from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise runs.UserError(f"--sentence-model {args.sentence_model}: {' '.join(str(error).split())[:200]}") from error
-    model.eval().to(device)
+    tokenizer, kind = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM if chat else AutoModelForSeq2SeqLM
+    model = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().to(device)
     settings = dict(do_sample=True, top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)
 
     @torch.no_grad()
@@ -617,13 +612,13 @@ def sentences_of(args, speak, c, name, device):
     return [pool[i] for i in order[: args.sentences]]
 
 
-def write_sentences(args, run, dist, names):
+def write_sentences(args, run, dist, names, found):
     """One file per class while the stage runs, so that a killed run asks for the missing classes only."""
     parts = [run.path("parts", f"sentences-{c}.json") for c in range(len(names))] if "le" in image_sets(args) else []
     with run.timed("sentences"):
         todo = distributed.broadcast_object([c for c, part in enumerate(parts) if not part.exists()], dist)
         mine = distributed.my_items(todo, dist)
-        speak = load_writer(args, dist.device) if mine else None
+        speak = load_writer(args, dist.device, found["--sentence-model"]) if mine else None
         bar = distributed.progress(len(mine), "sentences", dist, unit="classes")
         for c in mine:
             sentences = sentences_of(args, speak, c, names[c], dist.device)
@@ -645,14 +640,6 @@ def write_sentences(args, run, dist, names):
 # Reads sentences.json and the shots, writes images/, basic/, rg<M>/; skips files that exist.
 
 
-def generator_path(name):
-    """What from_pretrained loads. A local IF folder has no VAE, which the common check asks for."""
-    index = Path(name).expanduser() / "model_index.json"
-    if index.is_file() and json.loads(index.read_text()).get("_class_name", "").startswith("IF"):
-        return str(index.parent)
-    return models.resolve(name, "painter")
-
-
 # What each family can do without; the paper's generator has neither checker nor watermark.
 OPTIONAL = {
     "StableDiffusionPipeline": ("safety_checker", "requires_safety_checker"),
@@ -667,18 +654,16 @@ class Painter:
     Stable Diffusion 1.x and 2.x and XL work on latents, DeepFloyd IF on 64-pixel images like GLIDE.
     """
 
-    def __init__(self, args, device):
+    def __init__(self, args, device, found):
+        """found: of planned_models"""
         from diffusers import DiffusionPipeline
 
-        self.args, self.device = args, device
+        self.args, self.device, path = args, device, found["--sd-model"]
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        path = generator_path(args.sd_model)
         self.kind = DiffusionPipeline.load_config(path)["_class_name"]
-        if self.kind not in OPTIONAL:
-            raise runs.UserError(f"--sd-model {args.sd_model}: a {self.kind}; wanted: Stable Diffusion 1, 2, XL or IF")
         off = dict(safety_checker=None, requires_safety_checker=False, watermarker=None)
-        off = {k: v for k, v in off.items() if k in OPTIONAL[self.kind]}
-        self.pipe = DiffusionPipeline.from_pretrained(path, dtype=self.dtype, **off)
+        off = {k: v for k, v in off.items() if k in OPTIONAL[self.kind]} | models.load_kwargs(path)
+        self.pipe = DiffusionPipeline.from_pretrained(path, dtype=self.dtype, use_safetensors=True, **off)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.unet.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
@@ -687,7 +672,7 @@ class Painter:
         if args.compile:
             self.unet = torch.compile(self.unet)
         if self.pixel:
-            side, self.stage2 = config.sample_size, self.load_upsampler()
+            side, self.stage2 = config.sample_size, self.load_upsampler(found.get("--upsampler"))
         else:
             self.pipe.vae.to(memory_format=torch.channels_last).float()
             side = args.gen_resolution // 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
@@ -696,13 +681,15 @@ class Painter:
         self.predicts = self.pipe.scheduler.config.prediction_type
         self.texts = {}
 
-    def load_upsampler(self):
-        if self.args.upsampler is None:
+    def load_upsampler(self, path):
+        if path is None:
             return None
         from diffusers import IFSuperResolutionPipeline
 
+        # Texts come encoded from the first stage, which has the same text encoder.
         off = dict(safety_checker=None, requires_safety_checker=False, watermarker=None, text_encoder=None)
-        stage2 = IFSuperResolutionPipeline.from_pretrained(self.args.upsampler, dtype=self.dtype, **off)
+        off |= dict(tokenizer=None, use_safetensors=True) | models.load_kwargs(path)
+        stage2 = IFSuperResolutionPipeline.from_pretrained(path, dtype=self.dtype, **off)
         stage2.set_progress_bar_config(disable=True)
         return stage2.to(self.device)
 
@@ -811,12 +798,12 @@ def rg_steps_of(args, m):
     return args.rg_steps or RG_STEPS[max(n for n in RG_STEPS if n <= m)]
 
 
-def generate(args, run, dist, names, shots, picks):
-    """-> what CLIP saw while images were drawn, {(clip, set, file): feature}"""
+def generate(args, run, dist, names, shots, picks, found):
+    """found: of planned_models -> what CLIP saw while images were drawn, {(clip, set, file): feature}"""
     sets, seen, latents = image_sets(args), {}, {}
     clips = clips_of(args, dist) if args.filter_while_drawing and args.setting != "pretrain" else {}
     with run.timed("generate", memory_flag="--gen-micro-batch"), runs.ImageWriter() as writer:
-        painter = Painter(args, dist.device) if sets else None
+        painter = Painter(args, dist.device, found) if sets else None
         for name, n in sets.items():
             folder, items = set_folder(run, name), plan_of(args, run, name, n, names, picks)
             existing = {f: runs.existing_images(folder / f) for f in runs.class_folders(names)}
@@ -1404,8 +1391,11 @@ def new_backbone(args, n_classes, seed, device, weights=None, drop_path=0.0):
     weights: None, "imagenet" (timm's), or the file of a model of this architecture, whose head is left out. drop_path:
     stochastic depth.
     """
-    seed_global(distributed.seed_of(seed, "backbone"))
     more = dict(drop_path_rate=drop_path) if drop_path else {}
+    if weights == "imagenet":  # by its file, which is in safetensors: timm itself would take a pickle too
+        file = models.check_models([("--backbone", args.backbone, "timm")])["--backbone"]
+        more |= dict(pretrained_cfg_overlay=dict(file=file))
+    seed_global(distributed.seed_of(seed, "backbone"))
     try:
         net = timm.create_model(args.backbone, pretrained=weights == "imagenet", num_classes=n_classes, **more)
     except (RuntimeError, OSError, ValueError) as error:
@@ -1703,20 +1693,56 @@ def check_args(args):
             raise runs.UserError(f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
 
 
-def check_models(args, gen_names):
+def check_pretraining(args, gen_names):
     """Names and networks of pre-training, before days of generation"""
     if args.setting != "pretrain":
         return
     if not gen_names:
         raise runs.UserError(f"--label-space {args.label_space}: no names in it")
     runs.class_folders(gen_names)  # refuses two names of one folder
-    real = any(row.startswith("real-init") for row in args.ladder) and args.real_weights not in ("train", "imagenet")
-    if real:
+    own = any(row.startswith("real-init") for row in args.ladder) and args.real_weights not in ("train", "imagenet")
+    if own:
         try:
             safe_open(args.real_weights, "pt").__enter__()
         except SafetensorError as error:
             raise runs.UserError(f"--real-weights {args.real_weights}: no safetensors file ({error})") from error
-    new_backbone(args, len(gen_names), args.seed, "cpu", args.real_weights if real else None)
+    new_backbone(args, len(gen_names), args.seed, "cpu", args.real_weights if own else None)
+
+
+def planned_models(args):
+    """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
+    wanted, sets = [], image_sets(args)
+    if "le" in sets:
+        wanted.append(("--sentence-model", args.sentence_model, args.sentence_kind))
+    if sets:
+        wanted.append(("--sd-model", args.sd_model, "painter"))
+        wanted += [("--upsampler", args.upsampler, "upsampler")] if args.upsampler else []
+    if args.setting == "pretrain":
+        real = args.real_weights == "imagenet" and any(row.startswith("real-init") for row in args.ladder)
+        wanted.append(("--backbone", args.backbone, "timm" if real else "network"))
+    else:
+        wanted += [("--head-clip", args.head_clip, "clip"), ("--filter-clip", args.filter_clip, "clip")]
+    found = models.check_models(wanted)
+    if "--sd-model" in found:
+        check_noise(args, found["--sd-model"])
+    return found
+
+
+def check_noise(args, folder):
+    """The sampler needs eps or v at a known share of noise, and a little of the image left at the last timestep."""
+    import diffusers
+
+    config = models.scheduler_config(folder)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    kind, abar = scheduler.config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None)
+    what = f"--sd-model {args.sd_model}: its scheduler"
+    if kind not in ("epsilon", "v_prediction"):
+        raise runs.UserError(f"{what} predicts {kind!r}; this sampler takes epsilon and v_prediction")
+    if abar is None or scheduler.config.get("rescale_betas_zero_snr") or not 0 < abar[-1] < abar[0] < 1:
+        name = config["_class_name"]
+        raise runs.UserError(f"{what}, a {name}, has no schedule of shares of noise that ends above zero signal")
+    if args.upsampler and "vae" in json.loads((Path(folder) / "model_index.json").read_text()):
+        raise runs.UserError(f"--upsampler {args.upsampler}: only DeepFloyd IF has a second stage; leave it out")
 
 
 def check_order(args, run, todo):
@@ -1728,6 +1754,25 @@ def check_order(args, run, todo):
             raise runs.UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
 
 
+def fingerprints(found):
+    """{field: hash of the weights that it names}; a file stands for its folder, a network alone has no weights"""
+    folders = {flag: str(Path(where).parent) if Path(where).is_file() else where for flag, where in found.items()}
+    known = {flag: where for flag, where in folders.items() if not timm.is_model(where)}
+    return {flag[2:].replace("-", "_"): models.fingerprint(where) for flag, where in known.items()}
+
+
+# Flags that no stage before this one leaves a trace of: they may change while it has not begun.
+LATER = {
+    "sentences": "sentence_model sentence_kind sentences sentence_check",
+    "generate": "sd_model upsampler gen_images_per_class rg_images gen_prefix gen_resolution gen_guidance gen_steps "
+    "gen_noise rg_steps",
+    "filter": "head_clip filter_clip filter_keep train_lowres",
+    "train": "clf_seeds head_lr phase_lr head_warmup head_wd head_epochs head_batch head_batch_real sl sl_temperature "
+    "label_smoothing pseudo_labels real_weight syn_weight tune_share freeze_bn rf_margin backbone real_weights recipe "
+    "pre_ moco_ transfer_",
+}
+
+
 def main(args):
     if args.plan:
         raise runs.UserError("--plan: this script has no plan yet, only datadream.py; leave the flag out")
@@ -1736,20 +1781,21 @@ def main(args):
     data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file)
     names = EUROSAT_NAMES if args.dataset == "eurosat" else data.class_names
     gen_names = label_space(args, names)
-    check_models(args, gen_names)
+    found = planned_models(args)
+    check_pretraining(args, gen_names)
     if data.note:
         distributed.say(dist, data.note)
     shots, picks = choose_shots(args, data)
-    ids = dict(generator=models.fingerprint(generator_path(args.sd_model)), clip=args.head_clip)
+    ids = fingerprints(found)
 
-    run = runs.open_run("synthetic_recognition", args, dist, SPEED_FLAGS, models=ids)
+    run = runs.open_run("synthetic_recognition", args, dist, SPEED_FLAGS, models=ids, later=LATER)
     todo, seen = [stage for stage in args.stages if run.todo(stage)], {}
     select(run, shots)
     check_order(args, run, todo)
     if "sentences" in todo:
-        write_sentences(args, run, dist, gen_names)
+        write_sentences(args, run, dist, gen_names, found)
     if "generate" in todo:
-        seen = generate(args, run, dist, gen_names, shots, picks)
+        seen = generate(args, run, dist, gen_names, shots, picks, found)
     if "filter" in todo:
         filter_images(args, run, dist, names, shots, picks, data.test, seen)
     if "train" in todo and args.setting == "pretrain":

@@ -314,6 +314,7 @@ def tiny_chat(folder):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = '<pad> <s> </s> <unk> user assistant : a seven two red photo of Write one short caption . " the Use'.split()
+    words += "blue green dog cat bird tree on in with house yellow small".split()
     bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -336,7 +337,7 @@ def test_a_chat_model_writes_sentences_without_repeating_the_question(tmp_path):
     tiny_chat(tmp_path)
     flags = dict(sentence_kind="chat", sentence_model=str(tmp_path), sentences=5, gen_seed=3)
     args = sr.Args(**{**sr.PRESETS["digits"], **flags})
-    speak = sr.load_writer(args, torch.device("cpu"))
+    speak = sr.load_writer(args, torch.device("cpu"), sr.planned_models(args)["--sentence-model"])
     sr.seed_global(0)
     drawn = speak("a seven", 8)
     assert len(drawn) == 8 and all(len(s.split()) <= 32 for s in drawn) and len(set(drawn)) > 1
@@ -361,7 +362,8 @@ def test_official_keywords_keep_double_quotes_and_cut_at_full_stops():
     assert sr.official_keywords("a seven") == ["a seven </s>"]
     assert sr.official_keywords("a colt's foot") == ['"a colts foot" </s>']
     assert sr.official_keywords("a St. Bernard") == ["a St </s>", "Bernard </s>"]
-    speak = sr.load_writer(sr.Args(sentence_model="tiny", official=("keywords",)), torch.device("cpu"))
+    args = sr.Args(sentence_model="tiny", official=("keywords",))
+    speak = sr.load_writer(args, torch.device("cpu"), models.resolve("tiny", "seq2seq"))
     drawn = speak("a seven. a two", 4)
     assert len(drawn) == 4 and all("two" in s.split("seven")[-1] for s in drawn if "seven" in s) and any(drawn)
 
@@ -395,11 +397,11 @@ def test_label_spaces(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         sr.check_args(sr.Args(**flags, label_space=str(tmp_path / "none.txt")))
     with pytest.raises(UserError, match="no names"):
-        sr.check_models(sr.Args(**flags), [])
+        sr.check_pretraining(sr.Args(**flags), [])
     with pytest.raises(UserError, match="same name"):
-        sr.check_models(sr.Args(**flags), ["cat", "dog", "cat"])
+        sr.check_pretraining(sr.Args(**flags), ["cat", "dog", "cat"])
     with pytest.raises(UserError, match="--backbone nosuch"):
-        sr.check_models(sr.Args(**flags, backbone="nosuch"), ["cat"])
+        sr.check_pretraining(sr.Args(**flags, backbone="nosuch"), ["cat"])
     for empty in (dict(pre_amounts=()), dict(setting="few-shot", ladder=("rg",), shot_counts=())):
         with pytest.raises(UserError, match="--pre-amounts|--shot-counts"):
             sr.check_args(sr.Args(**{**flags, **empty}))
@@ -471,7 +473,7 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     (tmp_path / "text").write_text("no weights at all")
     flags = {**sr.PRESETS["digits-pretrain"], "real_weights": str(tmp_path / "text")}
     with pytest.raises(UserError, match="no safetensors file"):
-        sr.check_models(sr.Args(**flags), ["cat"])
+        sr.check_pretraining(sr.Args(**flags), ["cat"])
     save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="no weights of --backbone"):
         sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
@@ -575,11 +577,19 @@ def tiny_sdxl(folder):
     ).save_pretrained(folder)  # fmt: skip
 
 
+def tiny_t5_tokenizer():
+    """Pieces of one letter"""
+    from transformers import T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789.,"]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
 def tiny_if(folder):
     from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+    from transformers import T5Config, T5EncoderModel
 
-    tokenizer = AutoTokenizer.from_pretrained(models.TINY_WEIGHTS / "k2t")
+    tokenizer = tiny_t5_tokenizer()
     text = T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=3, out_channels=6, block_out_channels=(8, 16), norm_num_groups=4,
@@ -593,12 +603,17 @@ def tiny_if(folder):
     ).save_pretrained(folder)  # fmt: skip
 
 
+def painter_of(**flags):
+    args = sr.Args(**{**sr.PRESETS["digits"], **flags})
+    return sr.Painter(args, torch.device("cpu"), sr.planned_models(args))
+
+
 def tiny_if_2(folder):
     """DeepFloyd IF's second stage, 16 -> 32 pixels, with a text encoder of its own: the stock pipeline takes prompts"""
     from diffusers import DDPMScheduler, IFSuperResolutionPipeline, UNet2DConditionModel
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+    from transformers import T5Config, T5EncoderModel
 
-    tokenizer = AutoTokenizer.from_pretrained(models.TINY_WEIGHTS / "k2t")
+    tokenizer = tiny_t5_tokenizer()
     text = T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
     unet = UNet2DConditionModel(
         sample_size=32, in_channels=6, out_channels=6, block_out_channels=(8, 16), norm_num_groups=4,
@@ -620,7 +635,7 @@ def test_upsampler_equals_the_stock_pipeline(tmp_path):
         torch.manual_seed(seed)
         make(tmp_path / name)
     flags = dict(sd_model=str(tmp_path / "one"), upsampler=str(tmp_path / "two"))
-    painter = sr.Painter(sr.Args(**{**sr.PRESETS["digits"], **flags}), torch.device("cpu"))
+    painter = painter_of(**flags)
     picture = Image.effect_noise((16, 16), 90).convert("RGB")
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     stock = IFSuperResolutionPipeline.from_pretrained(tmp_path / "two", use_safetensors=True)
@@ -639,7 +654,7 @@ def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
     torch.manual_seed(0)
     family(tmp_path)
     flags = dict(sd_model=str(tmp_path), gen_resolution=16, gen_steps=4, gen_micro_batch=3, gen_noise=noise)
-    painter = sr.Painter(sr.Args(**{**sr.PRESETS["digits"], **flags}), torch.device("cpu"))
+    painter = painter_of(**flags)
     pictures = painter.paint(["a seven", "a two"], [1, 2])
     assert [p.shape for p in pictures] == [(3, 16, 16)] * 2 and pictures[0].dtype == torch.uint8
     again = painter.paint(["an eight", "a two", "a one"], [5, 2, 9])  # another slot, other neighbours
@@ -649,10 +664,75 @@ def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
     assert guided[0].shape == (3, 16, 16) and not torch.equal(guided[0], pictures[0])
 
 
-def test_a_family_without_a_noise_predicting_unet_is_refused(tmp_path):
+def tiny_sd(folder, **scheduler):
+    """The tiny generator with other entries in its scheduler's config"""
+    shutil.copytree(models.TINY_WEIGHTS / "sd", folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
+    return str(folder)
+
+
+def test_v_prediction_gives_the_clean_image_of_the_stock_scheduler(tmp_path):
+    from diffusers import DDIMScheduler
+
+    painter = painter_of(sd_model=tiny_sd(tmp_path / "v", prediction_type="v_prediction"), gen_guidance=1.0)
+    x = torch.randn(1, *painter.shape, generator=torch.Generator().manual_seed(0))
+    text, stock = painter.encode("a seven")[0][None], DDIMScheduler.from_pretrained(tmp_path / "v" / "scheduler")
+    stock.register_to_config(clip_sample=False)
+    stock.set_timesteps(10)
+    for t in (801, 401):
+        with torch.no_grad():
+            eps, _ = painter.denoiser(["a seven"])(x, t)
+            v = painter.unet(x, t, encoder_hidden_states=text).sample
+        wanted = stock.step(v, t, x).pred_original_sample
+        close(sampler.clean_estimate(x, eps, painter.abar[t].float(), False), wanted, 1e-4)
+
+
+def test_models_that_the_sampler_cannot_use_are_refused_before_the_first_stage(tmp_path):
+    for i, (scheduler, said) in enumerate((
+        (dict(prediction_type="sample"), "predicts 'sample'"),
+        (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "its scheduler"),
+        (dict(_class_name="EulerDiscreteScheduler", rescale_betas_zero_snr=True), "above zero signal"),
+    )):  # fmt: skip
+        with pytest.raises(UserError, match=f"^--sd-model .*{said}"):
+            painter_of(sd_model=tiny_sd(tmp_path / str(i), **scheduler))
     (tmp_path / "model_index.json").write_text('{"_class_name": "IFImg2ImgPipeline"}')
-    with pytest.raises(UserError, match="Stable Diffusion 1, 2, XL or IF"):
-        sr.Painter(sr.Args(sd_model=str(tmp_path)), torch.device("cpu"))
+    with pytest.raises(UserError, match="^--sd-model: .*IFImg2ImgPipeline"):
+        painter_of(sd_model=str(tmp_path))
+    torch.manual_seed(0)
+    tiny_if_2(tmp_path / "two")
+    with pytest.raises(UserError, match="^--upsampler .*only DeepFloyd IF"):
+        painter_of(upsampler=str(tmp_path / "two"))
+    for flag in ("upsampler", "sentence_model", "head_clip", "filter_clip"):
+        with pytest.raises(UserError, match=f"^--{flag.replace('_', '-')}: "):
+            painter_of(**{flag: str(tmp_path / "nowhere")})
+    for flags in (dict(backbone="nosuch"), dict(backbone="test_resnet.no_such_tag", real_weights="imagenet")):
+        with pytest.raises(UserError, match="^--backbone: "):
+            sr.planned_models(sr.Args(**{**sr.PRESETS["digits-pretrain"], **flags}))
+
+
+def test_no_pickle_is_read(tmp_path):
+    """Weights that are there only as pickles end the run with one line, whichever part has them."""
+    torch.manual_seed(0)
+    tiny_if(tmp_path / "one")
+    tiny_if_2(tmp_path / "two")
+    two = dict(sd_model=str(tmp_path / "one"), upsampler=str(tmp_path / "two"))
+    painter_of(**two)
+    for part in ("one/unet", "one/text_encoder", "two/unet"):
+        (file,) = (tmp_path / part).glob("*.safetensors")
+        torch.save(load_tensors(file), file.with_suffix(".bin"))
+        file.rename(away := tmp_path / "away")
+        with pytest.raises(UserError, match="only pickled weights"):
+            painter_of(**two)
+        away.rename(file)
+
+
+def test_flags_of_later_stages_name_fields_and_none_that_an_earlier_stage_reads():
+    fields, words = set(sr.Args.__dataclass_fields__), " ".join(sr.LATER.values()).split()
+    assert all(word in fields or (word[-1] == "_" and any(f.startswith(word) for f in fields)) for word in words)
+    assert len(words) == len(set(words))
+    found = {"--sd-model": str(models.TINY_WEIGHTS / "sd"), "--backbone": "resnet50"}
+    assert set(sr.fingerprints(found)) == {"sd_model"}
 
 
 # ---- the script end to end on the tiny world -----------------------------------------------------

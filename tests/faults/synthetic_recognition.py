@@ -39,5 +39,23 @@ FAULTS = {
             'output_type="pt", **text).images.float() * 2 - 1',
             tests="test_upsampler_equals_the_stock_pipeline",
         ),
+        Fault(
+            "any prediction of the network taken for noise",
+            'if kind not in ("epsilon", "v_prediction"):',
+            "if False:",
+            tests="test_models_that_the_sampler_cannot_use",
+        ),
+        Fault(
+            "v taken for noise",
+            'if self.predicts == "v_prediction":',
+            "if False:",
+            tests="test_v_prediction_gives_the_clean_image",
+        ),
+        Fault(
+            "second stage not looked at",
+            "if args.upsampler else []",
+            "if False else []",
+            tests="test_models_that_the_sampler_cannot_use",
+        ),
     ],
 }
