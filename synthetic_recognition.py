@@ -18,7 +18,7 @@ Expect:
     digits: zero-shot 70.4 -> 71.9; 4 shots 83.2 real only, 86.5 with RG; pre-training 81.6 -> 90.9 (tables in docs/)
 
 Differs:
-    1. the generator is a diffusers Stable Diffusion (1.x, 2.x, XL) or DeepFloyd IF instead of GLIDE
+    1. the default generator is Stable Diffusion 1.5; the paper's is --sd-model glide:DIR, see common/glide
     2. accuracy of the last epoch; the official code reports the best epoch on the test set (printed beside ours)
     3. Real Filtering, phase-wise training and all of pre-training were not released: ours, see `real_filter`
     4. a sentence must contain the class name (--no-sentence-check: as officially)
@@ -56,7 +56,8 @@ class Args(Frame):
 
     # ---- models --------------------------------------------------------------------------------
     sd_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """generator: hub id, local folder in diffusers layout, or tiny"""
+    """generator: hub id or local folder of Stable Diffusion 1, 2, XL or DeepFloyd IF, tiny, or glide:DIR, the paper's,
+    with base.pt, upsample.pt, vocab.json and merges.txt in DIR"""
     upsampler: str | None = None
     """DeepFloyd IF only: second stage 64 -> 256, hub id or folder; None: keep the first stage's images"""
     head_clip: str = "RN50-quickgelu/openai"
@@ -90,8 +91,8 @@ class Args(Frame):
     """few-shot: images per class from Real Guidance, 800 / M from each real image"""
     gen_prefix: str | None = None
     """words before "a <name>" or the sentence; None: the data set's, else "a photo of" """
-    gen_resolution: int = 512
-    """pixels per side of a generated image"""
+    gen_resolution: int = 0
+    """pixels per side of a generated image; 0: 512, with GLIDE 256, as the paper"""
     gen_guidance: float = 3.0
     """classifier-free guidance scale w"""
     gen_steps: int = 100
@@ -284,6 +285,7 @@ from common import datasets, distributed, models
 from common import run as runs
 from common.checkpoint import load_training, save_training
 from common.clip import encode_images, load_clip, save_clip, zero_shot_weights
+from common.glide import load_glide, weights_file
 from common.glide.sampler import as_uint8, kept_timesteps, quantised, respaced, reverse
 from common.loop import sum_in_order
 from common.loop import units_of as micro_batches
@@ -648,6 +650,51 @@ OPTIONAL = {
 }
 
 
+def in_range(image, side):
+    """PIL image -> [3, side, side] in [-1, 1]: shorter side resized, centre crop"""
+    image = v2.functional.center_crop(v2.functional.resize(image, side, v2.InterpolationMode.BICUBIC), side)
+    return v2.functional.pil_to_tensor(image).float() / 127.5 - 1
+
+
+def repeated_to(b, *lists):
+    """Each list with its last entry repeated until it is b long: networks see full micro-batches, and the bits of an
+    image do not depend on its company."""
+    return [[*items, *[items[-1]] * (b - len(items))] for items in lists]
+
+
+def painter_of(args, device, found):
+    """found: of planned_models"""
+    return (GlidePainter if args.sd_model.startswith(GLIDE) else Painter)(args, device, found)
+
+
+GLIDE = "glide:"
+
+
+class GlidePainter:
+    """GLIDE, the paper's generator, behind the two functions of Painter that the stages call."""
+
+    def __init__(self, args, device, found):
+        self.args = args
+        self.glide = load_glide(found["--sd-model"], device, args.precision, side=args.gen_resolution // 4)
+        for net in (self.glide.base, self.glide.upsampler):
+            if args.compile:
+                net.unet.compile()
+
+    def latent(self, image):
+        return in_range(image, self.glide.side).to(self.glide.device)
+
+    def paint(self, prompts, seeds, r=100, references=None):
+        """B prompts and seeds -> B uint8 [3, H, W]. The upsampler sees the base's image and the text, no real image."""
+        n, start = len(prompts), None
+        prompts, seeds = repeated_to(self.args.gen_micro_batch, prompts, seeds)
+        if references is not None:
+            (references,) = repeated_to(self.args.gen_micro_batch, references)
+            ref = torch.stack(references)
+            start = lambda noise, abar: noised_reference(ref, noise, abar)  # noqa: E731
+        kept = kept_timesteps()[run_indices(r, self.args.gen_steps)]
+        return list(self.glide.sample(prompts, seeds, self.args.gen_guidance, kept, start)[:n])
+
+
 class Painter:
     """A stock text-to-image pipeline behind four functions: encode, denoise, latent, pixels.
 
@@ -731,9 +778,7 @@ class Painter:
     @torch.no_grad()
     def latent(self, image):
         """PIL image -> what the sampler starts from when noised: shorter side resized, centre crop, [-1, 1]"""
-        side = self.shape[1] if self.pixel else self.args.gen_resolution
-        image = v2.functional.center_crop(v2.functional.resize(image, side, v2.InterpolationMode.BICUBIC), side)
-        x = v2.functional.pil_to_tensor(image).float()[None].to(self.device) / 127.5 - 1
+        x = in_range(image, self.shape[1] if self.pixel else self.args.gen_resolution)[None].to(self.device)
         if self.pixel:
             return x[0]
         return self.pipe.vae.encode(x).latent_dist.mode()[0] * self.pipe.vae.config.scaling_factor
@@ -759,7 +804,7 @@ class Painter:
         Each image has one CPU generator; it draws the starting noise, then the noise of each step.
         """
         n, b = len(prompts), self.args.gen_micro_batch
-        prompts, seeds = ([*part, *part[-1:] * (b - n)] for part in (prompts, seeds))
+        prompts, seeds = repeated_to(b, prompts, seeds)
         gens = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def draw():
@@ -768,8 +813,8 @@ class Painter:
         s = respaced(self.abar, kept_timesteps(len(self.abar))[run_indices(r, self.args.gen_steps)])
         x = draw()
         if references is not None:
-            references = torch.stack([*references, *references[-1:] * (b - n)])
-            x = noised_reference(references, x, s["abar"][-1])
+            (references,) = repeated_to(b, references)
+            x = noised_reference(torch.stack(references), x, s["abar"][-1])
         x = reverse(self.denoiser(prompts), x, s, draw if self.args.gen_noise == "ancestral" else None, self.pixel)
         return list(self.pixels(x, prompts, seeds)[:n])
 
@@ -803,7 +848,7 @@ def generate(args, run, dist, names, shots, picks, found):
     sets, seen, latents = image_sets(args), {}, {}
     clips = clips_of(args, dist) if args.filter_while_drawing and args.setting != "pretrain" else {}
     with run.timed("generate", memory_flag="--gen-micro-batch"), runs.ImageWriter() as writer:
-        painter = Painter(args, dist.device, found) if sets else None
+        painter = painter_of(args, dist.device, found) if sets else None
         for name, n in sets.items():
             folder, items = set_folder(run, name), plan_of(args, run, name, n, names, picks)
             existing = {f: runs.existing_images(folder / f) for f in runs.class_folders(names)}
@@ -1656,7 +1701,16 @@ SETTING_ROWS = {
 
 
 def check_args(args):
-    """Ranges and files that would otherwise fail in the middle of a run."""
+    """Ranges and files that would otherwise fail in the middle of a run; gen_resolution gets its value."""
+    glide = args.sd_model.startswith(GLIDE)
+    args.gen_resolution = args.gen_resolution or (256 if glide else 512)
+    if args.gen_resolution < 1 or (glide and args.gen_resolution % 128):
+        what = "a multiple of 128 with GLIDE" if glide else "at least 1, or 0"
+        raise runs.UserError(f"--gen-resolution is {args.gen_resolution}; it must be {what}")
+    if glide and (args.upsampler or args.gen_noise == "ddim"):
+        flag = "--upsampler" if args.upsampler else "--gen-noise ddim"
+        why = "it has its own" if args.upsampler else "its sampler draws new noise in every step"
+        raise runs.UserError(f"{flag}: not with GLIDE: {why}; leave it out")
     for name in (
         "sentences gen_images_per_class rg_images gen_steps gen_micro_batch clf_seeds head_epochs head_batch "
         "head_batch_real pre_epochs pre_batch pre_micro_batch transfer_epochs transfer_batch"
@@ -1714,7 +1768,8 @@ def planned_models(args):
     wanted, sets = [], image_sets(args)
     if "le" in sets:
         wanted.append(("--sentence-model", args.sentence_model, args.sentence_kind))
-    if sets:
+    glide = args.sd_model.startswith(GLIDE)
+    if sets and not glide:
         wanted.append(("--sd-model", args.sd_model, "painter"))
         wanted += [("--upsampler", args.upsampler, "upsampler")] if args.upsampler else []
     if args.setting == "pretrain":
@@ -1725,6 +1780,12 @@ def planned_models(args):
     found = models.check_models(wanted)
     if "--sd-model" in found:
         check_noise(args, found["--sd-model"])
+    if sets and glide:
+        found["--sd-model"] = args.sd_model.removeprefix(GLIDE)
+        try:
+            load_glide(found["--sd-model"], "meta")
+        except runs.UserError as error:
+            raise runs.UserError(f"--sd-model: {error}") from error
     return found
 
 
@@ -1754,8 +1815,13 @@ def check_order(args, run, todo):
             raise runs.UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
 
 
-def fingerprints(found):
+def fingerprints(args, found):
     """{field: hash of the weights that it names}; a file stands for its folder, a network alone has no weights"""
+    if args.sd_model.startswith(GLIDE) and "--sd-model" in found:
+        folder = Path(found["--sd-model"]).expanduser()
+        files = [weights_file(folder, "base").name, weights_file(folder, "upsample").name, "vocab.json", "merges.txt"]
+        others = {flag: where for flag, where in found.items() if flag != "--sd-model"}
+        return dict(sd_model=models.fingerprint(str(folder), files)) | fingerprints(args, others)
     folders = {flag: str(Path(where).parent) if Path(where).is_file() else where for flag, where in found.items()}
     known = {flag: where for flag, where in folders.items() if not timm.is_model(where)}
     return {flag[2:].replace("-", "_"): models.fingerprint(where) for flag, where in known.items()}
@@ -1786,7 +1852,7 @@ def main(args):
     if data.note:
         distributed.say(dist, data.note)
     shots, picks = choose_shots(args, data)
-    ids = fingerprints(found)
+    ids = fingerprints(args, found)
 
     run = runs.open_run("synthetic_recognition", args, dist, SPEED_FLAGS, models=ids, later=LATER)
     todo, seen = [stage for stage in args.stages if run.todo(stage)], {}

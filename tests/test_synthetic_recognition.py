@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_glide import make_tiny_glide
 
 import synthetic_recognition as sr
 from common import models
@@ -605,7 +606,7 @@ def tiny_if(folder):
 
 def painter_of(**flags):
     args = sr.Args(**{**sr.PRESETS["digits"], **flags})
-    return sr.Painter(args, torch.device("cpu"), sr.planned_models(args))
+    return sr.painter_of(args, torch.device("cpu"), sr.planned_models(args))
 
 
 def tiny_if_2(folder):
@@ -732,7 +733,82 @@ def test_flags_of_later_stages_name_fields_and_none_that_an_earlier_stage_reads(
     assert all(word in fields or (word[-1] == "_" and any(f.startswith(word) for f in fields)) for word in words)
     assert len(words) == len(set(words))
     found = {"--sd-model": str(models.TINY_WEIGHTS / "sd"), "--backbone": "resnet50"}
-    assert set(sr.fingerprints(found)) == {"sd_model"}
+    assert set(sr.fingerprints(sr.Args(), found)) == {"sd_model"}
+
+
+# ---- GLIDE --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def glide_folder(tmp_path_factory):
+    return make_tiny_glide(tmp_path_factory.mktemp("glide"))
+
+
+def plain_glide(glide, prompt, seed, w, kept, reference=None):
+    """GLIDE's base as a loop over diffusers' own scheduler, then the upsampler of common/glide, for one image"""
+    from diffusers import DDPMScheduler
+
+    stock = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=True)
+    stock.set_timesteps(timesteps=sorted(kept, reverse=True))
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 3, glide.side, glide.side, generator=g)
+    if reference is not None:
+        x = stock.add_noise(reference[None], x, stock.timesteps[:1])
+    text = glide.base.encode(*glide.tokens(["", prompt]))
+    for t in stock.timesteps:
+        with torch.no_grad():
+            eps, v = glide.base(torch.cat([x, x]), int(t), text)
+        eps = eps[:1] + w * (eps[1:] - eps[:1])
+        x = stock.step(torch.cat([eps, v[1:]], 1), t, x, generator=g).prev_sample
+    torch.randn(x.shape, generator=g)  # drawn for the last step too, and of no use there
+    return glide.enlarged(x, [prompt], torch.randn(1, 3, 4 * glide.side, 4 * glide.side, generator=g))[0]
+
+
+def test_glide_paints_what_a_plain_loop_over_the_stock_scheduler_does(glide_folder):
+    flags = dict(sd_model=f"glide:{glide_folder}", gen_noise="ancestral", gen_resolution=64, gen_micro_batch=2)
+    painter = painter_of(**flags, gen_steps=100, gen_guidance=3.0)
+    # The 16 shots' r = 15: 15 of round(999 k / 99), the noisiest at 141
+    kept = [round(999 * k / 99) for k in range(15)]
+    assert kept[-1] == 141
+    picture = Image.effect_noise((24, 16), 90).convert("RGB")
+    reference = painter.latent(picture)
+    cut = torch.from_numpy(np.array(picture.crop((4, 0, 20, 16)))).permute(2, 0, 1)
+    close(reference, cut / 127.5 - 1, 1e-6)  # centre crop of an image that needs no resize
+    (ours,) = painter.paint(["a seven"], [3], 15, [reference])
+    wanted = plain_glide(painter.glide, "a seven", 3, 3.0, kept, reference)
+    assert ours.shape == (3, 64, 64) and (ours.int() - wanted.int()).abs().float().mean() < 0.5
+    other = painter.latent(Image.effect_noise((16, 16), 90).convert("RGB"))
+    with_other = painter.paint(["a two", "a seven"], [5, 3], 15, [other, other])  # another slot, another company
+    assert (with_other[1].int() - ours.int()).abs().float().mean() > 2  # the real image matters
+
+
+def test_glide_is_refused_with_what_it_has_not(glide_folder, tmp_path):
+    glide = dict(sd_model=f"glide:{glide_folder}")
+    args = sr.Args(**glide)
+    sr.check_args(args)
+    assert args.gen_resolution == 256
+    sr.check_args(args := sr.Args())
+    assert args.gen_resolution == 512
+    for flags, said in (
+        (dict(gen_resolution=192), "--gen-resolution is 192"),
+        (dict(upsampler="x"), "--upsampler"),
+        (dict(gen_noise="ddim"), "--gen-noise ddim"),
+    ):
+        with pytest.raises(UserError, match=said):
+            sr.check_args(sr.Args(**glide, **flags))
+    with pytest.raises(UserError, match="^--sd-model: .*no such folder"):
+        painter_of(sd_model=f"glide:{tmp_path / 'nowhere'}")
+    for name in ("base.pt", "vocab.json"):
+        copy = shutil.copytree(glide_folder, tmp_path / name)
+        (copy / name).unlink()
+        with pytest.raises(UserError, match=f"^--sd-model: .*{name}"):
+            painter_of(sd_model=f"glide:{copy}")
+    found = {"--sd-model": str(glide_folder)}
+    before = sr.fingerprints(args := sr.Args(**glide), found)
+    (copy := shutil.copytree(glide_folder, tmp_path / "copy")).joinpath("notes.txt").write_text("not one of the four")
+    assert before == sr.fingerprints(args, {"--sd-model": str(copy)})
+    (copy / "merges.txt").write_text("#version: 0.3\n")
+    assert before != sr.fingerprints(args, {"--sd-model": str(copy)})
 
 
 # ---- the script end to end on the tiny world -----------------------------------------------------

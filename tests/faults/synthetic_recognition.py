@@ -57,5 +57,23 @@ FAULTS = {
             "if False else []",
             tests="test_models_that_the_sampler_cannot_use",
         ),
+        Fault(
+            "Real Guidance ignores the image in GLIDE",
+            "start = lambda noise, abar: noised_reference(ref, noise, abar)",
+            "start = lambda noise, abar: noise",
+            tests="test_glide_paints_what_a_plain_loop",
+        ),
+        Fault(
+            "Real Guidance ignores the image",
+            "return abar.sqrt() * ref + (1 - abar).sqrt() * noise",
+            "return abar.sqrt() * 0 * ref + noise",
+            tests="test_golden_real_guidance_start",
+        ),
+        Fault(
+            "r mapped to the steps that are left out",
+            "return list(range(r - 1, -1, -(100 // steps)))[::-1]",
+            "return list(range(99 - r, -1, -(100 // steps)))[::-1]",
+            tests="test_real_guidance_runs_r_steps",
+        ),
     ],
 }
