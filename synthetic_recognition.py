@@ -268,6 +268,7 @@ import copy
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -501,9 +502,40 @@ def filter_templates(args):
     return ("a centered satellite photo of a {}.",) if args.dataset == "eurosat" else head_templates(args)[:1]
 
 
-def plain_name(name):
-    """Class name as words: underscores and hyphens become spaces; dots stay (keytotext would split "St. Bernard")."""
-    return " ".join(name.replace("_", " ").replace("-", " ").split())
+def human_names(args, names):
+    """Class names as the authors' lists have them, the same in every prompt: no underscores, hyphens where they belong
+    (A330-200). Cars: the year first. Folders: without a leading number (001.), WordNet ids as words."""
+    if args.dataset == "eurosat":
+        return EUROSAT_NAMES
+    if args.dataset == "cars":  # Acura RL Sedan 2012 -> 2012 Acura RL Sedan
+        names = [" ".join(name.split()[-1:] + name.split()[:-1]) for name in names]
+    if args.dataset == "folder":
+        words = wordnet_words() if any(re.fullmatch(WORDNET_ID, name) for name in names) else {}
+        names = [words.get(name, re.sub(r"^\d+\.", "", name)) for name in names]
+    if args.preset == "caltech256":
+        names = [re.sub(r"-\d+$", "", name) for name in names]
+    if args.preset in ("caltech256", "birdsnap"):
+        names = [name.replace("-", " ").replace("'", "") for name in names]
+    return [" ".join(name.replace("_", " ").split()) for name in names]
+
+
+WORDNET_ID = r"n\d{8}"
+
+
+def wordnet_words():
+    """{WordNet id: words}: CLIP's names of ImageNet's 1,000 classes, for the others WordNet's first word"""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    more, known = timm.data.ImageNetInfo("imagenet-22k"), timm.data.ImageNetInfo().label_names()
+    words = {wnid: more.index_to_description(i).split(",")[0].strip() for i, wnid in enumerate(more.label_names())}
+    human = list(IMAGENET_CLASSNAMES)
+    human[744], human[837] = "projectile missile", "dark sunglasses"  # else their names occur twice
+    return words | dict(zip(known, human, strict=True))
+
+
+def spaced(text):
+    """Hyphens as spaces, which T5 and its sentences may or may not have"""
+    return " ".join(text.replace("-", " ").split())
 
 
 def gen_prompt(args, text):
@@ -598,12 +630,12 @@ def official_keywords(words):
 def usable(sentences, name, check):
     """Different sentences in order of appearance; with `check` only those that contain the class name."""
     words = [" ".join(s.replace("\n", " ").split()) for s in sentences]
-    return list(dict.fromkeys(s for s in words if s and (not check or name.lower() in s.lower())))
+    return list(dict.fromkeys(s for s in words if s and (not check or spaced(name).lower() in spaced(s).lower())))
 
 
 def sentences_of(args, speak, c, name, device):
     """S different sentences of class c, or fewer where the model has no more after eight tries of S + 50."""
-    name, found = plain_name(name), []
+    name, found = spaced(name), []  # dots stay: keytotext would split "St. Bernard"
     for attempt in range(8):
         seed_global(distributed.seed_of(args.gen_seed, "sentences", c, attempt), device)
         found = usable([*found, *speak(f"a {name}", args.sentences + 50)], name, args.sentence_check)
@@ -829,7 +861,7 @@ def plan_of(args, run, name, n, names, picks):
         by_class = {c: rows[c * m : (c + 1) * m] for c in range(len(names))}
     items = []
     for c, folder in enumerate(runs.class_folders(names)):
-        plain = f"a {plain_name(names[c])}"
+        plain = f"a {names[c]}"
         for k in range(n):
             text = sentences[c][k % len(sentences[c])] if name == "le" else plain
             shot = by_class[c][k % len(by_class[c])] if by_class else None
@@ -1677,7 +1709,7 @@ def label_space(args, names):
         return names
     if args.label_space not in ("imagenet-1k", "imagenet-2k"):
         lines = [line.strip() for line in Path(args.label_space).read_text().splitlines()]
-        return list(dict.fromkeys(line for line in lines if line))
+        return list(dict.fromkeys(" ".join(line.replace("_", " ").split()) for line in lines if line))
 
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
@@ -1845,7 +1877,8 @@ def main(args):
     check_args(args)
     dist = distributed.setup_distributed(args.device)
     data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file)
-    names = EUROSAT_NAMES if args.dataset == "eurosat" else data.class_names
+    names = human_names(args, data.class_names)
+    runs.class_folders(names)  # refuses two classes of one name
     gen_names = label_space(args, names)
     found = planned_models(args)
     check_pretraining(args, gen_names)

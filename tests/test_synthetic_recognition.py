@@ -304,9 +304,68 @@ def test_sentences_are_different_and_hold_the_class_name():
     assert sr.usable(drawn, "seven", False) == ["a red seven", "a dog", "Seven birds fly"]
     args = sr.Args(**{**sr.PRESETS["digits"], "sentences": 3})
     speak = lambda words, n: [f"{words} {torch.randint(9, ()).item()}" for _ in range(n)]  # noqa: E731
-    one = sr.sentences_of(args, speak, 0, "sea_lake", None)
+    one = sr.sentences_of(args, speak, 0, "sea-lake", None)
     assert len(set(one)) == 3 and all("sea lake" in s for s in one)
-    assert one == sr.sentences_of(args, speak, 0, "sea_lake", None)
+    assert one == sr.sentences_of(args, speak, 0, "sea-lake", None)
+
+
+# Preset, name as the data set has it: (name as the authors' lists have it, head, prompt of the basic strategy).
+TYPE = "a photo of a {}, a type of {}."
+NAMED = [
+    ("cifar10", "airplane", "airplane", "a photo of a airplane.", "a photo of a airplane"),
+    ("cifar100", "aquarium_fish", "aquarium fish", "a photo of a aquarium fish.", "a photo of a aquarium fish"),
+    ("caltech101", "gerenuk", "gerenuk", "a photo of a gerenuk.", "a photo of a gerenuk"),
+    ("caltech256", "011.billiards", "billiards", "a photo of a billiards.", "a photo of a billiards"),
+    ("caltech256", "bonsai-101", "bonsai", "a photo of a bonsai.", "a photo of a bonsai"),
+    ("caltech256", "eiffel-tower", "eiffel tower", "a photo of a eiffel tower.", "a photo of a eiffel tower"),
+    ("sun397", "indoor cloister", "indoor cloister", "a photo of a indoor cloister.", "a photo of a indoor cloister"),
+    ("sun397", "art_studio", "art studio", "a photo of a art studio.", "a photo of a art studio"),
+    ("aircraft", "A330-200", "A330-200", TYPE.format("A330-200", "aircraft"), "a photo of a A330-200"),
+    ("birdsnap", "Anna's_Hummingbird", "Annas Hummingbird", TYPE.format("Annas Hummingbird", "bird"),
+     "a photo of a Annas Hummingbird"),
+    ("birdsnap", "Black-bellied_Plover", "Black bellied Plover", TYPE.format("Black bellied Plover", "bird"),
+     "a photo of a Black bellied Plover"),
+    ("cars", "Acura RL Sedan 2012", "2012 Acura RL Sedan", "a photo of a 2012 Acura RL Sedan.",
+     "a photo of a 2012 Acura RL Sedan"),
+    ("cub", "001.Black_footed_Albatross", "Black footed Albatross", TYPE.format("Black footed Albatross", "bird"),
+     "a photo of a Black footed Albatross"),
+    ("flowers", "pink-yellow dahlia", "pink-yellow dahlia", TYPE.format("pink-yellow dahlia", "flower"),
+     "a photo of a pink-yellow dahlia"),
+    ("food", "apple_pie", "apple pie", TYPE.format("apple pie", "food"), "a photo of a apple pie"),
+    ("pets", "Saint Bernard", "Saint Bernard", TYPE.format("Saint Bernard", "pet"), "a photo of a Saint Bernard"),
+    ("dtd", "polka-dotted", "polka-dotted", "polka-dotted texture.", "a photo of a polka-dotted"),
+    ("imagenet", "tench", "tench", "itap of a tench.", "a photo of a tench"),
+    ("imagenet-sketch", "n01440764", "tench", "a photo of a tench.", "sketch of a tench"),
+    ("imagenet-r", "n01443537", "goldfish", "a photo of a goldfish.", "a photo of a goldfish"),
+]  # fmt: skip
+
+
+def test_every_preset_says_the_names_that_the_authors_do():
+    presets = {row[0] for row in NAMED}
+    zero_shot = {k for k, v in sr.PRESETS.items() if v.get("setting", "zero-shot") == "zero-shot"}
+    assert presets | {"digits", "eurosat"} == zero_shot
+    for preset, raw, name, head, drawn in NAMED:
+        flags = {k: sr.PRESETS[k] for k in sr.PRESETS if k == preset or k == f"{preset}-few-shot"}
+        for key, values in flags.items():
+            args = sr.Args(preset=preset if key == preset else key, **values)
+            assert sr.human_names(args, [raw]) == [name], key
+            assert sr.head_templates(args)[0].format(name) == sr.filter_templates(args)[0].format(name) == head, key
+            assert sr.gen_prompt(args, f"a {name}") == drawn, key
+    for key in ("eurosat", "eurosat-few-shot"):
+        args = sr.Args(preset=key, **sr.PRESETS[key])
+        names = sr.human_names(args, list("0123456789"))
+        assert names[0] == "Annual Crop Land" and names[3] == "Highway or Road" and names[9] == "Sea or Lake"
+        assert sr.head_templates(args) == ("a centered satellite photo of {}.",)
+        assert sr.gen_prompt(args, f"a {names[0]}") == "a centered satellite photo of a Annual Crop Land"
+
+
+def test_names_reach_the_prompts_of_every_image(tmp_path):
+    args = sr.Args(dataset="folder", gen_images_per_class=1, ladder=("basic-ce",))
+    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts))
+    (tmp_path / "sentences.json").write_text("[]")
+    names = sr.human_names(args, ["n02124075", "002.A330-200", "sea_lake"])
+    prompts = [item["prompt"] for item in sr.plan_of(args, run, "basic", 1, names, {})]
+    assert prompts == ["a photo of a Egyptian Mau", "a photo of a A330-200", "a photo of a sea lake"]
 
 
 def tiny_chat(folder):

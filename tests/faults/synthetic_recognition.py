@@ -75,5 +75,17 @@ FAULTS = {
             "return list(range(99 - r, -1, -(100 // steps)))[::-1]",
             tests="test_real_guidance_runs_r_steps",
         ),
+        Fault(
+            "raw names in prompts",
+            'return [" ".join(name.replace("_", " ").split()) for name in names]',
+            "return list(names)",
+            tests="test_every_preset_says_the_names",
+        ),
+        Fault(
+            "head with another data set's template",
+            "kind = KIND.get(args.dataset) or BIRDS.get(args.preset)",
+            "kind = KIND.get(args.dataset)",
+            tests="test_every_preset_says_the_names",
+        ),
     ],
 }
