@@ -18,7 +18,7 @@ Expect:
     digits: zero-shot 70.4 -> 71.9; 4 shots 83.2 real only, 86.5 with RG; pre-training 81.6 -> 90.9 (tables in docs/)
 
 Differs:
-    1. the generator is a diffusers Stable Diffusion (1.x, 2.x, XL) or DeepFloyd IF instead of GLIDE
+    1. the default generator is Stable Diffusion 1.5; the paper's is --sd-model glide:DIR, see common/glide
     2. accuracy of the last epoch; the official code reports the best epoch on the test set (printed beside ours)
     3. Real Filtering, phase-wise training and all of pre-training were not released: ours, see `real_filter`
     4. a sentence must contain the class name (--no-sentence-check: as officially)
@@ -56,7 +56,8 @@ class Args(Frame):
 
     # ---- models --------------------------------------------------------------------------------
     sd_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """generator: hub id, local folder in diffusers layout, or tiny"""
+    """generator: hub id or local folder of Stable Diffusion 1, 2, XL or DeepFloyd IF, tiny, or glide:DIR, the paper's,
+    with base.pt, upsample.pt, vocab.json and merges.txt in DIR"""
     upsampler: str | None = None
     """DeepFloyd IF only: second stage 64 -> 256, hub id or folder; None: keep the first stage's images"""
     head_clip: str = "RN50-quickgelu/openai"
@@ -90,8 +91,8 @@ class Args(Frame):
     """few-shot: images per class from Real Guidance, 800 / M from each real image"""
     gen_prefix: str | None = None
     """words before "a <name>" or the sentence; None: the data set's, else "a photo of" """
-    gen_resolution: int = 512
-    """pixels per side of a generated image"""
+    gen_resolution: int = 0
+    """pixels per side of a generated image; 0: 512, with GLIDE 256, as the paper"""
     gen_guidance: float = 3.0
     """classifier-free guidance scale w"""
     gen_steps: int = 100
@@ -267,6 +268,7 @@ import copy
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -284,6 +286,7 @@ from common import datasets, distributed, models
 from common import run as runs
 from common.checkpoint import load_training, save_training
 from common.clip import encode_images, load_clip, save_clip, zero_shot_weights
+from common.glide import load_glide, weights_file
 from common.glide.sampler import as_uint8, kept_timesteps, quantised, respaced, reverse
 from common.loop import sum_in_order
 from common.loop import units_of as micro_batches
@@ -423,8 +426,9 @@ def tune_head(
 ):
     """Tune W and b in place, one AdamW step per pair of batches; yields the loss after each step.
 
-    real, syn: rows -> features [B, D], labels [B]; teacher(features): logits of the frozen head. Official code: real
-    images get hard cross-entropy only; gradients of everything trained are clipped together at norm 1.
+    real, syn: rows -> features [B, D], labels [B]; teacher: rows of syn -> logits of the untouched CLIP, which the
+    authors copy, encoder and head, before anything is tuned. Official code: real images get hard cross-entropy only;
+    gradients of everything trained are clipped together at norm 1.
     rates: learning rate of each step. extra: further parameters (of the image tower), whose gradients come through the
     features. pseudo: synthetic images take the teacher's class as their hard label.
     """
@@ -438,7 +442,7 @@ def tune_head(
         if rows_syn:
             f, y = syn(rows_syn)
             with torch.no_grad():
-                z0 = teacher(f)
+                z0 = teacher(rows_syn)
             y = z0.argmax(1) if pseudo else y
             loss = loss + weights[1] * tuning_loss(head_logits(f, W, b), z0, y, sl, T, smoothing)
         optimizer.zero_grad()
@@ -498,9 +502,40 @@ def filter_templates(args):
     return ("a centered satellite photo of a {}.",) if args.dataset == "eurosat" else head_templates(args)[:1]
 
 
-def plain_name(name):
-    """Class name as words: underscores and hyphens become spaces; dots stay (keytotext would split "St. Bernard")."""
-    return " ".join(name.replace("_", " ").replace("-", " ").split())
+def human_names(args, names):
+    """Class names as the authors' lists have them, the same in every prompt: no underscores, hyphens where they belong
+    (A330-200). Cars: the year first. Folders: without a leading number (001.), WordNet ids as words."""
+    if args.dataset == "eurosat":
+        return EUROSAT_NAMES
+    if args.dataset == "cars":  # Acura RL Sedan 2012 -> 2012 Acura RL Sedan
+        names = [" ".join(name.split()[-1:] + name.split()[:-1]) for name in names]
+    if args.dataset == "folder":
+        words = wordnet_words() if any(re.fullmatch(WORDNET_ID, name) for name in names) else {}
+        names = [words.get(name, re.sub(r"^\d+\.", "", name)) for name in names]
+    if args.preset == "caltech256":
+        names = [re.sub(r"-\d+$", "", name) for name in names]
+    if args.preset in ("caltech256", "birdsnap"):
+        names = [name.replace("-", " ").replace("'", "") for name in names]
+    return [" ".join(name.replace("_", " ").split()) for name in names]
+
+
+WORDNET_ID = r"n\d{8}"
+
+
+def wordnet_words():
+    """{WordNet id: words}: CLIP's names of ImageNet's 1,000 classes, for the others WordNet's first word"""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+
+    more, known = timm.data.ImageNetInfo("imagenet-22k"), timm.data.ImageNetInfo().label_names()
+    words = {wnid: more.index_to_description(i).split(",")[0].strip() for i, wnid in enumerate(more.label_names())}
+    human = list(IMAGENET_CLASSNAMES)
+    human[744], human[837] = "projectile missile", "dark sunglasses"  # else their names occur twice
+    return words | dict(zip(known, human, strict=True))
+
+
+def spaced(text):
+    """Hyphens as spaces, which T5 and its sentences may or may not have"""
+    return " ".join(text.replace("-", " ").split())
 
 
 def gen_prompt(args, text):
@@ -553,18 +588,13 @@ def select(run, shots):
 # [2] sentences: language enhancement (Sec. 3.1). Reads class names, writes sentences.json.
 
 
-def load_writer(args, device):
-    """-> speak(words, n): n sampled texts, temperature 1, top-k 50, at most 32 new tokens"""
+def load_writer(args, device, path):
+    """-> speak(words, n): n sampled texts, temperature 1, top-k 50, at most 32 new tokens. path: of planned_models"""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     chat = args.sentence_kind == "chat"
-    path = args.sentence_model if chat else models.resolve(args.sentence_model, "seq2seq")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = (AutoModelForCausalLM if chat else AutoModelForSeq2SeqLM).from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise runs.UserError(f"--sentence-model {args.sentence_model}: {' '.join(str(error).split())[:200]}") from error
-    model.eval().to(device)
+    tokenizer, kind = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM if chat else AutoModelForSeq2SeqLM
+    model = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().to(device)
     settings = dict(do_sample=True, top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)
 
     @torch.no_grad()
@@ -600,12 +630,12 @@ def official_keywords(words):
 def usable(sentences, name, check):
     """Different sentences in order of appearance; with `check` only those that contain the class name."""
     words = [" ".join(s.replace("\n", " ").split()) for s in sentences]
-    return list(dict.fromkeys(s for s in words if s and (not check or name.lower() in s.lower())))
+    return list(dict.fromkeys(s for s in words if s and (not check or spaced(name).lower() in spaced(s).lower())))
 
 
 def sentences_of(args, speak, c, name, device):
     """S different sentences of class c, or fewer where the model has no more after eight tries of S + 50."""
-    name, found = plain_name(name), []
+    name, found = spaced(name), []  # dots stay: keytotext would split "St. Bernard"
     for attempt in range(8):
         seed_global(distributed.seed_of(args.gen_seed, "sentences", c, attempt), device)
         found = usable([*found, *speak(f"a {name}", args.sentences + 50)], name, args.sentence_check)
@@ -616,13 +646,13 @@ def sentences_of(args, speak, c, name, device):
     return [pool[i] for i in order[: args.sentences]]
 
 
-def write_sentences(args, run, dist, names):
+def write_sentences(args, run, dist, names, found):
     """One file per class while the stage runs, so that a killed run asks for the missing classes only."""
     parts = [run.path("parts", f"sentences-{c}.json") for c in range(len(names))] if "le" in image_sets(args) else []
     with run.timed("sentences"):
         todo = distributed.broadcast_object([c for c, part in enumerate(parts) if not part.exists()], dist)
         mine = distributed.my_items(todo, dist)
-        speak = load_writer(args, dist.device) if mine else None
+        speak = load_writer(args, dist.device, found["--sentence-model"]) if mine else None
         bar = distributed.progress(len(mine), "sentences", dist, unit="classes")
         for c in mine:
             sentences = sentences_of(args, speak, c, names[c], dist.device)
@@ -644,14 +674,6 @@ def write_sentences(args, run, dist, names):
 # Reads sentences.json and the shots, writes images/, basic/, rg<M>/; skips files that exist.
 
 
-def generator_path(name):
-    """What from_pretrained loads. A local IF folder has no VAE, which the common check asks for."""
-    index = Path(name).expanduser() / "model_index.json"
-    if index.is_file() and json.loads(index.read_text()).get("_class_name", "").startswith("IF"):
-        return str(index.parent)
-    return models.resolve(name, "painter")
-
-
 # What each family can do without; the paper's generator has neither checker nor watermark.
 OPTIONAL = {
     "StableDiffusionPipeline": ("safety_checker", "requires_safety_checker"),
@@ -660,24 +682,67 @@ OPTIONAL = {
 }
 
 
+def in_range(image, side):
+    """PIL image -> [3, side, side] in [-1, 1]: shorter side resized, centre crop"""
+    image = v2.functional.center_crop(v2.functional.resize(image, side, v2.InterpolationMode.BICUBIC), side)
+    return v2.functional.pil_to_tensor(image).float() / 127.5 - 1
+
+
+def repeated_to(b, *lists):
+    """Each list with its last entry repeated until it is b long: networks see full micro-batches, and the bits of an
+    image do not depend on its company."""
+    return [[*items, *[items[-1]] * (b - len(items))] for items in lists]
+
+
+def painter_of(args, device, found):
+    """found: of planned_models"""
+    return (GlidePainter if args.sd_model.startswith(GLIDE) else Painter)(args, device, found)
+
+
+GLIDE = "glide:"
+
+
+class GlidePainter:
+    """GLIDE, the paper's generator, behind the two functions of Painter that the stages call."""
+
+    def __init__(self, args, device, found):
+        self.args = args
+        self.glide = load_glide(found["--sd-model"], device, args.precision, side=args.gen_resolution // 4)
+        for net in (self.glide.base, self.glide.upsampler):
+            if args.compile:
+                net.unet.compile()
+
+    def latent(self, image):
+        return in_range(image, self.glide.side).to(self.glide.device)
+
+    def paint(self, prompts, seeds, r=100, references=None):
+        """B prompts and seeds -> B uint8 [3, H, W]. The upsampler sees the base's image and the text, no real image."""
+        n, start = len(prompts), None
+        prompts, seeds = repeated_to(self.args.gen_micro_batch, prompts, seeds)
+        if references is not None:
+            (references,) = repeated_to(self.args.gen_micro_batch, references)
+            ref = torch.stack(references)
+            start = lambda noise, abar: noised_reference(ref, noise, abar)  # noqa: E731
+        kept = kept_timesteps()[run_indices(r, self.args.gen_steps)]
+        return list(self.glide.sample(prompts, seeds, self.args.gen_guidance, kept, start)[:n])
+
+
 class Painter:
     """A stock text-to-image pipeline behind four functions: encode, denoise, latent, pixels.
 
     Stable Diffusion 1.x and 2.x and XL work on latents, DeepFloyd IF on 64-pixel images like GLIDE.
     """
 
-    def __init__(self, args, device):
+    def __init__(self, args, device, found):
+        """found: of planned_models"""
         from diffusers import DiffusionPipeline
 
-        self.args, self.device = args, device
+        self.args, self.device, path = args, device, found["--sd-model"]
         self.dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        path = generator_path(args.sd_model)
         self.kind = DiffusionPipeline.load_config(path)["_class_name"]
-        if self.kind not in OPTIONAL:
-            raise runs.UserError(f"--sd-model {args.sd_model}: a {self.kind}; wanted: Stable Diffusion 1, 2, XL or IF")
         off = dict(safety_checker=None, requires_safety_checker=False, watermarker=None)
-        off = {k: v for k, v in off.items() if k in OPTIONAL[self.kind]}
-        self.pipe = DiffusionPipeline.from_pretrained(path, dtype=self.dtype, **off)
+        off = {k: v for k, v in off.items() if k in OPTIONAL[self.kind]} | models.load_kwargs(path)
+        self.pipe = DiffusionPipeline.from_pretrained(path, dtype=self.dtype, use_safetensors=True, **off)
         self.pipe.to(device)
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.unet.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
@@ -686,7 +751,7 @@ class Painter:
         if args.compile:
             self.unet = torch.compile(self.unet)
         if self.pixel:
-            side, self.stage2 = config.sample_size, self.load_upsampler()
+            side, self.stage2 = config.sample_size, self.load_upsampler(found.get("--upsampler"))
         else:
             self.pipe.vae.to(memory_format=torch.channels_last).float()
             side = args.gen_resolution // 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
@@ -695,13 +760,15 @@ class Painter:
         self.predicts = self.pipe.scheduler.config.prediction_type
         self.texts = {}
 
-    def load_upsampler(self):
-        if self.args.upsampler is None:
+    def load_upsampler(self, path):
+        if path is None:
             return None
         from diffusers import IFSuperResolutionPipeline
 
+        # Texts come encoded from the first stage, which has the same text encoder.
         off = dict(safety_checker=None, requires_safety_checker=False, watermarker=None, text_encoder=None)
-        stage2 = IFSuperResolutionPipeline.from_pretrained(self.args.upsampler, dtype=self.dtype, **off)
+        off |= dict(tokenizer=None, use_safetensors=True) | models.load_kwargs(path)
+        stage2 = IFSuperResolutionPipeline.from_pretrained(path, dtype=self.dtype, **off)
         stage2.set_progress_bar_config(disable=True)
         return stage2.to(self.device)
 
@@ -743,9 +810,7 @@ class Painter:
     @torch.no_grad()
     def latent(self, image):
         """PIL image -> what the sampler starts from when noised: shorter side resized, centre crop, [-1, 1]"""
-        side = self.shape[1] if self.pixel else self.args.gen_resolution
-        image = v2.functional.center_crop(v2.functional.resize(image, side, v2.InterpolationMode.BICUBIC), side)
-        x = v2.functional.pil_to_tensor(image).float()[None].to(self.device) / 127.5 - 1
+        x = in_range(image, self.shape[1] if self.pixel else self.args.gen_resolution)[None].to(self.device)
         if self.pixel:
             return x[0]
         return self.pipe.vae.encode(x).latent_dist.mode()[0] * self.pipe.vae.config.scaling_factor
@@ -759,7 +824,8 @@ class Painter:
             h, null = torch.stack([self.encode(p)[0] for p in prompts]), self.encode("")[0].expand(len(prompts), -1, -1)
             gens = [torch.Generator().manual_seed(distributed.seed_of(seed, "upsampler")) for seed in seeds]
             text = dict(prompt_embeds=h, negative_prompt_embeds=null, guidance_scale=1.0, generator=gens)
-            x = self.stage2(image=quantised(x).to(self.dtype), output_type="pt", **text).images.float() * 2 - 1
+            # "pt" leaves the range as it is, [-1, 1], where the other output types map it to [0, 1].
+            x = self.stage2(image=quantised(x).to(self.dtype), output_type="pt", **text).images.float()
         return as_uint8(x).cpu()
 
     @torch.no_grad()
@@ -770,7 +836,7 @@ class Painter:
         Each image has one CPU generator; it draws the starting noise, then the noise of each step.
         """
         n, b = len(prompts), self.args.gen_micro_batch
-        prompts, seeds = ([*part, *part[-1:] * (b - n)] for part in (prompts, seeds))
+        prompts, seeds = repeated_to(b, prompts, seeds)
         gens = [torch.Generator().manual_seed(seed) for seed in seeds]
 
         def draw():
@@ -779,8 +845,8 @@ class Painter:
         s = respaced(self.abar, kept_timesteps(len(self.abar))[run_indices(r, self.args.gen_steps)])
         x = draw()
         if references is not None:
-            references = torch.stack([*references, *references[-1:] * (b - n)])
-            x = noised_reference(references, x, s["abar"][-1])
+            (references,) = repeated_to(b, references)
+            x = noised_reference(torch.stack(references), x, s["abar"][-1])
         x = reverse(self.denoiser(prompts), x, s, draw if self.args.gen_noise == "ancestral" else None, self.pixel)
         return list(self.pixels(x, prompts, seeds)[:n])
 
@@ -795,7 +861,7 @@ def plan_of(args, run, name, n, names, picks):
         by_class = {c: rows[c * m : (c + 1) * m] for c in range(len(names))}
     items = []
     for c, folder in enumerate(runs.class_folders(names)):
-        plain = f"a {plain_name(names[c])}"
+        plain = f"a {names[c]}"
         for k in range(n):
             text = sentences[c][k % len(sentences[c])] if name == "le" else plain
             shot = by_class[c][k % len(by_class[c])] if by_class else None
@@ -809,12 +875,12 @@ def rg_steps_of(args, m):
     return args.rg_steps or RG_STEPS[max(n for n in RG_STEPS if n <= m)]
 
 
-def generate(args, run, dist, names, shots, picks):
-    """-> what CLIP saw while images were drawn, {(clip, set, file): feature}"""
+def generate(args, run, dist, names, shots, picks, found):
+    """found: of planned_models -> what CLIP saw while images were drawn, {(clip, set, file): feature}"""
     sets, seen, latents = image_sets(args), {}, {}
     clips = clips_of(args, dist) if args.filter_while_drawing and args.setting != "pretrain" else {}
     with run.timed("generate", memory_flag="--gen-micro-batch"), runs.ImageWriter() as writer:
-        painter = Painter(args, dist.device) if sets else None
+        painter = painter_of(args, dist.device, found) if sets else None
         for name, n in sets.items():
             folder, items = set_folder(run, name), plan_of(args, run, name, n, names, picks)
             existing = {f: runs.existing_images(folder / f) for f in runs.class_folders(names)}
@@ -1086,11 +1152,12 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
     else:
         phases, lr = [only_real if row == "real" else mixed], args.head_lr
 
-    on_images = args.tune_share > 0 or not args.freeze_bn
+    batch_statistics = not args.freeze_bn
+    on_images = args.tune_share > 0 or batch_statistics
     extra, tower = [], None
     if on_images:  # the image path: pixels in every step
         clip = load_clip(args.head_clip, device)
-        tower = clip.model.visual.train(not args.freeze_bn)
+        tower = clip.model.visual.train(batch_statistics)
         extra = last_share(tower, args.tune_share)
 
     def source(name, rows):
@@ -1109,6 +1176,7 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
 
     W, b = W0.clone().to(device).requires_grad_(), torch.zeros(len(W0), device=device, requires_grad=True)
     frozen, test = W0.to(device), cached["test"]
+    untouched = cached[set_name].features[syn_rows].to(device) if syn_rows else None  # seen before anything was tuned
     x_test, y_test = test.features.to(device), test.labels.to(device)
     sl = 0.0 if row.endswith("-ce") else args.sl
     step, total, curve, best = 0, sum(map(len, phases)), [], 0.0
@@ -1118,9 +1186,9 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
             planned = math.ceil(n_syn / args.head_batch)
             rates = official_rates(args.head_epochs, len(pairs) // args.head_epochs, planned, lr)
         losses = tune_head(
-            W, b, pairs, source("shots", real_rows), source(set_name, syn_rows), lambda f: head_logits(f, frozen, 0.0),
-            rates, args.head_wd, sl, args.sl_temperature, (args.real_weight, args.syn_weight), args.label_smoothing,
-            extra, args.pseudo_labels,
+            W, b, pairs, source("shots", real_rows), source(set_name, syn_rows),
+            lambda rows: head_logits(untouched[rows], frozen, 0.0), rates, args.head_wd, sl, args.sl_temperature,
+            (args.real_weight, args.syn_weight), args.label_smoothing, extra, args.pseudo_labels,
         )  # fmt: skip
         for loss in losses:
             step += 1
@@ -1128,7 +1196,7 @@ def train_head(args, run, device, clip, row, m, seed, W0, images, cached, keep, 
                 runs.check_finite(loss, f"train, {classifier_name(row, m, seed)}, step {step}")
                 if on_images:
                     x_test = encode_images(clip, images["test"], batch=args.gen_micro_batch)
-                    tower.train(not args.freeze_bn)  # encode_images leaves the mode of the whole model
+                    tower.train(batch_statistics)  # encode_images leaves the mode of the whole model
                 with torch.no_grad():
                     score = top1(head_logits(x_test, W, b), y_test)
                 best = max(best, score)
@@ -1400,8 +1468,11 @@ def new_backbone(args, n_classes, seed, device, weights=None, drop_path=0.0):
     weights: None, "imagenet" (timm's), or the file of a model of this architecture, whose head is left out. drop_path:
     stochastic depth.
     """
-    seed_global(distributed.seed_of(seed, "backbone"))
     more = dict(drop_path_rate=drop_path) if drop_path else {}
+    if weights == "imagenet":  # by its file, which is in safetensors: timm itself would take a pickle too
+        file = models.check_models([("--backbone", args.backbone, "timm")])["--backbone"]
+        more |= dict(pretrained_cfg_overlay=dict(file=file))
+    seed_global(distributed.seed_of(seed, "backbone"))
     try:
         net = timm.create_model(args.backbone, pretrained=weights == "imagenet", num_classes=n_classes, **more)
     except (RuntimeError, OSError, ValueError) as error:
@@ -1638,7 +1709,7 @@ def label_space(args, names):
         return names
     if args.label_space not in ("imagenet-1k", "imagenet-2k"):
         lines = [line.strip() for line in Path(args.label_space).read_text().splitlines()]
-        return list(dict.fromkeys(line for line in lines if line))
+        return list(dict.fromkeys(" ".join(line.replace("_", " ").split()) for line in lines if line))
 
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
 
@@ -1662,7 +1733,16 @@ SETTING_ROWS = {
 
 
 def check_args(args):
-    """Ranges and files that would otherwise fail in the middle of a run."""
+    """Ranges and files that would otherwise fail in the middle of a run; gen_resolution gets its value."""
+    glide = args.sd_model.startswith(GLIDE)
+    args.gen_resolution = args.gen_resolution or (256 if glide else 512)
+    if args.gen_resolution < 1 or (glide and args.gen_resolution % 128):
+        what = "a multiple of 128 with GLIDE" if glide else "at least 1, or 0"
+        raise runs.UserError(f"--gen-resolution is {args.gen_resolution}; it must be {what}")
+    if glide and (args.upsampler or args.gen_noise == "ddim"):
+        flag = "--upsampler" if args.upsampler else "--gen-noise ddim"
+        why = "it has its own" if args.upsampler else "its sampler draws new noise in every step"
+        raise runs.UserError(f"{flag}: not with GLIDE: {why}; leave it out")
     for name in (
         "sentences gen_images_per_class rg_images gen_steps gen_micro_batch clf_seeds head_epochs head_batch "
         "head_batch_real pre_epochs pre_batch pre_micro_batch transfer_epochs transfer_batch"
@@ -1699,20 +1779,63 @@ def check_args(args):
             raise runs.UserError(f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
 
 
-def check_models(args, gen_names):
+def check_pretraining(args, gen_names):
     """Names and networks of pre-training, before days of generation"""
     if args.setting != "pretrain":
         return
     if not gen_names:
         raise runs.UserError(f"--label-space {args.label_space}: no names in it")
     runs.class_folders(gen_names)  # refuses two names of one folder
-    real = any(row.startswith("real-init") for row in args.ladder) and args.real_weights not in ("train", "imagenet")
-    if real:
+    own = any(row.startswith("real-init") for row in args.ladder) and args.real_weights not in ("train", "imagenet")
+    if own:
         try:
             safe_open(args.real_weights, "pt").__enter__()
         except SafetensorError as error:
             raise runs.UserError(f"--real-weights {args.real_weights}: no safetensors file ({error})") from error
-    new_backbone(args, len(gen_names), args.seed, "cpu", args.real_weights if real else None)
+    new_backbone(args, len(gen_names), args.seed, "cpu", args.real_weights if own else None)
+
+
+def planned_models(args):
+    """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
+    wanted, sets = [], image_sets(args)
+    if "le" in sets:
+        wanted.append(("--sentence-model", args.sentence_model, args.sentence_kind))
+    glide = args.sd_model.startswith(GLIDE)
+    if sets and not glide:
+        wanted.append(("--sd-model", args.sd_model, "painter"))
+        wanted += [("--upsampler", args.upsampler, "upsampler")] if args.upsampler else []
+    if args.setting == "pretrain":
+        real = args.real_weights == "imagenet" and any(row.startswith("real-init") for row in args.ladder)
+        wanted.append(("--backbone", args.backbone, "timm" if real else "network"))
+    else:
+        wanted += [("--head-clip", args.head_clip, "clip"), ("--filter-clip", args.filter_clip, "clip")]
+    found = models.check_models(wanted)
+    if "--sd-model" in found:
+        check_noise(args, found["--sd-model"])
+    if sets and glide:
+        found["--sd-model"] = args.sd_model.removeprefix(GLIDE)
+        try:
+            load_glide(found["--sd-model"], "meta")
+        except runs.UserError as error:
+            raise runs.UserError(f"--sd-model: {error}") from error
+    return found
+
+
+def check_noise(args, folder):
+    """The sampler needs eps or v at a known share of noise, and a little of the image left at the last timestep."""
+    import diffusers
+
+    config = models.scheduler_config(folder)
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    kind, abar = scheduler.config.get("prediction_type"), getattr(scheduler, "alphas_cumprod", None)
+    what = f"--sd-model {args.sd_model}: its scheduler"
+    if kind not in ("epsilon", "v_prediction"):
+        raise runs.UserError(f"{what} predicts {kind!r}; this sampler takes epsilon and v_prediction")
+    if abar is None or scheduler.config.get("rescale_betas_zero_snr") or not 0 < abar[-1] < abar[0] < 1:
+        name = config["_class_name"]
+        raise runs.UserError(f"{what}, a {name}, has no schedule of shares of noise that ends above zero signal")
+    if args.upsampler and "vae" in json.loads((Path(folder) / "model_index.json").read_text()):
+        raise runs.UserError(f"--upsampler {args.upsampler}: only DeepFloyd IF has a second stage; leave it out")
 
 
 def check_order(args, run, todo):
@@ -1724,28 +1847,54 @@ def check_order(args, run, todo):
             raise runs.UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
 
 
+def fingerprints(args, found):
+    """{field: hash of the weights that it names}; a file stands for its folder, a network alone has no weights"""
+    if args.sd_model.startswith(GLIDE) and "--sd-model" in found:
+        folder = Path(found["--sd-model"]).expanduser()
+        files = [weights_file(folder, "base").name, weights_file(folder, "upsample").name, "vocab.json", "merges.txt"]
+        others = {flag: where for flag, where in found.items() if flag != "--sd-model"}
+        return dict(sd_model=models.fingerprint(str(folder), files)) | fingerprints(args, others)
+    folders = {flag: str(Path(where).parent) if Path(where).is_file() else where for flag, where in found.items()}
+    known = {flag: where for flag, where in folders.items() if not timm.is_model(where)}
+    return {flag[2:].replace("-", "_"): models.fingerprint(where) for flag, where in known.items()}
+
+
+# Flags that no stage before this one leaves a trace of: they may change while it has not begun.
+LATER = {
+    "sentences": "sentence_model sentence_kind sentences sentence_check",
+    "generate": "sd_model upsampler gen_images_per_class rg_images gen_prefix gen_resolution gen_guidance gen_steps "
+    "gen_noise rg_steps",
+    "filter": "head_clip filter_clip filter_keep train_lowres",
+    "train": "clf_seeds head_lr phase_lr head_warmup head_wd head_epochs head_batch head_batch_real sl sl_temperature "
+    "label_smoothing pseudo_labels real_weight syn_weight tune_share freeze_bn rf_margin backbone real_weights recipe "
+    "pre_ moco_ transfer_",
+}
+
+
 def main(args):
     if args.plan:
         raise runs.UserError("--plan: this script has no plan yet, only datadream.py; leave the flag out")
     check_args(args)
     dist = distributed.setup_distributed(args.device)
     data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file)
-    names = EUROSAT_NAMES if args.dataset == "eurosat" else data.class_names
+    names = human_names(args, data.class_names)
+    runs.class_folders(names)  # refuses two classes of one name
     gen_names = label_space(args, names)
-    check_models(args, gen_names)
+    found = planned_models(args)
+    check_pretraining(args, gen_names)
     if data.note:
         distributed.say(dist, data.note)
     shots, picks = choose_shots(args, data)
-    ids = dict(generator=models.fingerprint(generator_path(args.sd_model)), clip=args.head_clip)
+    ids = fingerprints(args, found)
 
-    run = runs.open_run("synthetic_recognition", args, dist, SPEED_FLAGS, models=ids)
+    run = runs.open_run("synthetic_recognition", args, dist, SPEED_FLAGS, models=ids, later=LATER)
     todo, seen = [stage for stage in args.stages if run.todo(stage)], {}
     select(run, shots)
     check_order(args, run, todo)
     if "sentences" in todo:
-        write_sentences(args, run, dist, gen_names)
+        write_sentences(args, run, dist, gen_names, found)
     if "generate" in todo:
-        seen = generate(args, run, dist, gen_names, shots, picks)
+        seen = generate(args, run, dist, gen_names, shots, picks, found)
     if "filter" in todo:
         filter_images(args, run, dist, names, shots, picks, data.test, seen)
     if "train" in todo and args.setting == "pretrain":

@@ -7,7 +7,7 @@ read of each model in seconds (`common.modelfiles`). Weights come from safetenso
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -157,11 +157,12 @@ def scheduler_config(folder: str) -> dict[str, Any]:
     return read_object(Path(folder) / "scheduler" / "scheduler_config.json")
 
 
-def fingerprint(where: str) -> str:
+def fingerprint(where: str, only: Collection[str] = ()) -> str:
     """A short name for the exact weights, for args.json.
 
     A folder: 16 hex digits of a sha256 over each file's relative path, size, first and last 64 KiB (JSON files whole;
-    README and hidden files left out), so two copies of a model agree wherever they lie. A hub id, or its folder in the
+    README and hidden files left out), so two copies of a model agree wherever they lie. only: these of its files, all
+    if there are none. A hub id, or its folder in the
     cache: the first 16 digits of the cached or current revision; "unknown" when neither can be found out.
     """
     path = Path(where).expanduser()
@@ -175,6 +176,8 @@ def fingerprint(where: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
         relative, size = file.relative_to(path), file.stat().st_size
+        if only and relative.as_posix() not in only:
+            continue
         if file.suffix.lower() == ".md" or any(part.startswith(".") for part in relative.parts):
             continue
         digest.update(f"{relative.as_posix()}\0{size}\0".encode())

@@ -4,6 +4,7 @@
 # Expect: top-1 35.35 -> 45.69 (the paper's Table 1; not run by us); ViT-B/16: 68.22 -> 70.71
 #         with --head-clip ViT-B-16-quickgelu/openai
 # Cost:   61 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
+# GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   below data/; the paper's split: --split-file split_zhou_<Name>.json where CoOp has one
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 launch synthetic_recognition.py --preset cifar100 "$@"

@@ -3,6 +3,7 @@
 #
 # Expect: the paper shows a curve only; not run by us
 # Cost:   24 GPU hours for the images, estimated: 163 TFLOP from noise, 27 to 83 from a shot, at 300 TFLOP/s
+# GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   below data/; the paper uses CoOp splits: --split-file split_zhou_<Name>.json
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 launch synthetic_recognition.py --preset dtd-few-shot "$@"

@@ -4,12 +4,14 @@ import json
 import shutil
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tiny_glide import make_tiny_glide
 
 import synthetic_recognition as sr
 from common import models
@@ -146,7 +148,8 @@ def test_golden_tuning_on_synthetic_images(g):
     pairs = [([], rows) for epoch in order for rows in sr.chunks(epoch, 16)]
     data = rows_of(g["ct_zsl.X"], g["ct_zsl.y"])
     rates = [sr.head_rate(s, len(pairs), 0.05) for s in range(len(pairs))]
-    losses = list(sr.tune_head(W, b, pairs, None, data, lambda f: sr.head_logits(f, W0, 0.0), rates, 0.1, 0.5, 2))
+    teacher = lambda rows: sr.head_logits(g["ct_zsl.X"][rows], W0, 0.0)  # noqa: E731
+    losses = list(sr.tune_head(W, b, pairs, None, data, teacher, rates, 0.1, 0.5, 2))
     close(torch.tensor(losses), g["ct_zsl.losses"], 1e-4)
     close(W, g["ct_zsl.W"], 1e-4)
     close(b, g["ct_zsl.b"], 1e-4)
@@ -159,7 +162,8 @@ def test_golden_mix_training(g):
     pairs = [([i for i in real if i >= 0], [i for i in syn if i >= 0]) for real, syn in steps]
     real, syn = rows_of(g["ct_fsl.Xr"], g["ct_fsl.yr"]), rows_of(g["ct_fsl.Xs"], g["ct_fsl.ys"])
     rates = [sr.head_rate(s, len(pairs), 0.02) for s in range(len(pairs))]
-    losses = list(sr.tune_head(W, b, pairs, real, syn, lambda f: sr.head_logits(f, W0, 0.0), rates, 0.1, 0.5, 2))
+    teacher = lambda rows: sr.head_logits(g["ct_fsl.Xs"][rows], W0, 0.0)  # noqa: E731
+    losses = list(sr.tune_head(W, b, pairs, real, syn, teacher, rates, 0.1, 0.5, 2))
     close(torch.tensor(losses), g["ct_fsl.losses"], 1e-4)
     close(W, g["ct_fsl.W"], 1e-4)
     close(b, g["ct_fsl.b"], 1e-4)
@@ -193,7 +197,7 @@ def tuned(problem, pairs, **more):
     flags = dict(rates=rates, wd=0.1, sl=0.5, T=2) | more
     teacher = W0.clone()
     steps = sr.tune_head(
-        W, b, pairs, rows_of(x_real, y_real), rows_of(x, y), lambda f: sr.head_logits(f, teacher, 0.0), **flags
+        W, b, pairs, rows_of(x_real, y_real), rows_of(x, y), lambda r: sr.head_logits(x[r], teacher, 0.0), **flags
     )
     losses = list(steps)
     assert torch.equal(teacher, W0)  # the teacher never changes
@@ -300,9 +304,68 @@ def test_sentences_are_different_and_hold_the_class_name():
     assert sr.usable(drawn, "seven", False) == ["a red seven", "a dog", "Seven birds fly"]
     args = sr.Args(**{**sr.PRESETS["digits"], "sentences": 3})
     speak = lambda words, n: [f"{words} {torch.randint(9, ()).item()}" for _ in range(n)]  # noqa: E731
-    one = sr.sentences_of(args, speak, 0, "sea_lake", None)
+    one = sr.sentences_of(args, speak, 0, "sea-lake", None)
     assert len(set(one)) == 3 and all("sea lake" in s for s in one)
-    assert one == sr.sentences_of(args, speak, 0, "sea_lake", None)
+    assert one == sr.sentences_of(args, speak, 0, "sea-lake", None)
+
+
+# Preset, name as the data set has it: (name as the authors' lists have it, head, prompt of the basic strategy).
+TYPE = "a photo of a {}, a type of {}."
+NAMED = [
+    ("cifar10", "airplane", "airplane", "a photo of a airplane.", "a photo of a airplane"),
+    ("cifar100", "aquarium_fish", "aquarium fish", "a photo of a aquarium fish.", "a photo of a aquarium fish"),
+    ("caltech101", "gerenuk", "gerenuk", "a photo of a gerenuk.", "a photo of a gerenuk"),
+    ("caltech256", "011.billiards", "billiards", "a photo of a billiards.", "a photo of a billiards"),
+    ("caltech256", "bonsai-101", "bonsai", "a photo of a bonsai.", "a photo of a bonsai"),
+    ("caltech256", "eiffel-tower", "eiffel tower", "a photo of a eiffel tower.", "a photo of a eiffel tower"),
+    ("sun397", "indoor cloister", "indoor cloister", "a photo of a indoor cloister.", "a photo of a indoor cloister"),
+    ("sun397", "art_studio", "art studio", "a photo of a art studio.", "a photo of a art studio"),
+    ("aircraft", "A330-200", "A330-200", TYPE.format("A330-200", "aircraft"), "a photo of a A330-200"),
+    ("birdsnap", "Anna's_Hummingbird", "Annas Hummingbird", TYPE.format("Annas Hummingbird", "bird"),
+     "a photo of a Annas Hummingbird"),
+    ("birdsnap", "Black-bellied_Plover", "Black bellied Plover", TYPE.format("Black bellied Plover", "bird"),
+     "a photo of a Black bellied Plover"),
+    ("cars", "Acura RL Sedan 2012", "2012 Acura RL Sedan", "a photo of a 2012 Acura RL Sedan.",
+     "a photo of a 2012 Acura RL Sedan"),
+    ("cub", "001.Black_footed_Albatross", "Black footed Albatross", TYPE.format("Black footed Albatross", "bird"),
+     "a photo of a Black footed Albatross"),
+    ("flowers", "pink-yellow dahlia", "pink-yellow dahlia", TYPE.format("pink-yellow dahlia", "flower"),
+     "a photo of a pink-yellow dahlia"),
+    ("food", "apple_pie", "apple pie", TYPE.format("apple pie", "food"), "a photo of a apple pie"),
+    ("pets", "Saint Bernard", "Saint Bernard", TYPE.format("Saint Bernard", "pet"), "a photo of a Saint Bernard"),
+    ("dtd", "polka-dotted", "polka-dotted", "polka-dotted texture.", "a photo of a polka-dotted"),
+    ("imagenet", "tench", "tench", "itap of a tench.", "a photo of a tench"),
+    ("imagenet-sketch", "n01440764", "tench", "a photo of a tench.", "sketch of a tench"),
+    ("imagenet-r", "n01443537", "goldfish", "a photo of a goldfish.", "a photo of a goldfish"),
+]  # fmt: skip
+
+
+def test_every_preset_says_the_names_that_the_authors_do():
+    presets = {row[0] for row in NAMED}
+    zero_shot = {k for k, v in sr.PRESETS.items() if v.get("setting", "zero-shot") == "zero-shot"}
+    assert presets | {"digits", "eurosat"} == zero_shot
+    for preset, raw, name, head, drawn in NAMED:
+        flags = {k: sr.PRESETS[k] for k in sr.PRESETS if k == preset or k == f"{preset}-few-shot"}
+        for key, values in flags.items():
+            args = sr.Args(preset=preset if key == preset else key, **values)
+            assert sr.human_names(args, [raw]) == [name], key
+            assert sr.head_templates(args)[0].format(name) == sr.filter_templates(args)[0].format(name) == head, key
+            assert sr.gen_prompt(args, f"a {name}") == drawn, key
+    for key in ("eurosat", "eurosat-few-shot"):
+        args = sr.Args(preset=key, **sr.PRESETS[key])
+        names = sr.human_names(args, list("0123456789"))
+        assert names[0] == "Annual Crop Land" and names[3] == "Highway or Road" and names[9] == "Sea or Lake"
+        assert sr.head_templates(args) == ("a centered satellite photo of {}.",)
+        assert sr.gen_prompt(args, f"a {names[0]}") == "a centered satellite photo of a Annual Crop Land"
+
+
+def test_names_reach_the_prompts_of_every_image(tmp_path):
+    args = sr.Args(dataset="folder", gen_images_per_class=1, ladder=("basic-ce",))
+    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts))
+    (tmp_path / "sentences.json").write_text("[]")
+    names = sr.human_names(args, ["n02124075", "002.A330-200", "sea_lake"])
+    prompts = [item["prompt"] for item in sr.plan_of(args, run, "basic", 1, names, {})]
+    assert prompts == ["a photo of a Egyptian Mau", "a photo of a A330-200", "a photo of a sea lake"]
 
 
 def tiny_chat(folder):
@@ -311,6 +374,7 @@ def tiny_chat(folder):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     words = '<pad> <s> </s> <unk> user assistant : a seven two red photo of Write one short caption . " the Use'.split()
+    words += "blue green dog cat bird tree on in with house yellow small".split()
     bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
@@ -333,7 +397,7 @@ def test_a_chat_model_writes_sentences_without_repeating_the_question(tmp_path):
     tiny_chat(tmp_path)
     flags = dict(sentence_kind="chat", sentence_model=str(tmp_path), sentences=5, gen_seed=3)
     args = sr.Args(**{**sr.PRESETS["digits"], **flags})
-    speak = sr.load_writer(args, torch.device("cpu"))
+    speak = sr.load_writer(args, torch.device("cpu"), sr.planned_models(args)["--sentence-model"])
     sr.seed_global(0)
     drawn = speak("a seven", 8)
     assert len(drawn) == 8 and all(len(s.split()) <= 32 for s in drawn) and len(set(drawn)) > 1
@@ -358,7 +422,8 @@ def test_official_keywords_keep_double_quotes_and_cut_at_full_stops():
     assert sr.official_keywords("a seven") == ["a seven </s>"]
     assert sr.official_keywords("a colt's foot") == ['"a colts foot" </s>']
     assert sr.official_keywords("a St. Bernard") == ["a St </s>", "Bernard </s>"]
-    speak = sr.load_writer(sr.Args(sentence_model="tiny", official=("keywords",)), torch.device("cpu"))
+    args = sr.Args(sentence_model="tiny", official=("keywords",))
+    speak = sr.load_writer(args, torch.device("cpu"), models.resolve("tiny", "seq2seq"))
     drawn = speak("a seven. a two", 4)
     assert len(drawn) == 4 and all("two" in s.split("seven")[-1] for s in drawn if "seven" in s) and any(drawn)
 
@@ -392,11 +457,11 @@ def test_label_spaces(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         sr.check_args(sr.Args(**flags, label_space=str(tmp_path / "none.txt")))
     with pytest.raises(UserError, match="no names"):
-        sr.check_models(sr.Args(**flags), [])
+        sr.check_pretraining(sr.Args(**flags), [])
     with pytest.raises(UserError, match="same name"):
-        sr.check_models(sr.Args(**flags), ["cat", "dog", "cat"])
+        sr.check_pretraining(sr.Args(**flags), ["cat", "dog", "cat"])
     with pytest.raises(UserError, match="--backbone nosuch"):
-        sr.check_models(sr.Args(**flags, backbone="nosuch"), ["cat"])
+        sr.check_pretraining(sr.Args(**flags, backbone="nosuch"), ["cat"])
     for empty in (dict(pre_amounts=()), dict(setting="few-shot", ladder=("rg",), shot_counts=())):
         with pytest.raises(UserError, match="--pre-amounts|--shot-counts"):
             sr.check_args(sr.Args(**{**flags, **empty}))
@@ -468,10 +533,64 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     (tmp_path / "text").write_text("no weights at all")
     flags = {**sr.PRESETS["digits-pretrain"], "real_weights": str(tmp_path / "text")}
     with pytest.raises(UserError, match="no safetensors file"):
-        sr.check_models(sr.Args(**flags), ["cat"])
+        sr.check_pretraining(sr.Args(**flags), ["cat"])
     save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="no weights of --backbone"):
         sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
+
+
+class WithBatchNorm(torch.nn.Module):
+    """An image tower like RN50's in that it has BatchNorm, and the CLIP around it"""
+
+    def __init__(self):
+        super().__init__()
+        self.visual = torch.nn.Sequential(
+            torch.nn.Flatten(), torch.nn.Linear(3 * 16, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 8)
+        )
+
+    def encode_image(self, x):
+        return self.visual(x)
+
+    @staticmethod
+    def preprocess(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def tune_on_pixels(tmp_path, monkeypatch, **flags):
+    """train_head of le-sce on 30 images, in whole batches -> start, weights afterwards, teacher's logits, features"""
+    torch.manual_seed(0)
+    model = WithBatchNorm()
+    clip = SimpleNamespace(model=model, preprocess=model.preprocess)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
+    pictures = [Image.fromarray(p) for p in pixels]
+    with torch.no_grad():
+        features = model.eval().visual(torch.stack([model.preprocess(p) for p in pictures]))
+    labels, seen, soft = torch.arange(30) % 3, [], sr.soft_loss
+    cached = {name: SimpleNamespace(features=features, labels=labels) for name in ("le", "test")}
+    monkeypatch.setattr(sr, "load_clip", lambda *_: clip)
+    monkeypatch.setattr(sr, "encode_images", lambda *_, **__: features)
+    monkeypatch.setattr(sr, "soft_loss", lambda z, z0, T: (seen.append(z0), soft(z, z0, T))[1])
+    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), log=lambda *_, **__: None)
+    args = sr.Args(**{**sr.PRESETS["digits"], "head_epochs": 3, "head_batch": 10, "head_lr": 0.1, **flags})
+    W0 = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    images = {"le": pictures, "test": pictures}
+    sr.train_head(args, run, torch.device("cpu"), clip, "le-sce", 0, 0, W0, images, cached, {}, {})
+    ours = load_tensors(tmp_path / "classifier" / "runs" / "le-sce-seed0" / "weights.safetensors")
+    wanted = [sr.head_logits(features[rows], W0, 0.0) for _, rows in sr.step_pairs(0, 30, 16, 10, 3, 0)]
+    return start, {k.removeprefix("visual."): v for k, v in ours.items() if k.startswith("visual.")}, seen, wanted
+
+
+@pytest.mark.parametrize("flags", [dict(tune_share=1.0), dict(freeze_bn=False), dict(tune_share=0.5, freeze_bn=False)])
+def test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves(flags, tmp_path, monkeypatch):
+    start, after, seen, wanted = tune_on_pixels(tmp_path, monkeypatch, **flags)
+    assert len(seen) == len(wanted) == 9
+    for z0, expected in zip(seen, wanted, strict=True):
+        close(z0, expected, 1e-5)
+    moved = {key for key, value in after.items() if not torch.equal(value, start[f"visual.{key}"])}
+    statistics = {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+    assert moved & statistics == (set() if flags.get("freeze_bn", True) else statistics)
+    assert bool(moved - statistics) == ("tune_share" in flags)
 
 
 def test_last_share_counts_from_the_end():
@@ -518,11 +637,19 @@ def tiny_sdxl(folder):
     ).save_pretrained(folder)  # fmt: skip
 
 
+def tiny_t5_tokenizer():
+    """Pieces of one letter"""
+    from transformers import T5Tokenizer
+
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *"abcdefghijklmnopqrstuvwxyz0123456789.,"]
+    return T5Tokenizer(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
 def tiny_if(folder):
     from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
-    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+    from transformers import T5Config, T5EncoderModel
 
-    tokenizer = AutoTokenizer.from_pretrained(models.TINY_WEIGHTS / "k2t")
+    tokenizer = tiny_t5_tokenizer()
     text = T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
     unet = UNet2DConditionModel(
         sample_size=16, in_channels=3, out_channels=6, block_out_channels=(8, 16), norm_num_groups=4,
@@ -536,13 +663,58 @@ def tiny_if(folder):
     ).save_pretrained(folder)  # fmt: skip
 
 
+def painter_of(**flags):
+    args = sr.Args(**{**sr.PRESETS["digits"], **flags})
+    return sr.painter_of(args, torch.device("cpu"), sr.planned_models(args))
+
+
+def tiny_if_2(folder):
+    """DeepFloyd IF's second stage, 16 -> 32 pixels, with a text encoder of its own: the stock pipeline takes prompts"""
+    from diffusers import DDPMScheduler, IFSuperResolutionPipeline, UNet2DConditionModel
+    from transformers import T5Config, T5EncoderModel
+
+    tokenizer = tiny_t5_tokenizer()
+    text = T5Config(vocab_size=len(tokenizer), d_model=16, d_ff=16, d_kv=8, num_layers=1, num_heads=2)
+    unet = UNet2DConditionModel(
+        sample_size=32, in_channels=6, out_channels=6, block_out_channels=(8, 16), norm_num_groups=4,
+        layers_per_block=1, cross_attention_dim=16, attention_head_dim=4, class_embed_type="timestep",
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    IFSuperResolutionPipeline(
+        tokenizer=tokenizer, text_encoder=T5EncoderModel(text), unet=unet, safety_checker=None, feature_extractor=None,
+        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"), watermarker=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def test_upsampler_equals_the_stock_pipeline(tmp_path):
+    from diffusers import IFSuperResolutionPipeline
+
+    for seed, (make, name) in enumerate(((tiny_if, "one"), (tiny_if_2, "two"))):
+        torch.manual_seed(seed)
+        make(tmp_path / name)
+    flags = dict(sd_model=str(tmp_path / "one"), upsampler=str(tmp_path / "two"))
+    painter = painter_of(**flags)
+    picture = Image.effect_noise((16, 16), 90).convert("RGB")
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    stock = IFSuperResolutionPipeline.from_pretrained(tmp_path / "two", use_safetensors=True)
+    text = painter.pipe.text_encoder  # the second stage has none of its own in the script: the first one's is shared
+    stock.text_encoder.load_state_dict(text.state_dict())
+    g = torch.Generator().manual_seed(sr.distributed.seed_of(7, "upsampler"))
+    (drawn,) = stock("a seven", image=picture, guidance_scale=1.0, generator=[g], output_type="pil").images
+    (ours,) = painter.pixels(x, ["a seven"], [7])
+    assert ours.shape == (3, 32, 32)
+    assert (ours.permute(1, 2, 0).int() - torch.from_numpy(np.array(drawn)).int()).abs().max() <= 1  # rounding
+
+
 @pytest.mark.parametrize("family", [tiny_sdxl, tiny_if])
 @pytest.mark.parametrize("noise", ["ancestral", "ddim"])
 def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
     torch.manual_seed(0)
     family(tmp_path)
     flags = dict(sd_model=str(tmp_path), gen_resolution=16, gen_steps=4, gen_micro_batch=3, gen_noise=noise)
-    painter = sr.Painter(sr.Args(**{**sr.PRESETS["digits"], **flags}), torch.device("cpu"))
+    painter = painter_of(**flags)
     pictures = painter.paint(["a seven", "a two"], [1, 2])
     assert [p.shape for p in pictures] == [(3, 16, 16)] * 2 and pictures[0].dtype == torch.uint8
     again = painter.paint(["an eight", "a two", "a one"], [5, 2, 9])  # another slot, other neighbours
@@ -552,10 +724,150 @@ def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
     assert guided[0].shape == (3, 16, 16) and not torch.equal(guided[0], pictures[0])
 
 
-def test_a_family_without_a_noise_predicting_unet_is_refused(tmp_path):
+def tiny_sd(folder, **scheduler):
+    """The tiny generator with other entries in its scheduler's config"""
+    shutil.copytree(models.TINY_WEIGHTS / "sd", folder)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | scheduler))
+    return str(folder)
+
+
+def test_v_prediction_gives_the_clean_image_of_the_stock_scheduler(tmp_path):
+    from diffusers import DDIMScheduler
+
+    painter = painter_of(sd_model=tiny_sd(tmp_path / "v", prediction_type="v_prediction"), gen_guidance=1.0)
+    x = torch.randn(1, *painter.shape, generator=torch.Generator().manual_seed(0))
+    text, stock = painter.encode("a seven")[0][None], DDIMScheduler.from_pretrained(tmp_path / "v" / "scheduler")
+    stock.register_to_config(clip_sample=False)
+    stock.set_timesteps(10)
+    for t in (801, 401):
+        with torch.no_grad():
+            eps, _ = painter.denoiser(["a seven"])(x, t)
+            v = painter.unet(x, t, encoder_hidden_states=text).sample
+        wanted = stock.step(v, t, x).pred_original_sample
+        close(sampler.clean_estimate(x, eps, painter.abar[t].float(), False), wanted, 1e-4)
+
+
+def test_models_that_the_sampler_cannot_use_are_refused_before_the_first_stage(tmp_path):
+    for i, (scheduler, said) in enumerate((
+        (dict(prediction_type="sample"), "predicts 'sample'"),
+        (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "its scheduler"),
+        (dict(_class_name="EulerDiscreteScheduler", rescale_betas_zero_snr=True), "above zero signal"),
+    )):  # fmt: skip
+        with pytest.raises(UserError, match=f"^--sd-model .*{said}"):
+            painter_of(sd_model=tiny_sd(tmp_path / str(i), **scheduler))
     (tmp_path / "model_index.json").write_text('{"_class_name": "IFImg2ImgPipeline"}')
-    with pytest.raises(UserError, match="Stable Diffusion 1, 2, XL or IF"):
-        sr.Painter(sr.Args(sd_model=str(tmp_path)), torch.device("cpu"))
+    with pytest.raises(UserError, match="^--sd-model: .*IFImg2ImgPipeline"):
+        painter_of(sd_model=str(tmp_path))
+    torch.manual_seed(0)
+    tiny_if_2(tmp_path / "two")
+    with pytest.raises(UserError, match="^--upsampler .*only DeepFloyd IF"):
+        painter_of(upsampler=str(tmp_path / "two"))
+    for flag in ("upsampler", "sentence_model", "head_clip", "filter_clip"):
+        with pytest.raises(UserError, match=f"^--{flag.replace('_', '-')}: "):
+            painter_of(**{flag: str(tmp_path / "nowhere")})
+    for flags in (dict(backbone="nosuch"), dict(backbone="test_resnet.no_such_tag", real_weights="imagenet")):
+        with pytest.raises(UserError, match="^--backbone: "):
+            sr.planned_models(sr.Args(**{**sr.PRESETS["digits-pretrain"], **flags}))
+
+
+def test_no_pickle_is_read(tmp_path):
+    """Weights that are there only as pickles end the run with one line, whichever part has them."""
+    torch.manual_seed(0)
+    tiny_if(tmp_path / "one")
+    tiny_if_2(tmp_path / "two")
+    two = dict(sd_model=str(tmp_path / "one"), upsampler=str(tmp_path / "two"))
+    painter_of(**two)
+    for part in ("one/unet", "one/text_encoder", "two/unet"):
+        (file,) = (tmp_path / part).glob("*.safetensors")
+        torch.save(load_tensors(file), file.with_suffix(".bin"))
+        file.rename(away := tmp_path / "away")
+        with pytest.raises(UserError, match="only pickled weights"):
+            painter_of(**two)
+        away.rename(file)
+
+
+def test_flags_of_later_stages_name_fields_and_none_that_an_earlier_stage_reads():
+    fields, words = set(sr.Args.__dataclass_fields__), " ".join(sr.LATER.values()).split()
+    assert all(word in fields or (word[-1] == "_" and any(f.startswith(word) for f in fields)) for word in words)
+    assert len(words) == len(set(words))
+    found = {"--sd-model": str(models.TINY_WEIGHTS / "sd"), "--backbone": "resnet50"}
+    assert set(sr.fingerprints(sr.Args(), found)) == {"sd_model"}
+
+
+# ---- GLIDE --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def glide_folder(tmp_path_factory):
+    return make_tiny_glide(tmp_path_factory.mktemp("glide"))
+
+
+def plain_glide(glide, prompt, seed, w, kept, reference=None):
+    """GLIDE's base as a loop over diffusers' own scheduler, then the upsampler of common/glide, for one image"""
+    from diffusers import DDPMScheduler
+
+    stock = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", variance_type="learned_range", clip_sample=True)
+    stock.set_timesteps(timesteps=sorted(kept, reverse=True))
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 3, glide.side, glide.side, generator=g)
+    if reference is not None:
+        x = stock.add_noise(reference[None], x, stock.timesteps[:1])
+    text = glide.base.encode(*glide.tokens(["", prompt]))
+    for t in stock.timesteps:
+        with torch.no_grad():
+            eps, v = glide.base(torch.cat([x, x]), int(t), text)
+        eps = eps[:1] + w * (eps[1:] - eps[:1])
+        x = stock.step(torch.cat([eps, v[1:]], 1), t, x, generator=g).prev_sample
+    torch.randn(x.shape, generator=g)  # drawn for the last step too, and of no use there
+    return glide.enlarged(x, [prompt], torch.randn(1, 3, 4 * glide.side, 4 * glide.side, generator=g))[0]
+
+
+def test_glide_paints_what_a_plain_loop_over_the_stock_scheduler_does(glide_folder):
+    flags = dict(sd_model=f"glide:{glide_folder}", gen_noise="ancestral", gen_resolution=64, gen_micro_batch=2)
+    painter = painter_of(**flags, gen_steps=100, gen_guidance=3.0)
+    # The 16 shots' r = 15: 15 of round(999 k / 99), the noisiest at 141
+    kept = [round(999 * k / 99) for k in range(15)]
+    assert kept[-1] == 141
+    picture = Image.effect_noise((24, 16), 90).convert("RGB")
+    reference = painter.latent(picture)
+    cut = torch.from_numpy(np.array(picture.crop((4, 0, 20, 16)))).permute(2, 0, 1)
+    close(reference, cut / 127.5 - 1, 1e-6)  # centre crop of an image that needs no resize
+    (ours,) = painter.paint(["a seven"], [3], 15, [reference])
+    wanted = plain_glide(painter.glide, "a seven", 3, 3.0, kept, reference)
+    assert ours.shape == (3, 64, 64) and (ours.int() - wanted.int()).abs().float().mean() < 0.5
+    other = painter.latent(Image.effect_noise((16, 16), 90).convert("RGB"))
+    with_other = painter.paint(["a two", "a seven"], [5, 3], 15, [other, other])  # another slot, another company
+    assert (with_other[1].int() - ours.int()).abs().float().mean() > 2  # the real image matters
+
+
+def test_glide_is_refused_with_what_it_has_not(glide_folder, tmp_path):
+    glide = dict(sd_model=f"glide:{glide_folder}")
+    args = sr.Args(**glide)
+    sr.check_args(args)
+    assert args.gen_resolution == 256
+    sr.check_args(args := sr.Args())
+    assert args.gen_resolution == 512
+    for flags, said in (
+        (dict(gen_resolution=192), "--gen-resolution is 192"),
+        (dict(upsampler="x"), "--upsampler"),
+        (dict(gen_noise="ddim"), "--gen-noise ddim"),
+    ):
+        with pytest.raises(UserError, match=said):
+            sr.check_args(sr.Args(**glide, **flags))
+    with pytest.raises(UserError, match="^--sd-model: .*no such folder"):
+        painter_of(sd_model=f"glide:{tmp_path / 'nowhere'}")
+    for name in ("base.pt", "vocab.json"):
+        copy = shutil.copytree(glide_folder, tmp_path / name)
+        (copy / name).unlink()
+        with pytest.raises(UserError, match=f"^--sd-model: .*{name}"):
+            painter_of(sd_model=f"glide:{copy}")
+    found = {"--sd-model": str(glide_folder)}
+    before = sr.fingerprints(args := sr.Args(**glide), found)
+    (copy := shutil.copytree(glide_folder, tmp_path / "copy")).joinpath("notes.txt").write_text("not one of the four")
+    assert before == sr.fingerprints(args, {"--sd-model": str(copy)})
+    (copy / "merges.txt").write_text("#version: 0.3\n")
+    assert before != sr.fingerprints(args, {"--sd-model": str(copy)})
 
 
 # ---- the script end to end on the tiny world -----------------------------------------------------
