@@ -1,8 +1,8 @@
 """Rehearsals at full size: every DataDream launcher with its own preset, data layout and networks, all but the values.
 
 Stable Diffusion 2.1-base and CLIP ViT-B/16 have random weights (tests/fullsize.py), the archives a few pictures
-(tests/archives.py); 64 pixels and the fewest steps. What is seen here and nowhere else: files, names, shapes, memory
-and numbers of classes of the real thing on the way from the launcher to the table.
+(tests/archives.py); 64 pixels and the fewest steps. What is seen here and nowhere else: files, names, shapes and
+memory of the real thing on the way from the launcher to the table; the number of classes where it is cheap.
 """
 
 import json
