@@ -43,7 +43,7 @@ class Args(Frame):
     dataset: str = "cifar10"
     """real data set; `folder`: your own images in data_dir"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: mixed precision; trained weights, the sampler's state and what is sensitive stay in float32"""
+    """of classifiers and sampling; bf16: mixed, trained weights and what is sensitive stay in float32"""
     stages: tuple[Stage, ...] = ("real", "gan", "search", "final", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
     val_per_class: int = 1000
@@ -87,6 +87,8 @@ class Args(Frame):
     """one generator per seed, which is all that --seed does not reach; MultiGAN mixes them"""
     gan_images: Literal["train+val", "train"] = "train+val"
     """what the GAN is trained on; train: the validation images stay unseen"""
+    gan_precision: Literal["fp32", "bf16"] = "fp32"
+    """of the GAN's training, fp32 in every official run; bf16: mixed, as in precision"""
     gan_epochs: int = 500
     """passes over those images"""
     gan_batch: int = 192
@@ -672,14 +674,14 @@ class BigGAN:
             self.d_losses, self.g_losses = torch.compile(self._d_losses), torch.compile(self._g_losses)
 
     def _d_losses(self, z, x, y):
-        with autocast(self.args, x.device):
+        with autocast(self.args.gan_precision, x.device):
             with torch.no_grad():
                 fake = self.g(z, y)  # the fake labels are those of the real batch
             on_fake, on_real = self.d(torch.cat([fake, x]), torch.cat([y, y])).chunk(2)  # one forward for both
         return d_loss(on_real, on_fake, self.args.gan_loss)
 
     def _g_losses(self, z, y):
-        with autocast(self.args, z.device):
+        with autocast(self.args.gan_precision, z.device):
             return g_loss(self.d(self.g(z, y), y), self.args.gan_loss)
 
     def step(self, x, y, zs, number):
@@ -727,9 +729,9 @@ def seed_global(seed, device=None):
         torch.cuda.manual_seed(seed)
 
 
-def autocast(args, device):
+def autocast(precision, device):
     """Mixed precision for the forward passes of training and evaluation."""
-    return torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -833,7 +835,7 @@ class ScoredGenerator:
         self.score = torch.compile(self._score, dynamic=True) if args.compile else self._score
 
     def _score(self, z, y):
-        with autocast(self.args, z.device):
+        with autocast(self.args.precision, z.device):
             x = self.generator(z, y)
             if self.args.precision == "bf16":
                 x = x.bfloat16()  # a set of 40,000 images then takes 246 MB
@@ -960,7 +962,7 @@ def make_classifier(args, n_classes, channels, seed):
 def predictions(net, x, args):
     """uint8 [N, C, 32, 32] -> predicted classes [N]"""
     net.eval()
-    with autocast(args, x.device):
+    with autocast(args.precision, x.device):
         return torch.cat([net(normalised_images(part)).argmax(1) for part in x.split(1000)])
 
 
@@ -995,7 +997,7 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
         loss_sum, net = torch.zeros((), device=device), net.train()
         for rows in torch.randperm(len(y), generator=g, device=device).split(args.resnet_batch):
             images = augmented(x[rows].float(), args, g)
-            with autocast(args, device):
+            with autocast(args.precision, device):
                 logits = fast(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), y[rows])
             optimizer.zero_grad()
@@ -1491,8 +1493,6 @@ def main(args):
         raise runs.UserError("--plan: this script has no plan yet, only datadream.py; leave the flag out")
     check_args(args)
     dist = distributed.setup_distributed(args.device)
-    if dist.device.type == "cuda" and args.precision == "bf16":
-        torch.set_float32_matmul_precision("high")
     data, class_names = load_data(args, dist)
     n = len(class_names)
 

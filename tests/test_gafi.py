@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -452,6 +453,30 @@ def test_one_step_updates_what_it_should():
     assert steps == [3, 1]
     assert any(not torch.equal(a, b) for a, b in zip(g_before, gan.g_params, strict=True))
     assert all(p.grad is None and p.requires_grad for p in gan.d_params + gan.g_params)
+
+
+def test_precision_of_the_gan_is_its_own_and_fp32_as_in_the_paper(monkeypatch):
+    asked, original = [], gf.autocast
+    monkeypatch.setattr(
+        gf, "autocast", lambda precision, device: asked.append(precision) or original(precision, device)
+    )
+    for name in gf.PRESETS:
+        made = gf.Args(**gf.PRESETS[name])
+        assert (made.gan_precision, made.precision) == ("fp32", "bf16" if name == "cinic10" else "fp32")
+    args, gan = small_gan(gan_precision="fp32", precision="bf16")
+    gan.step(*a_batch(args), 1)
+    assert set(asked) == {"fp32"}
+    asked.clear()
+    net = gf.ResNet(3, 1, 4, 1)
+    gf.predictions(net, torch.zeros(2, 1, 32, 32, dtype=torch.uint8), args)
+    gf.ScoredGenerator(args, gan.ema, net)(torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))
+    assert asked == ["bf16", "bf16"]
+
+
+def test_launchers_leave_the_precision_to_the_preset():
+    launchers = sorted((Path(gf.__file__).parent / "shell").glob("gafi_*.sh"))
+    assert len(launchers) == len(gf.PRESETS) - 1
+    assert not [file.name for file in launchers if "precision" in file.read_text()]
 
 
 def test_average_is_a_copy_until_it_starts():
