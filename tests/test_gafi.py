@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -633,6 +634,74 @@ def test_augmentation():
     assert args.random_rotation is False and args.random_zoom is False
 
 
+class Replay(nn.Module):
+    """A classifier whose prediction of every image is 0, to be put in the place of the ResNet"""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        return torch.stack([1 + 0 * x.mean((1, 2, 3)) + self.w[0], 0 * x.mean((1, 2, 3)) + self.w[1]], 1)
+
+
+@pytest.mark.parametrize("select_on", ["val", "test"])
+def test_epoch_is_chosen_on_the_split_that_is_named(select_on, tmp_path, monkeypatch):
+    """Three epochs; validation likes the second best, test the third."""
+    figures = dict(val=[50.0, 70.0, 60.0], test=[10.0, 20.0, 40.0])
+    x, y = torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    data = {split: (x, y) for split in ("train", "val", "test")}
+    data = {split: (x + i, y) for i, (split, (x, y)) in enumerate(data.items())}  # told apart by their pixels
+    weights, played = [], dict(val=0, test=0)
+
+    def accuracy(net, split, args):
+        name = list(data)[int(split[0].max())]
+        if played[name] == 3:  # after the last epoch: the figure of the weights that were kept
+            kept = next(i for i, w in enumerate(weights) if torch.equal(w, net.w))
+            return figures[name][kept]
+        if name == "val":
+            weights.append(net.w.detach().clone())
+        played[name] += 1
+        return figures[name][played[name] - 1]
+
+    monkeypatch.setattr(gf, "accuracy", accuracy)
+    monkeypatch.setattr(gf, "make_classifier", lambda *_: Replay())
+    run = SimpleNamespace(dir=tmp_path)
+    about = dict(row="real")
+    gf.train_classifier(gf.Args(), run, gf.RealSet(data["train"]), data, 2, 3, 0, tmp_path, True, about, select_on)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    best = dict(val=1, test=2)[select_on]
+    assert (found["epoch"], found["score"]) == (best + 1, figures[select_on][best])
+    assert (found["val"], found["test"], found["best_test_epoch"]) == (figures["val"][best], figures["test"][best], 40)
+    assert torch.equal(gf.runs.load_tensors(tmp_path / "weights.safetensors")["w"], weights[best])
+
+
+def test_select_on_reaches_search_and_rows_but_not_the_filtering_classifier(monkeypatch, tmp_path):
+    asked = {}
+
+    def train(args, run, sets, data, n_classes, epochs, seed, folder, keep, about, select_on):
+        asked.setdefault(about.get("row", "search"), set()).add(select_on)
+        gf.runs.write_json(folder / "metrics.json", about | dict(score=1.0, seed=seed))
+        gf.runs.save_tensors(folder / "weights.safetensors", dict(w=torch.zeros(1)))
+
+    class Run:
+        dir, path, done = tmp_path, staticmethod(lambda *parts: tmp_path.joinpath(*parts)), lambda *_, **__: None
+        timed = staticmethod(lambda *_, **__: nullcontext())
+
+    monkeypatch.setattr(gf, "train_classifier", train)
+    monkeypatch.setattr(gf, "load_sampler", lambda *_: Fake())
+    args = gf.Args(select_on="test", gan_seeds=(5,), ckpt_grid=(1, 1, 1), clf_seeds=1)
+    (tmp_path / "gan" / "seed5").mkdir(parents=True)
+    (tmp_path / "gan" / "seed5" / "epoch1.safetensors").touch()
+    data = dict(train=(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])))
+    dist = distributed.Dist(0, 0, 1, torch.device("cpu"))
+    gf.train_real(args, Run(), dist, data, 2)
+    gf.search(args, Run(), dist, data, 2, None)
+    gf.final(args, Run(), dist, data, 2, None)
+    assert asked.pop("real") == {"val"} and set(asked) == {"search", *args.rows[1:]}
+    assert set.union(*asked.values()) == {"test"}
+
+
 def test_search_visits_the_grids_in_order_and_ties_go_to_the_first():
     asked = []
 
@@ -845,7 +914,7 @@ def test_recorded_figures_agree_with_the_saved_classifier(small):
         best = max(m["history"], key=lambda row: row["val"])
         assert m["score"] == m["val"] == best["val"] and m["epoch"] == best["epoch"]
         assert m["test"] == pytest.approx(best["test"], abs=0.13)
-        assert m["test_selected"] == max(row["test"] for row in m["history"]) >= m["test"] - 0.13
+        assert m["best_test_epoch"] == max(row["test"] for row in m["history"]) >= m["test"] - 0.13
 
 
 def test_filtering_classifier_is_frozen(small):
