@@ -77,10 +77,6 @@ class Args(Frame):
     """pad by 4 pixels (of 32) of mid-grey (0) and crop at random"""
     random_erasing: bool = True
     """cutout with noise on every training image"""
-    random_rotation: bool = False
-    """rotate by up to 10 degrees"""
-    random_zoom: bool = False
-    """zoom by up to 20 %"""
 
     # ---- [2] gan: BigGAN-deep ------------------------------------------------------------------------
     gan_seeds: tuple[int, ...] = (42, 137, 238723)
@@ -116,7 +112,7 @@ class Args(Frame):
 
     # ---- [3] search, [4] final -----------------------------------------------------------------------
     gen_seed: int = 0
-    """image k of class c is a function of (gen_seed, c, k) and of the generator"""
+    """sample i of class c in set k has the latents of (gen_seed, classifier's seed, GAN's seed, n_c, k, c, i)"""
     gen_micro_batch: int = 1024
     """images per forward pass on one process; speed and memory only"""
     class_samples: int = 0
@@ -146,7 +142,7 @@ class Args(Frame):
     clf_report_test_selected: bool = True
     """also score the test set at each validation and print the best of its epochs; never used to choose"""
     export_images: int = 100
-    """images per class that are written to images/ as PNG"""
+    """images per class of the saved classifier's first set that are written to images/ as PNG"""
 
 
 # Comment: gap between real accuracy and the full method in points, from the paper's abstract where it gives one.
@@ -193,7 +189,7 @@ from common import datasets, distributed
 from common import run as runs
 from common.checkpoint import load_training, save_training
 
-SPEED_FLAGS = ("output_dir", "device", "compile", "stages", "resume", "track", "gen_micro_batch", "search_share")
+SPEED_FLAGS = ("gen_micro_batch", "search_share")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,11 +229,11 @@ def filtered_set(samples, classes, n, threshold, attempts):
         size = {c: draw_size(n, m[c]) for c in unfinished}
         samples.extend({c: used[c] + size[c] for c in unfinished})  # one batch over all classes
         for c in unfinished:
-            x, conf = samples.read(c, used[c], size[c])
-            used[c], draws[c] = used[c] + size[c], draws[c] + 1
-            kept[c].append(x[conf > threshold])
+            kept[c].append(samples.accepted(c, used[c], size[c], threshold))
+            draws[c] += 1
             if 0 < attempts <= draws[c]:
-                kept[c].append(x)
+                kept[c].append(samples.whole(c, used[c], size[c]))
+            used[c] += size[c]
             m[c] = sum(map(len, kept[c]))
         unfinished = [c for c in unfinished if m[c] < n]
     x = torch.cat([torch.cat(kept[c])[:n] for c in classes])
@@ -364,14 +360,6 @@ def augmented(x, args, g):
     if args.random_flip:
         coin = torch.rand(b, generator=g, device=device) < 0.5
         x = torch.where(coin[:, None, None, None], x.flip(3), x)
-    if args.random_rotation or args.random_zoom:
-        u = 2 * torch.rand(2, b, generator=g, device=device) - 1
-        angle = u[0] * math.radians(10) * args.random_rotation
-        scale = 1 + 0.2 * u[1] * args.random_zoom
-        cos, sin, zero = scale * angle.cos(), scale * angle.sin(), torch.zeros_like(scale)
-        theta = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(b, 2, 3)
-        where = F.affine_grid(theta, list(x.shape), align_corners=False)
-        x = F.grid_sample(x, where, padding_mode="reflection", align_corners=False)
     if args.random_crop:
         pad = args.image_size // 8  # 4 of 32
         top, left = torch.randint(2 * pad + 1, (2, b), generator=g, device=device)
@@ -850,13 +838,14 @@ class ScoredGenerator:
 class SampleStream:
     """Endless row of samples of each class: sample i of class c is a function of (seeds, c, i), sigma and G.
 
-    Samples are computed once and kept, so that every threshold reads the same ones. Expansion trick: z = sigma z_0,
-    with the same z_0 for every sigma.
+    Samples are computed once, so that every threshold reads the same ones. Of those with a confidence up to `floor`,
+    the lowest threshold that will be asked for, only the confidence is kept. Expansion trick: z = sigma z_0, with the
+    same z_0 for every sigma.
     """
 
-    def __init__(self, sampler, sigma, block, seeds):
-        self.sampler, self.sigma, self.block, self.seeds = sampler, sigma, block, seeds
-        self.x, self.conf = {}, {}  # class -> all its samples so far
+    def __init__(self, sampler, sigma, block, seeds, floor=-math.inf):
+        self.sampler, self.sigma, self.block, self.seeds, self.floor = sampler, sigma, block, seeds, floor
+        self.x, self.conf = {}, {}  # class -> its samples above the floor; the confidence of all its samples
 
     def latents(self, c, start, count):
         """z of the samples start .. start + count - 1 of class c, drawn in blocks. -> [count, latent]"""
@@ -867,21 +856,34 @@ class SampleStream:
 
     def extend(self, wanted):
         """{class: number of samples that must be there}: computes what is missing, all classes in one go."""
-        missing = {c: (len(self.x.get(c, ())), total) for c, total in wanted.items()}
+        missing = {c: (len(self.conf.get(c, ())), total) for c, total in wanted.items()}
         missing = {c: (have, total - have) for c, (have, total) in missing.items() if total > have}
         if not missing:
             return
-        device = next(self.sampler.generator.parameters()).device
-        z = torch.cat([self.latents(c, have, count) for c, (have, count) in missing.items()])
         counts = [count for _, count in missing.values()]
-        y = torch.tensor(list(missing)).repeat_interleave(torch.tensor(counts))
-        x, conf = self.sampler(z.to(device), y.to(device))
+        x, conf = self.samples({c: range(have, have + count) for c, (have, count) in missing.items()})
         for c, more_x, more_conf in zip(missing, x.split(counts), conf.split(counts), strict=True):
+            more_x = more_x[more_conf > self.floor]
             self.x[c] = torch.cat([self.x[c], more_x]) if c in self.x else more_x
             self.conf[c] = torch.cat([self.conf[c], more_conf]) if c in self.conf else more_conf
 
-    def read(self, c, start, count):
-        return self.x[c][start : start + count], self.conf[c][start : start + count]
+    def samples(self, which):
+        """{class: range of numbers} -> images, confidences"""
+        device = next(self.sampler.generator.parameters()).device
+        z = torch.cat([self.latents(c, part.start, len(part)) for c, part in which.items()])
+        y = torch.tensor(list(which)).repeat_interleave(torch.tensor([len(part) for part in which.values()]))
+        return self.sampler(z.to(device), y.to(device))
+
+    def accepted(self, c, start, count, threshold):
+        """Of the samples start .. start + count - 1 of class c those with a confidence above the threshold, >= floor"""
+        kept = self.conf[c] > self.floor
+        first, conf = int(kept[:start].sum()), self.conf[c][start : start + count]
+        conf = conf[kept[start : start + count]]
+        return self.x[c][first : first + len(conf)][conf > threshold]
+
+    def whole(self, c, start, count):
+        """All of them, rejected ones too: made again, as officially"""
+        return self.samples({c: range(start, start + count)})[0]
 
 
 @dataclass
@@ -911,13 +913,13 @@ class SyntheticSets:
     def draw(self, source, k):
         """Set k of one source, class by class"""
         seeds = (self.args.gen_seed, self.seed, source.seed, k)
-        key = (*seeds, source.sigma)
-        stream = (self.shared or {}).get(key) or SampleStream(source.sampler, source.sigma, self.n, seeds)
+        key, threshold = (*seeds, source.sigma), source.threshold if source.filtered else -math.inf
+        floor = threshold if self.shared is None else min(grid(*self.args.threshold_grid))
+        stream = (self.shared or {}).get(key) or SampleStream(source.sampler, source.sigma, self.n, seeds, floor)
         if self.shared is not None:
             self.shared[key] = stream
-        threshold = source.threshold if source.filtered else -math.inf
         x, y, draws, used = filtered_set(stream, range(self.n_classes), self.n, threshold, self.args.attempts)
-        conf = torch.cat([stream.read(c, 0, n)[1] for c, n in used.items()])
+        conf = torch.cat([stream.conf[c][:n] for c, n in used.items()])
         exhausted = sum(0 < self.args.attempts <= d for d in draws.values())
         self.stats[f"{k} {source.seed}"] = [len(conf), int((conf > threshold).sum()), exhausted]
         return x, y
@@ -971,10 +973,10 @@ def accuracy(net, split, args):
     return 100 * (predictions(net, split[0], args) == split[1]).sum().item() / len(split[1])
 
 
-def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, keep, about, select_on):
+def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, about, select_on):
     """Train one ResNet on sets.at(epoch), keep the weights of the epoch that select_on, "val" or "test", likes best.
 
-    Writes <folder>/metrics.json (and weights.safetensors if keep); does nothing if it is there. about: what to record.
+    Writes <folder>/weights.safetensors and metrics.json; does nothing if that is there. about: what to record.
     """
     file, checkpoint = folder / "metrics.json", folder / "checkpoint.safetensors"
     if file.exists():
@@ -1029,8 +1031,7 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
         report |= dict(drawn=drawn, accepted=kept / drawn, exhausted=exhausted)
         if exhausted:
             print(f"note: {folder.relative_to(run.dir)}: {exhausted} times a class reached {args.attempts} draws")
-    if keep:
-        runs.save_tensors(folder / "weights.safetensors", best_weights)
+    runs.save_tensors(folder / "weights.safetensors", best_weights)
     runs.write_json(file, report)
     checkpoint.unlink(missing_ok=True)
 
@@ -1052,7 +1053,7 @@ def train_real(args, run, dist, data, n_classes):
             folder = run.path("classifier", "runs", f"real-seed{seed}")
             about = dict(row="real", images=len(data["train"][1]))
             # Official code: F, and with it the real reference, is chosen on validation images in every case.
-            train_classifier(args, run, sets, data, n_classes, args.real_epochs, seed, folder, True, about, "val")
+            train_classifier(args, run, sets, data, n_classes, args.real_epochs, seed, folder, about, "val")
     run.done("real", classifiers=len(seeds))
 
 
@@ -1190,7 +1191,7 @@ def load_sampler(args, run, seed, epoch, classifier, n_classes, channels):
 
 # ---------------------------------------------------------------------------------------------
 # [3] search: greedy, for each GAN: checkpoint, then sigma, then threshold (Stage 5, steps 1 to 3).
-# Reads gan/, writes search/gan<s>/<epoch>-<sigma>-<t>/metrics.json and search.json; candidates are shared out.
+# Reads gan/, writes search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json; candidates are shared out.
 
 
 def greedy_search(grids, evaluate):
@@ -1222,7 +1223,7 @@ def search(args, run, dist, data, n_classes, classifier):
             grids = dict(epoch=epochs, sigma=grid(*args.sigma_grid), threshold=grid(*args.threshold_grid))
 
             def evaluate(candidates, seed=seed):
-                files = [run.path("search", f"gan{seed}", "e{}-s{:g}-t{:g}".format(*c)) for c in candidates]
+                files = [candidate_folder(run, seed, c) for c in candidates]
                 shared, samplers = {}, {}
                 same = len({c[:2] for c in candidates}) == 1 and args.search_share  # the threshold step
                 for (e, sigma, t), folder in distributed.my_items(list(zip(candidates, files, strict=True)), dist):
@@ -1235,10 +1236,14 @@ def search(args, run, dist, data, n_classes, classifier):
                         args, [source], n_classes, n, args.seed, args.search_period, shared if same else None
                     )
                     about = dict(gan=seed, gan_epoch=e, sigma=sigma, threshold=t)
-                    how = args.resnet_epochs, args.seed, folder, False, about, args.select_on
+                    how = args.resnet_epochs, args.seed, folder, about, args.select_on
                     train_classifier(args, run, sets, data, n_classes, *how)
                 distributed.barrier(dist)
                 scores = [read_json(folder / "metrics.json")["score"] for folder in files]
+                distributed.barrier(dist)
+                for folder in files if dist.main else ():  # only the winner's weights have a use
+                    if folder != files[scores.index(max(scores))]:
+                        (folder / "weights.safetensors").unlink(missing_ok=True)
                 distributed.say(dist, f"  GAN {seed}: " + ", ".join(map(shown, candidates, scores)))
                 return scores
 
@@ -1249,13 +1254,19 @@ def search(args, run, dist, data, n_classes, classifier):
     run.done("search", choices=choices)
 
 
+def candidate_folder(run, seed, candidate):
+    """Where a configuration (epoch, sigma, threshold) of a GAN is tried."""
+    return run.path("search", f"gan{seed}", "e{}-s{:g}-t{:g}".format(*candidate))
+
+
 def shown(candidate, score):
     return "epoch {} sigma {:.2f} t {:.1f}: ".format(*candidate) + f"{score:.1f}"
 
 
 # ---------------------------------------------------------------------------------------------
 # [4] final: the rows of the table, each with clf_seeds classifiers (Stage 5, step 4, and Stage 6).
-# Reads search.json, gan/; writes classifier/runs/<row>-seed<s>/ and the best of the last row as classifier/.
+# Reads search.json, gan/, and of search/ the winner's run, which is the first of row expansion; writes
+# classifier/runs/<row>-seed<s>/ and the best of the last row as classifier/.
 
 
 def sources_of(args, row, i, choices, sampler):
@@ -1295,7 +1306,10 @@ def final(args, run, dist, data, n_classes, classifier):
             about = dict(
                 row=row, gans=[s.seed for s in sources], period=period, images=sets.n * len(sources) * n_classes
             )
-            how = args.resnet_epochs, seed, folder, True, about, args.select_on
+            if row == "expansion" and i == 0:
+                best = choices[str(sources[0].seed)]
+                take_over(candidate_folder(run, sources[0].seed, best.values()), folder, about)
+            how = args.resnet_epochs, seed, folder, about, args.select_on
             train_classifier(args, run, sets, data, n_classes, *how)
         distributed.barrier(dist)
         if dist.main:
@@ -1307,6 +1321,14 @@ def final(args, run, dist, data, n_classes, classifier):
             shape = dict(width=args.resnet_width, blocks=args.resnet_blocks, channels=channels, classes=n_classes)
             runs.write_json(run.path("classifier", "config.json"), shape | dict(row=best["row"], seed=best["seed"]))
     run.done("final", classifiers=len(todo))
+
+
+def take_over(search_run, folder, about):
+    """A run of the search as one of a row: what train_classifier would write, to the last figure."""
+    weights = search_run / "weights.safetensors"
+    if weights.exists() and not (folder / "metrics.json").exists():
+        runs.save_tensors(folder / "weights.safetensors", runs.load_tensors(weights))
+        runs.write_json(folder / "metrics.json", read_json(search_run / "metrics.json") | about)
 
 
 def row_metrics(args, run, row):
@@ -1360,8 +1382,10 @@ def as_picture(x):
 
 
 def pictures(args, run, data, n_classes, class_names, classifier):
-    """images/: what the last row is trained on (a PNG is rounded to 8 bits; the training is not), and samples.png."""
+    """images/: from the first set that the saved classifier saw (a PNG is rounded to 8 bits; the training was not), the
+    GANs in turn. samples.png: real images, those beside the baseline's."""
     choices, channels = read_json(run.path("search.json")), data["train"][0].shape[1]
+    saved, n = read_json(run.path("classifier", "config.json")), n_samples(args, data, n_classes)
 
     def sampler(seed, epoch):
         return load_sampler(args, run, seed, epoch, classifier, n_classes, channels)
@@ -1369,21 +1393,22 @@ def pictures(args, run, data, n_classes, class_names, classifier):
     folders, rows, shown_rows = runs.class_folders(class_names), [], {}
     x, y = data["train"]
     shown_rows["real"] = [as_picture(normalised_images(x[(y == c).nonzero()[0, 0]])) for c in range(n_classes)]
-    for row in ("baseline", "multi"):
-        sources, _ = sources_of(args, row, 0, choices, sampler)
-        each = math.ceil(max(args.export_images, 4) / len(sources))
-        x, y = SyntheticSets(args, sources, n_classes, each * len(sources), args.seed, 0).at(1)
-        turns = [k % len(sources) * each + k // len(sources) for k in range(each * len(sources))]  # the GANs in turn
-        by_class = [x[y == c][turns] for c in range(n_classes)]
-        for k in range(4):
-            name = "GAN, as it comes" if row == "baseline" else "GaFi"
+    for row in dict.fromkeys(["baseline", saved["row"]]):
+        sources, period = sources_of(args, row, saved["seed"] - args.seed, choices, sampler)
+        sets = SyntheticSets(args, sources, n_classes, n, saved["seed"], period)
+        x, y = sets.at(1)
+        turns = torch.arange(len(sources) * sets.n).view(len(sources), sets.n).T.flatten()
+        by_class = [x[y == c][turns[: max(args.export_images, 4)]] for c in range(n_classes)]
+        for k in range(min(4, len(by_class[0]))):
+            name = "GAN, as it comes" if row == "baseline" else f"GaFi, {row}"
             shown_rows[f"{name} {k}"] = [as_picture(by_class[c][k]) for c in range(n_classes)]
     with runs.ImageWriter() as writer:
         for c in range(n_classes):
             for k, image in enumerate(by_class[c][: args.export_images]):
                 source = sources[k % len(sources)]
-                what = dict(file_name=f"{folders[c]}/{k}.png", label=c, class_name=class_names[c], gan=source.seed)
-                rows.append(what | dict(sigma=source.sigma, threshold=source.threshold))
+                what = dict(file_name=f"{folders[c]}/{k}.png", label=c, class_name=class_names[c], row=saved["row"])
+                how = dict(gan=source.seed, sigma=source.sigma, threshold=source.threshold if source.filtered else None)
+                rows.append(what | how)
                 writer.save(run.path("images", folders[c], f"{k}.png"), as_picture(image))
     runs.write_metadata(run.path("images"), rows)
     runs.samples_grid(run.path("samples.png"), list(shown_rows.values()), list(shown_rows), class_names, size=64)
@@ -1473,8 +1498,10 @@ def check_args(args):
             raise runs.UserError(f"--{name.replace('_', '-')} {start} {stop} {step}: give first, last and step > 0")
     if args.threshold_grid[1] >= 1:
         raise runs.UserError(f"--threshold-grid ends at {args.threshold_grid[1]}; no probability is above 1")
-    if not args.rows:
-        raise runs.UserError("--rows: name at least one row")
+    if not args.rows or len(set(args.rows)) < len(args.rows):
+        raise runs.UserError(f"--rows {' '.join(args.rows)}: name one or more rows, each once")
+    if args.rows[-1] == "real":
+        raise runs.UserError("--rows: the classifier of the last row is saved, so real cannot be the last")
     if not args.gan_seeds or len(set(args.gan_seeds)) < len(args.gan_seeds):
         raise runs.UserError(f"--gan-seeds {' '.join(map(str, args.gan_seeds))}: give one or more different seeds")
 
@@ -1498,7 +1525,8 @@ def main(args):
     data, class_names = load_data(args, dist)
     n = len(class_names)
 
-    run = runs.open_run("gafi", args, dist, SPEED_FLAGS)
+    # The device draws augmentation and GAN latents, and every kind of device has its own random numbers.
+    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=dict(device=dist.device.type))
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(args, run, todo)
     if "real" in todo:

@@ -266,8 +266,11 @@ class GoldenStream:
             self.x[c] = torch.cat([self.x[c], x]) if have else x
             self.conf[c] = torch.cat([self.conf[c], conf]) if have else conf
 
-    def read(self, c, start, count):
-        return self.x[c][start : start + count], self.conf[c][start : start + count]
+    def accepted(self, c, start, count, threshold):
+        return self.whole(c, start, count)[self.conf[c][start : start + count] > threshold]
+
+    def whole(self, c, start, count):
+        return self.x[c][start : start + count]
 
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])
@@ -535,13 +538,34 @@ def test_accepted_set_shrinks_with_the_threshold_and_thresholds_share_samples():
     accepted, sizes = [], []
     for t in (0.0, 0.3, 0.6, 0.9):
         gf.filtered_set(stream, range(2), 50, t, -1)
-        _, conf = stream.read(0, 0, 50)
+        conf = stream.conf[0][:50]
         accepted.append(set((conf > t).nonzero().flatten().tolist()))
         sizes.append(sum(sampler.sizes))
     assert all(b < a for a, b in zip(accepted, accepted[1:], strict=False))
     alone = Fake(0.7)
     gf.filtered_set(gf.SampleStream(alone, 1.0, 50, (0,)), range(2), 50, 0.9, -1)
     assert sizes[-1] == sum(alone.sizes), "all thresholds together draw no more than the strictest alone"
+
+
+@pytest.mark.parametrize("threshold, attempts", [(-math.inf, 50), (0.0, -1), (0.6, 2), (0.9, 3)])
+def test_rejected_samples_are_not_kept_and_change_nothing(threshold, attempts):
+    kept, lean = (gf.SampleStream(Fake(0.7), 1.0, 30, (0,), floor) for floor in (-math.inf, threshold))
+    (a, *_, used), (b, *_, also) = (gf.filtered_set(s, range(3), 30, threshold, attempts) for s in (kept, lean))
+    assert torch.equal(a, b) and used == also
+    for c in range(3):
+        assert len(lean.x[c]) == int((kept.conf[c] > threshold).sum()) and len(kept.x[c]) == len(kept.conf[c])
+        assert torch.equal(lean.accepted(c, 3, 20, threshold), kept.x[c][3:23][kept.conf[c][3:23] > threshold])
+        assert torch.equal(lean.whole(c, 3, 20), kept.x[c][3:23])
+
+
+def test_sets_keep_what_some_threshold_accepts(monkeypatch):
+    """Alone: what its own threshold accepts. In the threshold step: what the lowest of the grid does."""
+    built, original = [], gf.SampleStream
+    monkeypatch.setattr(gf, "SampleStream", lambda *a: built.append(original(*a)) or built[-1])
+    args = gf.Args(threshold_grid=(0.2, 0.8, 0.3))
+    for shared in (None, {}):
+        gf.SyntheticSets(args, [gf.Source(0, Fake(0.8), threshold=0.5)], 3, 10, 0, 1, shared).at(1)
+    assert [stream.floor for stream in built] == [0.5, 0.2]
 
 
 def test_draw_sizes():
@@ -612,7 +636,7 @@ def test_rates_and_decay():
 
 
 def test_augmentation():
-    args, x = gf.Args(), torch.rand(400, 3, 32, 32) * 2 - 1
+    x = torch.rand(400, 3, 32, 32) * 2 - 1
     g = torch.Generator().manual_seed(0)
     _, _, h, w = gf.cutout_boxes(20_000, 32, g)
     for side in (h, w):
@@ -629,9 +653,6 @@ def test_augmentation():
     flipped = gf.augmented(x, gf.Args(random_crop=False, random_erasing=False), g)
     mirrored = (flipped == x.flip(3)).flatten(1).all(1)
     assert torch.equal(flipped[~mirrored], x[~mirrored]) and 0.4 < mirrored.float().mean() < 0.6
-    turned = gf.augmented(x, gf.Args(random_rotation=True, random_zoom=True), g)
-    assert turned.shape == x.shape and torch.isfinite(turned).all()
-    assert args.random_rotation is False and args.random_zoom is False
 
 
 class Replay(nn.Module):
@@ -668,7 +689,7 @@ def test_epoch_is_chosen_on_the_split_that_is_named(select_on, tmp_path, monkeyp
     monkeypatch.setattr(gf, "make_classifier", lambda *_: Replay())
     run = SimpleNamespace(dir=tmp_path)
     about = dict(row="real")
-    gf.train_classifier(gf.Args(), run, gf.RealSet(data["train"]), data, 2, 3, 0, tmp_path, True, about, select_on)
+    gf.train_classifier(gf.Args(), run, gf.RealSet(data["train"]), data, 2, 3, 0, tmp_path, about, select_on)
     found = json.loads((tmp_path / "metrics.json").read_text())
     best = dict(val=1, test=2)[select_on]
     assert (found["epoch"], found["score"]) == (best + 1, figures[select_on][best])
@@ -679,7 +700,7 @@ def test_epoch_is_chosen_on_the_split_that_is_named(select_on, tmp_path, monkeyp
 def test_select_on_reaches_search_and_rows_but_not_the_filtering_classifier(monkeypatch, tmp_path):
     asked = {}
 
-    def train(args, run, sets, data, n_classes, epochs, seed, folder, keep, about, select_on):
+    def train(args, run, sets, data, n_classes, epochs, seed, folder, about, select_on):
         asked.setdefault(about.get("row", "search"), set()).add(select_on)
         gf.runs.write_json(folder / "metrics.json", about | dict(score=1.0, seed=seed))
         gf.runs.save_tensors(folder / "weights.safetensors", dict(w=torch.zeros(1)))
@@ -841,6 +862,8 @@ def test_cinic10_pools_train_and_valid(tmp_path):
         (dict(attempts=0), "--attempts"),
         (dict(recycle_fraction=0.0), "--recycle-fraction"),
         (dict(gan_seeds=(1, 1)), "--gan-seeds"),
+        (dict(rows=("baseline", "baseline")), "--rows"),
+        (dict(rows=("baseline", "real")), "--rows"),
         (dict(image_size=30), "--image-size"),
         (dict(gan_d_steps=0), "--gan-d-steps"),
     ],
@@ -879,11 +902,15 @@ def test_run_leaves_every_file_with_its_content(small):
         ], "epoch 3 of the grid does not exist and is skipped"
         names = [p.name for p in (out / "search" / f"gan{seed}").iterdir()]
         assert len(names) == 2 + 1 + 1, "repeated configurations are not run again"
+        best = json.loads((out / "search.json").read_text())[str(seed)]
+        winner = "e{epoch}-s{sigma:g}-t{threshold:g}".format(**best)
+        with_weights = {p.parent.name for p in (out / "search" / f"gan{seed}").glob("*/weights.safetensors")}
+        assert with_weights == {winner}, "weights of the winner only"
     choices = json.loads((out / "search.json").read_text())
     assert set(choices) == {"42", "137"} and all(c["epoch"] in (1, 2) for c in choices.values())
     rows = [json.loads(line) for line in (out / "images" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and all((out / "images" / r["file_name"]).exists() for r in rows)
-    assert {r["gan"] for r in rows} == {42, 137}
+    assert {r["gan"] for r in rows} == {42, 137} and {r["row"] for r in rows} == {"multi"}
     result = json.loads((out / "results.json").read_text())
     assert result["script"] == "gafi" and result["images"] == 40
     assert set(result["baselines"]) == {"real", "baseline"}
@@ -898,6 +925,58 @@ def test_run_leaves_every_file_with_its_content(small):
     assert "data:image/png;base64," in html and 'src="http' not in html
     assert Image.open(out / "samples.png").size[0] > 300 and "GaFi, MultiGAN" in done.stdout
     assert not list(out.rglob("checkpoint.safetensors")) and not list(out.rglob("*.pt"))
+
+
+def test_pictures_are_those_that_the_saved_classifier_saw(small):
+    out, _ = small
+    args = gf.Args(**{**gf.PRESETS["digits"], "resnet_width": 4, "gan_width": 2, "gan_latent": 8, "attempts": 3})
+    run = SimpleNamespace(path=lambda *parts: out.joinpath(*map(str, parts)))
+    data, _ = gf.load_data(args, distributed.Dist(0, 0, 1, torch.device("cpu")))
+    f, choices = gf.filtering_classifier(args, run, data, 10), json.loads((out / "search.json").read_text())
+    seed = json.loads((out / "classifier" / "config.json").read_text())["seed"]
+    by_gan = {}
+    for gan, best in choices.items():
+        sampler = gf.load_sampler(args, run, int(gan), best["epoch"], f, 10, 1)
+        stream = gf.SampleStream(sampler, best["sigma"], 10, (args.gen_seed, seed, int(gan), 0))
+        by_gan[int(gan)] = gf.filtered_set(stream, range(10), 10, best["threshold"], 3)[0].view(10, 10, 1, 16, 16)
+    for line in (out / "images" / "metadata.jsonl").read_text().splitlines():
+        row, k = json.loads(line), int(Path(json.loads(line)["file_name"]).stem)
+        shown = torch.from_numpy(np.asarray(Image.open(out / "images" / row["file_name"]).convert("L")).copy())
+        assert (row["gan"], row["sigma"]) == ([42, 137][k % 2], choices[str(row["gan"])]["sigma"])
+        expected = gf.as_picture(by_gan[row["gan"]][row["label"], k // 2])[0]
+        assert (shown.int() - expected.int()).abs().max() <= 1
+
+
+def test_expansion_begins_with_the_winner_of_the_search(small):
+    out, done = small
+    best = json.loads((out / "search.json").read_text())["42"]
+    winner = out / "search" / "gan42" / "e{epoch}-s{sigma:g}-t{threshold:g}".format(**best)
+    first, second = (out / "classifier" / "runs" / f"expansion-seed{s}" for s in (0, 1))
+    found, of_search = (json.loads((f / "metrics.json").read_text()) for f in (first, winner))
+    assert found == of_search | dict(row="expansion", gans=[42], period=2, images=200)
+    weights, theirs = (gf.runs.load_tensors(f / "weights.safetensors") for f in (first, winner))
+    assert all(torch.equal(weights[k], theirs[k]) for k in weights)
+    assert json.loads((second / "metrics.json").read_text())["gans"] == [137], "not the search's seed: trained anew"
+
+
+def test_expansion_is_not_trained_twice(tmp_path):
+    gf.runs.save_tensors(tmp_path / "a" / "weights.safetensors", dict(w=torch.ones(1)))
+    gf.runs.write_json(tmp_path / "a" / "metrics.json", dict(seed=0, score=5.0))
+    gf.take_over(tmp_path / "a", tmp_path / "b", dict(row="expansion"))
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == dict(seed=0, score=5.0, row="expansion")
+    gf.take_over(tmp_path / "none", tmp_path / "c", {})
+    assert not (tmp_path / "c").exists(), "no weights: trained as any other"
+
+
+def test_run_is_not_continued_on_another_kind_of_device(small):
+    out, _ = small
+    args = gf.Args(
+        output_dir=str(out),
+        **{k: v for k, v in json.loads((out / "args.json").read_text())["args"].items() if k != "output_dir"},
+    )
+    dist = distributed.Dist(0, 0, 1, torch.device("cuda"))
+    with pytest.raises(UserError, match='--device names "cpu", now "cuda"'):
+        gf.runs.open_run("gafi", args, dist, gf.SPEED_FLAGS, models=dict(device=dist.device.type))
 
 
 def test_recorded_figures_agree_with_the_saved_classifier(small):
