@@ -30,11 +30,13 @@ Differs:
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from common.cli import Frame, parse, start
+from common.cli import Fraction, Frame, Natural, Range, parse, start
 
 Stage = Literal["real", "gan", "search", "final", "evaluate"]
+Few, Width, Many = (Annotated[int, Range(1, most)] for most in (100, 10_000, 10**6))
+Rate, Sigma = (Annotated[float, Range(0, most, "(]")] for most in (10, 100))
 Row = Literal["real", "baseline", "filter", "recycle", "expansion", "single", "multi"]
 
 
@@ -46,30 +48,30 @@ class Args(Frame):
     """of classifiers and sampling; bf16: mixed, trained weights and what is sensitive stay in float32"""
     stages: tuple[Stage, ...] = ("real", "gan", "search", "final", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
-    val_per_class: int = 1000
+    val_per_class: Many = 1000
     """training images of each class held out for every choice, where the data set has no validation split"""
 
-    image_size: int = 32
+    image_size: Annotated[int, Range(8, 1024)] = 32
     """pixels per side, a multiple of 8"""
 
     # ---- [1] real: the filtering classifier F, and every other classifier ---------------------------
-    resnet_width: int = 64
+    resnet_width: Width = 64
     """channels of the first stage of the ResNet (x2 and x4 in the others)"""
-    resnet_blocks: int = 3
+    resnet_blocks: Few = 3
     """blocks per stage; 3: ResNet-20"""
-    resnet_epochs: int = 100
+    resnet_epochs: Many = 100
     """epochs on synthetic images"""
-    real_epochs: int = 300
+    real_epochs: Many = 300
     """epochs on real images"""
-    resnet_drops: tuple[int, ...] = (60, 80)
+    resnet_drops: tuple[Many, ...] = (60, 80)
     """epochs, counted from 1, at whose start the learning rate falls to a tenth; the same on real images"""
-    resnet_lr: float = 0.1
+    resnet_lr: Rate = 0.1
     """learning rate of SGD with Nesterov momentum 0.9"""
-    resnet_wd: float = 1e-4
+    resnet_wd: Fraction = 1e-4
     """decoupled weight decay per step, on every parameter"""
     resnet_wd_mode: Literal["per_step", "lr_scaled"] = "per_step"
     """per_step: p -= wd p whatever the rate, as officially; lr_scaled: p -= lr wd p, as in AdamW"""
-    resnet_batch: int = 128
+    resnet_batch: Many = 128
     """images per step"""
     random_flip: bool = True
     """mirror half of the training images, for the classifiers and the GAN"""
@@ -79,57 +81,57 @@ class Args(Frame):
     """cutout with noise on every training image"""
 
     # ---- [2] gan: BigGAN-deep ------------------------------------------------------------------------
-    gan_seeds: tuple[int, ...] = (42, 137, 238723)
+    gan_seeds: tuple[Natural, ...] = (42, 137, 238723)
     """one generator per seed, which is all that --seed does not reach; MultiGAN mixes them"""
     gan_images: Literal["train+val", "train"] = "train+val"
     """what the GAN is trained on; train: the validation images stay unseen"""
     gan_precision: Literal["fp32", "bf16"] = "fp32"
     """of the GAN's training, fp32 in every official run; bf16: mixed, as in precision"""
-    gan_epochs: int = 500
+    gan_epochs: Many = 500
     """passes over those images"""
-    gan_batch: int = 192
+    gan_batch: Many = 192
     """real images per step; all discriminator updates of a step see the same"""
-    gan_d_steps: int = 3
+    gan_d_steps: Few = 3
     """discriminator updates per generator update"""
-    gan_width: int = 128
+    gan_width: Annotated[int, Range(2, 10_000)] = 128
     """base width; blocks have four times as many channels"""
-    gan_latent: int = 128
+    gan_latent: Width = 128
     """size of the latent z and of the class embedding"""
     gan_embedding: Literal["uniform", "normal"] = "uniform"
     """start of the generator's class embedding: U(-0.05, 0.05) or N(0, 1), which small GANs learn faster from"""
     gan_loss: Literal["hinge", "nonsaturating"] = "hinge"
     """loss of discriminator and generator"""
-    gan_lr: float = 2e-4
+    gan_lr: Rate = 2e-4
     """Adam's learning rate for both networks"""
-    gan_ema: float = 0.9999
+    gan_ema: Fraction = 0.9999
     """decay of the averaged generator, which is what is sampled"""
-    gan_ema_start: int = 1000
+    gan_ema_start: Annotated[int, Range(0, 10**9)] = 1000
     """the average is a plain copy up to this step"""
-    gan_monitor: int = 10
+    gan_monitor: Many = 10
     """epochs between measurements of the averaged generator (feature distances, acceptance)"""
     gan_inception: bool = False
     """also FID and IS on Inception features with torchmetrics, which downloads their weights (91 MB)"""
 
     # ---- [3] search, [4] final -----------------------------------------------------------------------
-    gen_seed: int = 0
+    gen_seed: Natural = 0
     """sample i of class c in set k has the latents of (gen_seed, classifier's seed, GAN's seed, n_c, k, c, i)"""
-    gen_micro_batch: int = 1024
+    gen_micro_batch: Many = 1024
     """images per forward pass on one process; speed and memory only"""
-    class_samples: int = 0
+    class_samples: Annotated[int, Range(0, 10**6)] = 0
     """n_c, images per class of a synthetic set; 0: size of the real training split / number of classes"""
-    attempts: int = 50
+    attempts: Annotated[int, Range(-1, 10**6)] = 50
     """draws per class after which the last draw is taken unfiltered; -1: never"""
-    ckpt_grid: tuple[float, float, float] = (150, 500, 10)
-    """checkpoints to try, in epochs: first, last, step"""
-    sigma_grid: tuple[float, float, float] = (1.0, 2.0, 0.05)
+    ckpt_grid: tuple[Many, Many, Many] = (150, 500, 10)
+    """checkpoints to try, in epochs: first, last, step; those after gan_epochs are left out"""
+    sigma_grid: tuple[Sigma, Sigma, Sigma] = (1.0, 2.0, 0.05)
     """standard deviations of the latents to try"""
-    threshold_grid: tuple[float, float, float] = (0.0, 0.9, 0.1)
+    threshold_grid: tuple[Fraction, Fraction, Fraction] = (0.0, 0.9, 0.1)
     """thresholds to try"""
-    search_period: int = 10
+    search_period: Many = 10
     """P, epochs between two synthetic sets, in the search and in the rows recycle and expansion"""
-    final_period: int = 1
+    final_period: Many = 1
     """P in the rows single and multi"""
-    recycle_fraction: float = 1.0
+    recycle_fraction: Annotated[float, Range(0, 1, "(]")] = 1.0
     """r, share of the set that is replaced"""
     select_on: Literal["val", "test"] = "val"
     """images that choose checkpoint, sigma, threshold and epoch; test: the official selection. F's epoch: always val"""
@@ -137,11 +139,11 @@ class Args(Frame):
     """threshold step: keep the scored samples of all sets on the device for all thresholds"""
     rows: tuple[Row, ...] = ("real", "baseline", "filter", "recycle", "expansion", "single", "multi")
     """rows of the table; each adds one technique to the row before"""
-    clf_seeds: int = 3
+    clf_seeds: Few = 3
     """classifiers per row, seeds seed, seed + 1, ..."""
     clf_report_test_selected: bool = True
     """also score the test set at each validation and print the best of its epochs; never used to choose"""
-    export_images: int = 100
+    export_images: Many = 100
     """images per class of the saved classifier's first set that are written to images/ as PNG"""
 
 
@@ -190,6 +192,15 @@ from common import run as runs
 from common.checkpoint import load_training, save_training
 
 SPEED_FLAGS = ("gen_micro_batch", "search_share")
+
+# What no stage before this one reads; it may change while the stage has not begun.
+LATER = {
+    "gan": "gan_ ckpt_grid",
+    "search": "resnet_epochs sigma_grid threshold_grid gen_seed class_samples attempts search_period recycle_fraction "
+    "select_on",
+    "final": "final_period",
+    "evaluate": "export_images",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,6 +269,12 @@ def refreshed(old, new, n_classes, fraction, g):
 def grid(start, stop, step):
     """Inclusive grid, rounded to 3 decimals: (1, 2, 0.05) -> 21 values"""
     return [round(start + i * step, 3) for i in range(math.floor((stop - start) / step + 1e-6) + 1)]
+
+
+def checkpoints(args):
+    """The epochs of --ckpt-grid that exist; official code: a grid may go on after the last epoch, as FashionMNIST's."""
+    first, last, step = args.ckpt_grid
+    return list(range(first, min(last, args.gan_epochs) + 1, step))
 
 
 def lr_at(epoch, base, drops):
@@ -1076,9 +1093,8 @@ def gan_file(run, seed, epoch):
     return run.path("gan", f"seed{seed}", f"epoch{epoch}.safetensors")
 
 
-def train_gans(args, run, dist, data, n_classes, classifier):
+def train_gans(args, run, dist, data, n_classes, classifier, inception):
     with run.timed("gan", memory_flag="--gan-batch"):
-        inception = inception_metrics(dist.device) if args.gan_inception else None
         for seed in distributed.my_items(args.gan_seeds, dist):
             train_gan(args, run, dist, data, n_classes, classifier, seed, inception)
     run.done("gan", generators=len(args.gan_seeds))
@@ -1091,12 +1107,10 @@ def train_gan(args, run, dist, data, n_classes, classifier, seed, inception):
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     device, b = images.device, args.gan_batch
     steps = len(labels) // b  # the last incomplete batch is dropped
-    if steps == 0:
-        raise runs.UserError(f"--gan-batch {b}: there are only {len(labels)} images to train the GAN on")
     gan = BigGAN(args, n_classes, images.shape[1], seed, device)
     state, checkpoint = gan.state(), run.path("gan", f"seed{seed}", "checkpoint.safetensors")
     first, _, _ = load_training(checkpoint, state, gan.optimizer)
-    wanted = {*map(int, grid(*args.ckpt_grid)), args.gan_epochs}
+    wanted = {*checkpoints(args), args.gan_epochs}
     bar = distributed.progress(args.gan_epochs * steps, f"gan {seed}", dist, initial=first * steps, unit="steps")
 
     for epoch in range(first + 1, args.gan_epochs + 1):
@@ -1217,10 +1231,7 @@ def search(args, run, dist, data, n_classes, classifier):
     choices = {}
     with run.timed("search", memory_flag="--gen-micro-batch"):
         for seed in args.gan_seeds:
-            epochs = [int(e) for e in grid(*args.ckpt_grid) if gan_file(run, seed, int(e)).exists()]
-            if not epochs:
-                raise runs.UserError(f"no checkpoint of GAN {seed} lies in --ckpt-grid {args.ckpt_grid}")
-            grids = dict(epoch=epochs, sigma=grid(*args.sigma_grid), threshold=grid(*args.threshold_grid))
+            grids = dict(epoch=checkpoints(args), sigma=grid(*args.sigma_grid), threshold=grid(*args.threshold_grid))
 
             def evaluate(candidates, seed=seed):
                 files = [candidate_folder(run, seed, c) for c in candidates]
@@ -1474,36 +1485,48 @@ def tables(args, run, class_names, predicted, labels, top1):
 # ---------------------------------------------------------------------------------------------
 
 
+MOST_VALUES = 1000  # of a grid: each is a training for every GAN
+
+
 def check_args(args):
-    """Ranges that would otherwise fail in the middle of a run."""
-    for name in (
-        "val_per_class resnet_width resnet_blocks resnet_epochs real_epochs resnet_batch gan_epochs gan_batch "
-        "gan_d_steps gan_latent gan_monitor gen_micro_batch search_period final_period clf_seeds export_images"
-    ).split():
-        if getattr(args, name) < 1:
-            raise runs.UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if args.image_size < 8 or args.image_size % 8:
+    """What ranges of single numbers do not tell."""
+    if args.image_size % 8:
         raise runs.UserError(f"--image-size {args.image_size}: a multiple of 8 is needed")
     if args.dataset == "fashionmnist" and args.image_size < 28:
         raise runs.UserError(f"--image-size {args.image_size}: FashionMNIST is padded from 28 pixels, not shrunk")
-    if args.gan_width < 2:
-        raise runs.UserError(f"--gan-width is {args.gan_width}; it must be at least 2")
-    if not 0 < args.recycle_fraction <= 1:
-        raise runs.UserError(f"--recycle-fraction is {args.recycle_fraction}; it must lie in 0..1, above 0")
-    if args.attempts < -1 or args.attempts == 0:
-        raise runs.UserError(f"--attempts is {args.attempts}; it must be at least 1, or -1 for no limit")
+    if args.attempts == 0:
+        raise runs.UserError("--attempts is 0; it must be at least 1, or -1 for no limit")
     for name in ("ckpt_grid", "sigma_grid", "threshold_grid"):
-        start, stop, step = getattr(args, name)
-        if step <= 0 or stop < start or start < 0:
-            raise runs.UserError(f"--{name.replace('_', '-')} {start} {stop} {step}: give first, last and step > 0")
-    if args.threshold_grid[1] >= 1:
-        raise runs.UserError(f"--threshold-grid ends at {args.threshold_grid[1]}; no probability is above 1")
+        first, last, step = getattr(args, name)
+        given = f"--{name.replace('_', '-')} {first} {last} {step}"
+        if last < first or step < 0.001:
+            raise runs.UserError(
+                f"{given}: give first, last and step, the last not before the first, the step >= 0.001"
+            )
+        if (last - first) / step > MOST_VALUES:
+            raise runs.UserError(
+                f"{given}: {int((last - first) / step)} values, each a training; at most {MOST_VALUES}"
+            )
+    if not checkpoints(args):
+        raise runs.UserError(
+            f"--ckpt-grid begins at epoch {args.ckpt_grid[0]}, after the last, --gan-epochs {args.gan_epochs}"
+        )
     if not args.rows or len(set(args.rows)) < len(args.rows):
         raise runs.UserError(f"--rows {' '.join(args.rows)}: name one or more rows, each once")
     if args.rows[-1] == "real":
         raise runs.UserError("--rows: the classifier of the last row is saved, so real cannot be the last")
     if not args.gan_seeds or len(set(args.gan_seeds)) < len(args.gan_seeds):
         raise runs.UserError(f"--gan-seeds {' '.join(map(str, args.gan_seeds))}: give one or more different seeds")
+
+
+def check_data(args, data, n_classes):
+    """Is there enough of it?"""
+    seen = len(data["train"][1]) + (len(data["val"][1]) if args.gan_images == "train+val" else 0)
+    if args.gan_batch > seen:
+        raise runs.UserError(f"--gan-batch {args.gan_batch}: there are only {seen} images to train the GAN on")
+    n, least = n_samples(args, data, n_classes), len(args.gan_seeds) if "multi" in args.rows else 1
+    if n < least:
+        raise runs.UserError(f"--class-samples: {n} images per class; at least {least} are needed, one of every GAN")
 
 
 def check_order(args, run, todo):
@@ -1524,17 +1547,22 @@ def main(args):
     dist = distributed.setup_distributed(args.device)
     data, class_names = load_data(args, dist)
     n = len(class_names)
+    check_data(args, data, n)
 
     # The device draws augmentation and GAN latents, and every kind of device has its own random numbers.
-    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=dict(device=dist.device.type))
+    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=dict(device=dist.device.type), later=LATER)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(args, run, todo)
+    inception = None
+    if args.gan_inception and "gan" in todo:  # before the first stage, and the download once
+        distributed.on_rank_0(lambda: inception_metrics(torch.device("cpu")) and None, dist)
+        inception = inception_metrics(dist.device)
     if "real" in todo:
         train_real(args, run, dist, data, n)
     if set(todo) - {"real"}:
         classifier = filtering_classifier(args, run, data, n)
         if "gan" in todo:
-            train_gans(args, run, dist, data, n, classifier)
+            train_gans(args, run, dist, data, n, classifier, inception)
         if "search" in todo:
             search(args, run, dist, data, n, classifier)
         if "final" in todo:

@@ -1,5 +1,6 @@
 """GaFi: values of the authors' code, invariants of the method, the script end to end on the real digits."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -16,6 +17,7 @@ from torch import nn
 
 import gafi as gf
 from common import distributed
+from common.cli import Frame, check
 from common.run import UserError
 
 
@@ -859,18 +861,103 @@ def test_cinic10_pools_train_and_valid(tmp_path):
     [
         (dict(sigma_grid=(2.0, 1.0, 0.1)), "--sigma-grid"),
         (dict(threshold_grid=(0.0, 1.0, 0.1)), "--threshold-grid"),
+        (dict(sigma_grid=(1.0, 2.0, 1e-9)), "--sigma-grid"),
+        (dict(threshold_grid=(0.0, 0.9, 0.0)), "--threshold-grid"),
+        (dict(sigma_grid=(1.0, 50.0, 0.001)), "--sigma-grid"),
+        (dict(ckpt_grid=(1, 2000, 1), gan_epochs=2000), "--ckpt-grid"),
+        (dict(ckpt_grid=(501, 600, 1)), "--ckpt-grid"),
         (dict(attempts=0), "--attempts"),
-        (dict(recycle_fraction=0.0), "--recycle-fraction"),
         (dict(gan_seeds=(1, 1)), "--gan-seeds"),
         (dict(rows=("baseline", "baseline")), "--rows"),
         (dict(rows=("baseline", "real")), "--rows"),
         (dict(image_size=30), "--image-size"),
-        (dict(gan_d_steps=0), "--gan-d-steps"),
     ],
 )
 def test_bad_flags_are_refused_by_name(flags, word):
     with pytest.raises(UserError, match=word):
+        check(gf.Args(**flags))
         gf.check_args(gf.Args(**flags))
+
+
+def numbers_of_args():
+    """(field, value with one number replaced by each of the bad ones) for all numeric fields of the script"""
+    harmless = {  # 0 has a meaning, or is a number as any other
+        0: {"class_samples", "gan_ema_start", "resnet_wd", "gan_ema", "gen_seed", "gan_seeds", "threshold_grid"},
+        10**12: {"gen_seed", "gan_seeds"},
+        -1: {"attempts"},
+    }
+    for field in dataclasses.fields(gf.Args):
+        value = getattr(gf.Args(), field.name)
+        several = value if isinstance(value, tuple) else (value,)
+        if (
+            field.name in {f.name for f in dataclasses.fields(Frame)}
+            or not several
+            or isinstance(several[0], (str, bool))
+        ):
+            continue
+        for bad in (math.nan, math.inf, -math.inf, -1, 0, 10**12):
+            for i in range(len(several)) if field.name not in harmless.get(bad, ()) else ():
+                changed = (*several[:i], bad, *several[i + 1 :])
+                yield field.name, changed if isinstance(value, tuple) else bad
+
+
+def test_every_number_out_of_its_range_is_refused_at_the_start():
+    cases = list(numbers_of_args())
+    assert len({name for name, _ in cases}) > 30
+    for name, value in cases:
+        args = dataclasses.replace(gf.Args(), **{name: value})
+        with pytest.raises(UserError, match="--" + name.replace("_", "-")):
+            check(args)
+            gf.check_args(args)
+            pytest.fail(f"{name} {value} was taken")
+
+
+def test_too_little_data_is_told(tmp_path):
+    x, y = torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 2
+    data = dict(train=(x, y), val=(x[:10], y[:10]))
+    gf.check_data(gf.Args(gan_batch=50), data, 2)
+    for flags, word in (
+        (dict(gan_batch=51), "--gan-batch"),
+        (dict(gan_batch=41, gan_images="train"), "--gan-batch"),
+        (dict(gan_batch=8, class_samples=2), "--class-samples"),
+    ):
+        with pytest.raises(UserError, match=word):
+            gf.check_data(gf.Args(**flags), data, 2)
+    gf.check_data(gf.Args(gan_batch=8, class_samples=2, rows=("single",)), data, 2)
+
+
+@pytest.mark.parametrize("what", ["batch", "inception"])
+def test_what_cannot_work_is_told_before_the_first_stage(what, tmp_path, monkeypatch):
+    def offline(device):
+        raise UserError("--gan-inception: offline")
+
+    monkeypatch.setattr(gf, "inception_metrics", offline)
+    monkeypatch.setattr(gf, "train_real", lambda *_: pytest.fail("the first stage was begun"))
+    flags = dict(batch=dict(gan_batch=1001), inception=dict(gan_inception=True))[what]
+    args = gf.Args(**gf.PRESETS["digits"] | flags, output_dir=str(tmp_path / "run"), device="cpu")
+    with pytest.raises(UserError, match=dict(batch="--gan-batch 1001", inception="offline")[what]):
+        gf.main(args)
+
+
+def test_flags_of_later_stages_may_change_until_those_begin(tmp_path):
+    dist = distributed.Dist(0, 0, 1, torch.device("cpu"))
+
+    def opened(**flags):
+        args = gf.Args(**gf.PRESETS["digits"] | flags, output_dir=str(tmp_path / "run"))
+        gf.runs.open_run("gafi", args, dist, gf.SPEED_FLAGS, later=gf.LATER).close()
+
+    fields = {field.name for field in dataclasses.fields(gf.Args)}
+    for word in " ".join(gf.LATER.values()).split():
+        assert word in fields or (word.endswith("_") and any(name.startswith(word) for name in fields))
+    opened()
+    (tmp_path / "run" / "stages").mkdir()
+    (tmp_path / "run" / "stages" / "real.json").write_text("{}")
+    opened(gan_lr=0.5, sigma_grid=(1.0, 1.0, 0.5))
+    (tmp_path / "run" / "stages" / "gan.json").write_text("{}")
+    opened(gan_lr=0.5, sigma_grid=(1.0, 1.5, 0.5))
+    for flags in (dict(gan_lr=0.4), dict(gan_lr=0.5, resnet_lr=0.2), dict(gan_lr=0.5, random_flip=True)):
+        with pytest.raises(UserError, match="made with"):
+            opened(**{"sigma_grid": (1.0, 1.5, 0.5), **flags})
 
 
 # ---- the script, end to end on the real digits -------------------------------------------------------------------
