@@ -175,6 +175,7 @@ PRESETS = {
 if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
+import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -795,6 +796,15 @@ def all_pixels(images, channels, size, pad, workers):
         return (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)).contiguous()
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return torch.stack(list(pool.map(lambda i: prepared(images[i], channels, size, pad), range(len(images)))))
+
+
+def data_hash(data, class_names):
+    """Of every pixel, label and class name in their order: a run does not go on with other data than it began with."""
+    found = hashlib.sha256(json.dumps(class_names).encode())
+    for split, (x, y) in data.items():
+        found.update(f"{split} {tuple(x.shape)}".encode())
+        found.update(np.ascontiguousarray(x.cpu().numpy())), found.update(y.cpu().numpy())
+    return found.hexdigest()[:16]
 
 
 DERMAMNIST = (
@@ -1550,7 +1560,8 @@ def main(args):
     check_data(args, data, n)
 
     # The device draws augmentation and GAN latents, and every kind of device has its own random numbers.
-    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=dict(device=dist.device.type), later=LATER)
+    used = dict(device=dist.device.type, data_dir=data_hash(data, class_names))
+    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(args, run, todo)
     inception = None

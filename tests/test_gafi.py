@@ -856,6 +856,34 @@ def test_cinic10_pools_train_and_valid(tmp_path):
     assert torch.bincount(data["val"][1]).tolist() == [2, 2] and data["train"][0].shape == (20, 3, 32, 32)
 
 
+def test_run_does_not_go_on_with_other_data(tmp_path):
+    """A pixel, a label, the place of an image, a class name: each alone is noticed, at the start, by main."""
+    write_folder(tmp_path, ("train", "test"), n=4)
+    dist, used = distributed.Dist(0, 0, 1, torch.device("cpu")), []
+    args = gf.Args(dataset="folder", data_dir=str(tmp_path), output_dir=str(tmp_path / "run"), val_per_class=1)
+    args = dataclasses.replace(args, gan_batch=4, class_samples=3, stages=(), device="cpu")
+    gf.main(args)  # no stages: opens the folder, and that is all
+    data, names = gf.load_data(args, dist)
+    kept = {k: (x.clone(), y.clone()) for k, (x, y) in data.items()}
+    assert gf.data_hash(kept, names) == gf.data_hash(data, names)
+    assert gf.data_hash(data, ["cat", "dag"]) != gf.data_hash(data, names)
+    for split in data:
+        for part in (0, 1):
+            changed = {k: [x.clone(), y.clone()] for k, (x, y) in data.items()}
+            changed[split][part].view(-1)[-1] ^= 1
+            used.append(gf.data_hash(changed, names))
+    moved = {k: (x.flip(0), y) for k, (x, y) in data.items()}
+    assert len({*used, gf.data_hash(moved, names), gf.data_hash(data, names)}) == 8
+
+    (tmp_path / "run" / "stages").mkdir()
+    (tmp_path / "run" / "stages" / "real.json").write_text("{}")  # work
+    gf.main(args)
+    image = tmp_path / "train" / "cat" / "0.png"
+    Image.fromarray(255 - np.asarray(Image.open(image))).save(image)
+    with pytest.raises(UserError, match="data-dir"):
+        gf.main(args)
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
