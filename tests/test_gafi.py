@@ -699,11 +699,17 @@ def test_epoch_is_chosen_on_the_split_that_is_named(select_on, tmp_path, monkeyp
     assert torch.equal(gf.runs.load_tensors(tmp_path / "weights.safetensors")["w"], weights[best])
 
 
-def test_select_on_reaches_search_and_rows_but_not_the_filtering_classifier(monkeypatch, tmp_path):
-    asked = {}
+@pytest.mark.parametrize("select_on", ["val", "test"])
+def test_search_and_rows_train_on_what_they_record(select_on, monkeypatch, tmp_path):
+    """And choose on --select-on, but for the filtering classifier."""
+    asked, chosen_on = {}, select_on
 
     def train(args, run, sets, data, n_classes, epochs, seed, folder, about, select_on):
         asked.setdefault(about.get("row", "search"), set()).add(select_on)
+        if "gan_epoch" in about:
+            (source,) = sets.sources
+            tried = (source.seed, source.sigma, source.threshold, source.filtered, sets.period, sets.n)
+            assert tried == (5, about["sigma"], about["threshold"], True, 10, 2) and epochs == 100
         gf.runs.write_json(folder / "metrics.json", about | dict(score=1.0, seed=seed))
         gf.runs.save_tensors(folder / "weights.safetensors", dict(w=torch.zeros(1)))
 
@@ -713,7 +719,7 @@ def test_select_on_reaches_search_and_rows_but_not_the_filtering_classifier(monk
 
     monkeypatch.setattr(gf, "train_classifier", train)
     monkeypatch.setattr(gf, "load_sampler", lambda *_: Fake())
-    args = gf.Args(select_on="test", gan_seeds=(5,), ckpt_grid=(1, 1, 1), clf_seeds=1)
+    args = gf.Args(select_on=chosen_on, gan_seeds=(5,), ckpt_grid=(1, 1, 1), clf_seeds=1)
     (tmp_path / "gan" / "seed5").mkdir(parents=True)
     (tmp_path / "gan" / "seed5" / "epoch1.safetensors").touch()
     data = dict(train=(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])))
@@ -722,7 +728,7 @@ def test_select_on_reaches_search_and_rows_but_not_the_filtering_classifier(monk
     gf.search(args, Run(), dist, data, 2, None)
     gf.final(args, Run(), dist, data, 2, None)
     assert asked.pop("real") == {"val"} and set(asked) == {"search", *args.rows[1:]}
-    assert set.union(*asked.values()) == {"test"}
+    assert set.union(*asked.values()) == {chosen_on}
 
 
 def test_search_visits_the_grids_in_order_and_ties_go_to_the_first():
@@ -767,15 +773,190 @@ def test_multigan_shares_the_images_and_with_one_gan_is_that_gan():
     assert single == multi
 
 
-def test_presets_are_the_methods_table():
-    expected = {  # GAN epochs, GANs, channels, attempts
-        "cifar10": (500, 3, 50), "cifar100": (500, 3, 10), "cinic10": (500, 3, 50), "fashionmnist": (300, 6, 50),
-        "dermamnist": (150, 3, 50),
-    }  # fmt: skip
-    for name, values in expected.items():
-        args = gf.Args(**gf.PRESETS[name])
-        assert (args.gan_epochs, len(args.gan_seeds), args.attempts) == values
-        gf.check_args(args)
+# What the method's description says of CIFAR-10, field by field, and where the others and the miniature differ.
+CIFAR10 = dict(
+    dataset="cifar10", seed=0, precision="fp32", val_per_class=1000, image_size=32, resnet_width=64, resnet_blocks=3,
+    resnet_epochs=100, real_epochs=300, resnet_drops=(60, 80), resnet_lr=0.1, resnet_wd=1e-4, resnet_wd_mode="per_step",
+    resnet_batch=128, random_flip=True, random_crop=True, random_erasing=True, gan_seeds=(42, 137, 238723),
+    gan_images="train+val", gan_precision="fp32", gan_epochs=500, gan_batch=192, gan_d_steps=3, gan_width=128,
+    gan_latent=128, gan_embedding="uniform", gan_loss="hinge", gan_lr=2e-4, gan_ema=0.9999, gan_ema_start=1000,
+    gen_seed=0, class_samples=0, attempts=50, ckpt_grid=(150, 500, 10), sigma_grid=(1.0, 2.0, 0.05),
+    threshold_grid=(0.0, 0.9, 0.1), search_period=10, final_period=1, recycle_fraction=1.0, select_on="val",
+    rows=("real", "baseline", "filter", "recycle", "expansion", "single", "multi"), clf_seeds=3,
+)  # fmt: skip
+OTHERS = {
+    "cifar10": {},
+    "cifar100": dict(dataset="cifar100", val_per_class=100, attempts=10),
+    "cinic10": dict(dataset="cinic10", precision="bf16", gan_seeds=(42, 4623, 13132)),
+    "fashionmnist": dict(
+        dataset="fashionmnist", gan_epochs=300, ckpt_grid=(50, 500, 10),
+        gan_seeds=(18291829, 237137, 42, 1284182, 623237, 48746),
+    ),
+    "dermamnist": dict(
+        dataset="dermamnist", gan_epochs=150, gan_ema=0.999, ckpt_grid=(10, 150, 10), threshold_grid=(0.0, 0.5, 0.1),
+        gan_seeds=(42, 1412, 19281),
+    ),
+    "digits": dict(
+        dataset="digits", image_size=16, val_per_class=20, random_flip=False, resnet_width=8, resnet_blocks=1,
+        resnet_epochs=10, real_epochs=15, resnet_drops=(7, 9), resnet_batch=32, gan_seeds=(42, 137), gan_epochs=25,
+        gan_batch=32, gan_width=8, gan_latent=16, gan_embedding="normal", gan_lr=1e-3, gan_ema=0.98, gan_ema_start=50,
+        ckpt_grid=(15, 25, 5), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5, attempts=3,
+    ),
+}  # fmt: skip
+NO_METHOD = """preset data_dir output_dir device compile stages resume track workers plan plan_processes gan_monitor
+gan_inception gen_micro_batch search_share clf_report_test_selected export_images""".split()
+
+
+@pytest.mark.parametrize("name", gf.PRESETS)
+def test_presets_are_the_methods_table(name):
+    args = gf.Args(**gf.PRESETS[name])
+    found = {field: value for field, value in vars(args).items() if field not in NO_METHOD}
+    assert found == CIFAR10 | OTHERS[name]
+    check(args), gf.check_args(args)
+    if name == "fashionmnist":
+        assert gf.checkpoints(args) == list(range(50, 301, 10)), "those after the last epoch do not exist"
+    elif name != "digits":
+        assert len(gf.checkpoints(args)) == {"dermamnist": 15}.get(name, 36)
+
+
+def tiny_data(n_train=14, n_val=6, size=8):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 256, (n_train + n_val, 1, size, size), generator=g, dtype=torch.uint8)
+    y = torch.arange(n_train + n_val) % 3
+    return dict(train=(x[:n_train], y[:n_train]), val=(x[n_train:], y[n_train:]), test=(x[:3], y[:3]))
+
+
+@pytest.mark.parametrize("flip, images", [(True, "train+val"), (False, "train+val"), (False, "train")])
+def test_gan_training_equals_a_plain_loop_over_stock_parts(flip, images, tmp_path, monkeypatch):
+    """Two Adams, timm's average, the hinge loss written out; the networks have golden tests of their own."""
+    from timm.utils import ModelEmaV3
+
+    args = gf.Args(gan_width=2, gan_latent=4, image_size=8, gan_batch=6, gan_epochs=2, ckpt_grid=(1, 2, 1), gan_lr=2e-3)
+    args = dataclasses.replace(args, gan_ema=0.8, gan_ema_start=2, random_flip=flip, gan_images=images)
+    data, run = tiny_data(), SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), log=lambda *_, **__: None)
+    monkeypatch.setattr(gf, "measured", lambda *_: {})
+    gf.train_gan(args, run, distributed.Dist(0, 0, 1, torch.device("cpu")), data, 3, None, 7, None)
+
+    torch.manual_seed(distributed.seed_of(7, "gan"))
+    g, d = gf.Generator(3, 1, 2, 4, 4, "uniform", 8).train(), gf.Discriminator(3, 1, 2).train()
+    average = ModelEmaV3(g, decay=0.8, update_after_step=2 - 1)
+    optimizers = {net: torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.999)) for net in (g, d)}
+
+    def update(net, loss):
+        optimizer = optimizers[net]
+        t = 1 + int(optimizer.state[next(net.parameters())].get("step", 0))
+        optimizer.param_groups[0]["eps"] = 1e-6 / math.sqrt(1 - 0.999**t)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    splits = ("train", "val") if images == "train+val" else ("train",)
+    x, y = (torch.cat([data[split][part] for split in splits]) for part in (0, 1))
+    step = 0
+    for epoch in (1, 2):
+        random = torch.Generator().manual_seed(distributed.seed_of(7, "gan", epoch))
+        rows = torch.randperm(len(y), generator=random)
+        for part in rows[: len(y) // 6 * 6].split(6):
+            real, label, step = x[part] / 127.5 - 1, y[part], step + 1
+            if flip:
+                coin = torch.rand(6, generator=random) < 0.5
+                real = torch.stack([r.flip(-1) if c else r for r, c in zip(real, coin, strict=True)])
+            *z_d, z_g = torch.randn(4, 6, 4, generator=random)
+            for z in z_d:
+                logits = d(torch.cat([g(z, label).detach(), real]), torch.cat([label, label]))
+                update(d, torch.relu(1 + logits[:6]).mean() + torch.relu(1 - logits[6:]).mean())
+            update(g, -d(g(z_g, label), label).mean())
+            average.update(g, step=step)
+        found = gf.runs.load_tensors(gf.gan_file(run, 7, epoch))
+        expected = average.module.state_dict()
+        assert set(found) == set(expected)
+        for name in found:
+            if not name.endswith("num_batches_tracked"):  # a count that nothing reads
+                close(found[name], expected[name], 2e-4)
+    raw = g.state_dict()
+    assert max((raw[name] - found[name]).abs().max() for name in found if name.endswith("weight")) > 1e-3, "not raw"
+
+
+def plain_augmentation(image, flip, top, left, noise, box, pad):
+    """One image [1, S, S]: flip, crop after padding with 0, a box of rescaled noise"""
+    size = image.shape[-1]
+    image = image.flip(-1) if flip else image
+    image = nn.functional.pad(image, (pad,) * 4)[:, top : top + size, left : left + size].clone()
+    noise = (noise - noise.min()) / (noise.max() - noise.min()) * (image.max() - image.min()) + image.min()
+    cx, cy, h, w = box
+    for i in range(size):
+        for j in range(size):
+            if cy - h / 2 <= i < cy + h / 2 and cx - w / 2 <= j < cx + w / 2:
+                image[:, i, j] = noise[:, i, j]
+    return image
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_classifier_training_equals_a_plain_loop_over_stock_parts(flip, tmp_path, monkeypatch):
+    """torch's SGD with Nesterov momentum, decay by hand; after a drop of the rate the velocity lives on."""
+    args = gf.Args(image_size=8, resnet_width=4, resnet_blocks=1, resnet_batch=5, resnet_lr=0.05, resnet_wd=0.01)
+    args = dataclasses.replace(args, resnet_drops=(2, 4), random_flip=flip, clf_report_test_selected=False)
+    data, figures = tiny_data(), iter(range(100))
+    monkeypatch.setattr(gf, "accuracy", lambda *_: float(next(figures)))  # the last epoch is the best
+    gf.train_classifier(
+        args, SimpleNamespace(dir=tmp_path), gf.RealSet(data["train"]), data, 3, 4, 9, tmp_path, {}, "val"
+    )
+
+    torch.manual_seed(distributed.seed_of(9, "classifier"))
+    net = gf.ResNet(3, 1, 4, 1).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    x, y = data["train"][0] / 127.5 - 1, data["train"][1]
+    for epoch, rate in enumerate((0.05, 0.005, 0.005, 0.0005), 1):
+        before, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], rate
+        for state in optimizer.state.values():
+            state["momentum_buffer"] *= before / rate
+        random = torch.Generator().manual_seed(distributed.seed_of(9, "epoch", epoch))
+        for part in torch.randperm(14, generator=random).split(5):
+            b = len(part)
+            coin = torch.rand(b, generator=random) < 0.5 if flip else torch.zeros(b)
+            top, left = torch.randint(3, (2, b), generator=random)
+            noise, u = torch.randn(b, 1, 8, 8, generator=random), torch.rand(4, b, generator=random)
+            boxes = torch.stack([(8 * u[0]).floor(), (8 * u[1]).floor(), *(8 * (0.2 + 0.3 * u[2:])).ceil()], 1)
+            each = zip(x[part], coin, top, left, noise, boxes, strict=True)
+            images = torch.stack([plain_augmentation(*one_image, pad=1) for one_image in each])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(images), y[part]).backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p *= 1 - 0.01
+            optimizer.step()
+    found = gf.runs.load_tensors(tmp_path / "weights.safetensors")
+    for name, expected in net.state_dict().items():
+        close(found[name], expected, 2e-4)
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_sets_equal_a_plain_filter_loop(filtered):
+    """Two generators, each with its own sigma and threshold, and a new set every two epochs."""
+    args, seed, n = gf.Args(gen_seed=4), 3, 8
+    about = {5: (1.5, 0.3), 6: (0.7, 0.6)}  # GAN -> sigma, threshold
+    sources = [gf.Source(gan, Fake(0.8), *how, filtered) for gan, how in about.items()]
+    made = gf.SyntheticSets(args, sources, 3, 2 * n, seed, 2)
+    for epoch in (1, 2, 3, 5):
+        images, labels = [], []
+        for gan, (sigma, threshold) in about.items():
+            for c in range(3):
+                block, pool, kept, asked = 0, torch.zeros(0, 2), torch.zeros(0, 2), 0
+                while len(kept) < n:
+                    size = n if len(kept) == 0 else 2 * (n - len(kept))
+                    while len(pool) < asked + size:
+                        g = torch.Generator().manual_seed(distributed.seed_of(4, seed, gan, (epoch - 1) // 2, c, block))
+                        pool, block = torch.cat([pool, torch.randn(n, 2, generator=g)]), block + 1
+                    z = sigma * pool[asked : asked + size]
+                    u = torch.special.ndtr(z)
+                    right, p = u[:, 0] < 0.8, u[:, 1]
+                    shown = torch.stack([z[:, 0], torch.where(right, p, -1.0)], 1)
+                    kept, asked = torch.cat([kept, shown[right & (p > threshold)] if filtered else shown]), asked + size
+                images.append(kept[:n])
+                labels += n * [c]
+        x, y = made.at(epoch)
+        close(x, torch.cat(images), 1e-6)
+        assert y.tolist() == labels
 
 
 class ToyInception(nn.Module):
