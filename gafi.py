@@ -18,7 +18,8 @@ Run:
     torchrun --standalone --nproc-per-node 3 gafi.py --preset cifar10  # one GAN per GPU, search runs spread
 
 Expect:
-    CIFAR-10: real accuracy minus accuracy of the full method 1.78 points (paper's abstract); not run by us
+    CIFAR-10: real accuracy minus accuracy of the full method 1.78 points (paper's abstract; chosen on test images, so
+    with --select-on test; all in fp32); not run by us
 
 Differs:
     1. checkpoint, sigma, threshold and epoch are chosen on validation images; the official code chooses all of them on

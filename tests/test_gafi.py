@@ -1386,4 +1386,5 @@ def test_digits_run_to_the_end_above_a_floor(launch, tmp_path):
     launch("gafi.py", "--output-dir", tmp_path / "run", timeout=3600)
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     assert result["baselines"]["real"]["mean"] > 94
-    assert result["metrics"]["multi"]["mean"] > 30  # three times chance; the level itself is not measured yet
+    means = {row: found["mean"] for row, found in (result["baselines"] | result["metrics"]).items() if "mean" in found}
+    assert means["multi"] > 75 and means["expansion"] > means["baseline"], means  # as docs/gafi.md reports
