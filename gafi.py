@@ -116,7 +116,7 @@ class Args(Frame):
     # ---- [3] search, [4] final -----------------------------------------------------------------------
     gen_seed: Natural = 0
     """sample i of class c in set k has the latents of (gen_seed, classifier's seed, GAN's seed, n_c, k, c, i)"""
-    gen_micro_batch: Many = 1024
+    gen_micro_batch: Annotated[int, Range(1, 10**6)] = 1024
     """images per forward pass on one process; speed and memory only"""
     class_samples: Annotated[int, Range(0, 10**6)] = 0
     """n_c, images per class of a synthetic set; 0: size of the real training split / number of classes"""
@@ -140,9 +140,9 @@ class Args(Frame):
     """threshold step: keep the scored samples of all sets on the device for all thresholds"""
     rows: tuple[Row, ...] = ("real", "baseline", "filter", "recycle", "expansion", "single", "multi")
     """rows of the table; each adds one technique to the row before"""
-    clf_seeds: Few = 3
+    clf_seeds: Annotated[int, Range(1, 100)] = 3
     """classifiers per row, seeds seed, seed + 1, ..."""
-    clf_report_test_selected: bool = True
+    clf_report_best_test_epoch: bool = True
     """also score the test set at each validation and print the best of its epochs; never used to choose"""
     export_images: Many = 100
     """images per class of the saved classifier's first set that are written to images/ as PNG"""
@@ -681,14 +681,14 @@ class BigGAN:
             self.d_losses, self.g_losses = torch.compile(self._d_losses), torch.compile(self._g_losses)
 
     def _d_losses(self, z, x, y):
-        with autocast(self.args.gan_precision, x.device):
+        with mixed(self.args.gan_precision, x.device):
             with torch.no_grad():
                 fake = self.g(z, y)  # the fake labels are those of the real batch
             on_fake, on_real = self.d(torch.cat([fake, x]), torch.cat([y, y])).chunk(2)  # one forward for both
         return d_loss(on_real, on_fake, self.args.gan_loss)
 
     def _g_losses(self, z, y):
-        with autocast(self.args.gan_precision, z.device):
+        with mixed(self.args.gan_precision, z.device):
             return g_loss(self.d(self.g(z, y), y), self.args.gan_loss)
 
     def step(self, x, y, zs, number):
@@ -736,7 +736,7 @@ def seed_global(seed, device=None):
         torch.cuda.manual_seed(seed)
 
 
-def autocast(precision, device):
+def mixed(precision, device):
     """Mixed precision for the forward passes of training and evaluation."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
@@ -851,7 +851,7 @@ class ScoredGenerator:
         self.score = torch.compile(self._score, dynamic=True) if args.compile else self._score
 
     def _score(self, z, y):
-        with autocast(self.args.precision, z.device):
+        with mixed(self.args.precision, z.device):
             x = self.generator(z, y)
             if self.args.precision == "bf16":
                 x = x.bfloat16()  # a set of 40,000 images then takes 246 MB
@@ -992,7 +992,7 @@ def make_classifier(args, n_classes, channels, seed):
 def predictions(net, x, args):
     """uint8 [N, C, 32, 32] -> predicted classes [N]"""
     net.eval()
-    with autocast(args.precision, x.device):
+    with mixed(args.precision, x.device):
         return torch.cat([net(normalised_images(part)).argmax(1) for part in x.split(1000)])
 
 
@@ -1018,7 +1018,7 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, abo
     best, history, stats = extra or (dict(score=-1.0), [], {})
     if stats:
         sets.stats = stats
-    with_test = args.clf_report_test_selected or select_on == "test"
+    with_test = args.clf_report_best_test_epoch or select_on == "test"
 
     for epoch in range(first + 1, epochs + 1):
         x, y = sets.at(epoch)
@@ -1027,7 +1027,7 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, abo
         loss_sum, net = torch.zeros((), device=device), net.train()
         for rows in torch.randperm(len(y), generator=g, device=device).split(args.resnet_batch):
             images = augmented(x[rows].float(), args, g)
-            with autocast(args.precision, device):
+            with mixed(args.precision, device):
                 logits = fast(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), y[rows])
             optimizer.zero_grad()

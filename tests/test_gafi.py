@@ -462,10 +462,8 @@ def test_one_step_updates_what_it_should():
 
 
 def test_precision_of_the_gan_is_its_own_and_fp32_as_in_the_paper(monkeypatch):
-    asked, original = [], gf.autocast
-    monkeypatch.setattr(
-        gf, "autocast", lambda precision, device: asked.append(precision) or original(precision, device)
-    )
+    asked, original = [], gf.mixed
+    monkeypatch.setattr(gf, "mixed", lambda precision, device: asked.append(precision) or original(precision, device))
     for name in gf.PRESETS:
         made = gf.Args(**gf.PRESETS[name])
         assert (made.gan_precision, made.precision) == ("fp32", "bf16" if name == "cinic10" else "fp32")
@@ -804,7 +802,7 @@ OTHERS = {
     ),
 }  # fmt: skip
 NO_METHOD = """preset data_dir output_dir device compile stages resume track workers plan plan_processes gan_monitor
-gan_inception gen_micro_batch search_share clf_report_test_selected export_images""".split()
+gan_inception gen_micro_batch search_share clf_report_best_test_epoch export_images""".split()
 
 
 @pytest.mark.parametrize("name", gf.PRESETS)
@@ -895,7 +893,7 @@ def plain_augmentation(image, flip, top, left, noise, box, pad):
 def test_classifier_training_equals_a_plain_loop_over_stock_parts(flip, tmp_path, monkeypatch):
     """torch's SGD with Nesterov momentum, decay by hand; after a drop of the rate the velocity lives on."""
     args = gf.Args(image_size=8, resnet_width=4, resnet_blocks=1, resnet_batch=5, resnet_lr=0.05, resnet_wd=0.01)
-    args = dataclasses.replace(args, resnet_drops=(2, 4), random_flip=flip, clf_report_test_selected=False)
+    args = dataclasses.replace(args, resnet_drops=(2, 4), random_flip=flip, clf_report_best_test_epoch=False)
     data, figures = tiny_data(), iter(range(100))
     monkeypatch.setattr(gf, "accuracy", lambda *_: float(next(figures)))  # the last epoch is the best
     gf.train_classifier(

@@ -101,8 +101,8 @@ FAULTS = {
         ),
         Fault(
             "GAN in the precision of the pipeline",
-            "with autocast(self.args.gan_precision, x.device):",
-            "with autocast(self.args.precision, x.device):",
+            "with mixed(self.args.gan_precision, x.device):",
+            "with mixed(self.args.precision, x.device):",
             tests=PRECISION,
         ),
         Fault(
