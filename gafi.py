@@ -18,11 +18,12 @@ Run:
     torchrun --standalone --nproc-per-node 3 gafi.py --preset cifar10  # one GAN per GPU, search runs spread
 
 Expect:
-    CIFAR-10: real accuracy minus accuracy of the full method 1.78 points (paper's abstract); not run by us
+    CIFAR-10: real accuracy minus accuracy of the full method 1.78 points (paper's abstract; chosen on test images, so
+    with --select-on test; all in fp32); not run by us
 
 Differs:
     1. checkpoint, sigma, threshold and epoch are chosen on validation images; the official code chooses all of them on
-       the test set (--select-on test; its figure is printed beside ours)
+       the test set (--select-on test); the epoch that is best on test is printed beside, and chooses nothing
     2. fresh latents throughout; the official GAN training replays the same latents in every epoch
     3. layers are initialised independently; officially all layers of equal shape start with the same weights
     4. no gradient through the power iteration (the difference vanishes when u has converged)
@@ -30,11 +31,13 @@ Differs:
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from common.cli import Frame, parse, start
+from common.cli import Fraction, Frame, Natural, Range, parse, start
 
 Stage = Literal["real", "gan", "search", "final", "evaluate"]
+Few, Width, Many = (Annotated[int, Range(1, most)] for most in (100, 10_000, 10**6))
+Rate, Sigma = (Annotated[float, Range(0, most, "(]")] for most in (10, 100))
 Row = Literal["real", "baseline", "filter", "recycle", "expansion", "single", "multi"]
 
 
@@ -43,33 +46,33 @@ class Args(Frame):
     dataset: str = "cifar10"
     """real data set; `folder`: your own images in data_dir"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: mixed precision; trained weights, the sampler's state and what is sensitive stay in float32"""
+    """of classifiers and sampling; bf16: mixed, trained weights and what is sensitive stay in float32"""
     stages: tuple[Stage, ...] = ("real", "gan", "search", "final", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
-    val_per_class: int = 1000
+    val_per_class: Many = 1000
     """training images of each class held out for every choice, where the data set has no validation split"""
 
-    image_size: int = 32
+    image_size: Annotated[int, Range(8, 1024)] = 32
     """pixels per side, a multiple of 8"""
 
     # ---- [1] real: the filtering classifier F, and every other classifier ---------------------------
-    resnet_width: int = 64
+    resnet_width: Width = 64
     """channels of the first stage of the ResNet (x2 and x4 in the others)"""
-    resnet_blocks: int = 3
+    resnet_blocks: Few = 3
     """blocks per stage; 3: ResNet-20"""
-    resnet_epochs: int = 100
+    resnet_epochs: Many = 100
     """epochs on synthetic images"""
-    real_epochs: int = 300
+    real_epochs: Many = 300
     """epochs on real images"""
-    resnet_drops: tuple[int, ...] = (60, 80)
+    resnet_drops: tuple[Many, ...] = (60, 80)
     """epochs, counted from 1, at whose start the learning rate falls to a tenth; the same on real images"""
-    resnet_lr: float = 0.1
+    resnet_lr: Rate = 0.1
     """learning rate of SGD with Nesterov momentum 0.9"""
-    resnet_wd: float = 1e-4
+    resnet_wd: Fraction = 1e-4
     """decoupled weight decay per step, on every parameter"""
     resnet_wd_mode: Literal["per_step", "lr_scaled"] = "per_step"
     """per_step: p -= wd p whatever the rate, as officially; lr_scaled: p -= lr wd p, as in AdamW"""
-    resnet_batch: int = 128
+    resnet_batch: Many = 128
     """images per step"""
     random_flip: bool = True
     """mirror half of the training images, for the classifiers and the GAN"""
@@ -77,74 +80,72 @@ class Args(Frame):
     """pad by 4 pixels (of 32) of mid-grey (0) and crop at random"""
     random_erasing: bool = True
     """cutout with noise on every training image"""
-    random_rotation: bool = False
-    """rotate by up to 10 degrees"""
-    random_zoom: bool = False
-    """zoom by up to 20 %"""
 
     # ---- [2] gan: BigGAN-deep ------------------------------------------------------------------------
-    gan_seeds: tuple[int, ...] = (42, 137, 238723)
+    gan_seeds: tuple[Natural, ...] = (42, 137, 238723)
     """one generator per seed, which is all that --seed does not reach; MultiGAN mixes them"""
     gan_images: Literal["train+val", "train"] = "train+val"
     """what the GAN is trained on; train: the validation images stay unseen"""
-    gan_epochs: int = 500
+    gan_precision: Literal["fp32", "bf16"] = "fp32"
+    """of the GAN's training, fp32 in every official run; bf16: mixed, as in precision"""
+    gan_epochs: Many = 500
     """passes over those images"""
-    gan_batch: int = 192
+    gan_batch: Many = 192
     """real images per step; all discriminator updates of a step see the same"""
-    gan_d_steps: int = 3
+    gan_d_steps: Few = 3
     """discriminator updates per generator update"""
-    gan_width: int = 128
+    gan_width: Annotated[int, Range(2, 10_000)] = 128
     """base width; blocks have four times as many channels"""
-    gan_latent: int = 128
+    gan_latent: Width = 128
     """size of the latent z and of the class embedding"""
     gan_embedding: Literal["uniform", "normal"] = "uniform"
     """start of the generator's class embedding: U(-0.05, 0.05) or N(0, 1), which small GANs learn faster from"""
     gan_loss: Literal["hinge", "nonsaturating"] = "hinge"
     """loss of discriminator and generator"""
-    gan_lr: float = 2e-4
+    gan_lr: Rate = 2e-4
     """Adam's learning rate for both networks"""
-    gan_ema: float = 0.9999
+    gan_ema: Fraction = 0.9999
     """decay of the averaged generator, which is what is sampled"""
-    gan_ema_start: int = 1000
+    gan_ema_start: Annotated[int, Range(0, 10**9)] = 1000
     """the average is a plain copy up to this step"""
-    gan_monitor: int = 10
+    gan_monitor: Many = 10
     """epochs between measurements of the averaged generator (feature distances, acceptance)"""
     gan_inception: bool = False
     """also FID and IS on Inception features with torchmetrics, which downloads their weights (91 MB)"""
 
     # ---- [3] search, [4] final -----------------------------------------------------------------------
-    gen_seed: int = 0
-    """image k of class c is a function of (gen_seed, c, k) and of the generator"""
-    gen_micro_batch: int = 1024
+    gen_seed: Natural = 0
+    """sample i of class c in set k has the latents of (gen_seed, classifier's seed, GAN's seed, n_c, k, c, i)"""
+    gen_micro_batch: Annotated[int, Range(1, 10**6)] = 1024
     """images per forward pass on one process; speed and memory only"""
-    class_samples: int = 0
+    class_samples: Annotated[int, Range(0, 10**6)] = 0
     """n_c, images per class of a synthetic set; 0: size of the real training split / number of classes"""
-    attempts: int = 50
+    attempts: Annotated[int, Range(-1, 10**6)] = 50
     """draws per class after which the last draw is taken unfiltered; -1: never"""
-    ckpt_grid: tuple[float, float, float] = (150, 500, 10)
-    """checkpoints to try, in epochs: first, last, step"""
-    sigma_grid: tuple[float, float, float] = (1.0, 2.0, 0.05)
+    ckpt_grid: tuple[Many, Many, Many] = (150, 500, 10)
+    """checkpoints to try, in epochs: first, last, step; those after gan_epochs are left out"""
+    sigma_grid: tuple[Sigma, Sigma, Sigma] = (1.0, 2.0, 0.05)
     """standard deviations of the latents to try"""
-    threshold_grid: tuple[float, float, float] = (0.0, 0.9, 0.1)
+    threshold_grid: tuple[Fraction, Fraction, Fraction] = (0.0, 0.9, 0.1)
     """thresholds to try"""
-    search_period: int = 10
+    search_period: Many = 10
     """P, epochs between two synthetic sets, in the search and in the rows recycle and expansion"""
-    final_period: int = 1
+    final_period: Many = 1
     """P in the rows single and multi"""
-    recycle_fraction: float = 1.0
+    recycle_fraction: Annotated[float, Range(0, 1, "(]")] = 1.0
     """r, share of the set that is replaced"""
     select_on: Literal["val", "test"] = "val"
-    """images that choose checkpoint, sigma, threshold and epoch; test: as the official code"""
+    """images that choose checkpoint, sigma, threshold and epoch; test: the official selection. F's epoch: always val"""
     search_share: bool = True
     """threshold step: keep the scored samples of all sets on the device for all thresholds"""
     rows: tuple[Row, ...] = ("real", "baseline", "filter", "recycle", "expansion", "single", "multi")
     """rows of the table; each adds one technique to the row before"""
-    clf_seeds: int = 3
+    clf_seeds: Annotated[int, Range(1, 100)] = 3
     """classifiers per row, seeds seed, seed + 1, ..."""
-    clf_report_test_selected: bool = True
-    """also score the test set at each validation and print its best, as the official code; never used to choose"""
-    export_images: int = 100
-    """images per class that are written to images/ as PNG"""
+    clf_report_best_test_epoch: bool = True
+    """also score the test set at each validation and print the best of its epochs; never used to choose"""
+    export_images: Many = 100
+    """images per class of the saved classifier's first set that are written to images/ as PNG"""
 
 
 # Comment: gap between real accuracy and the full method in points, from the paper's abstract where it gives one.
@@ -175,6 +176,7 @@ PRESETS = {
 if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
+import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -191,7 +193,16 @@ from common import datasets, distributed
 from common import run as runs
 from common.checkpoint import load_training, save_training
 
-SPEED_FLAGS = ("output_dir", "device", "compile", "stages", "resume", "track", "gen_micro_batch", "search_share")
+SPEED_FLAGS = ("gen_micro_batch", "search_share")
+
+# What no stage before this one reads; it may change while the stage has not begun.
+LATER = {
+    "gan": "gan_ ckpt_grid",
+    "search": "resnet_epochs sigma_grid threshold_grid gen_seed class_samples attempts search_period recycle_fraction "
+    "select_on",
+    "final": "final_period",
+    "evaluate": "export_images",
+}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -231,11 +242,11 @@ def filtered_set(samples, classes, n, threshold, attempts):
         size = {c: draw_size(n, m[c]) for c in unfinished}
         samples.extend({c: used[c] + size[c] for c in unfinished})  # one batch over all classes
         for c in unfinished:
-            x, conf = samples.read(c, used[c], size[c])
-            used[c], draws[c] = used[c] + size[c], draws[c] + 1
-            kept[c].append(x[conf > threshold])
+            kept[c].append(samples.accepted(c, used[c], size[c], threshold))
+            draws[c] += 1
             if 0 < attempts <= draws[c]:
-                kept[c].append(x)
+                kept[c].append(samples.whole(c, used[c], size[c]))
+            used[c] += size[c]
             m[c] = sum(map(len, kept[c]))
         unfinished = [c for c in unfinished if m[c] < n]
     x = torch.cat([torch.cat(kept[c])[:n] for c in classes])
@@ -260,6 +271,12 @@ def refreshed(old, new, n_classes, fraction, g):
 def grid(start, stop, step):
     """Inclusive grid, rounded to 3 decimals: (1, 2, 0.05) -> 21 values"""
     return [round(start + i * step, 3) for i in range(math.floor((stop - start) / step + 1e-6) + 1)]
+
+
+def checkpoints(args):
+    """The epochs of --ckpt-grid that exist; official code: a grid may go on after the last epoch, as FashionMNIST's."""
+    first, last, step = args.ckpt_grid
+    return list(range(first, min(last, args.gan_epochs) + 1, step))
 
 
 def lr_at(epoch, base, drops):
@@ -362,14 +379,6 @@ def augmented(x, args, g):
     if args.random_flip:
         coin = torch.rand(b, generator=g, device=device) < 0.5
         x = torch.where(coin[:, None, None, None], x.flip(3), x)
-    if args.random_rotation or args.random_zoom:
-        u = 2 * torch.rand(2, b, generator=g, device=device) - 1
-        angle = u[0] * math.radians(10) * args.random_rotation
-        scale = 1 + 0.2 * u[1] * args.random_zoom
-        cos, sin, zero = scale * angle.cos(), scale * angle.sin(), torch.zeros_like(scale)
-        theta = torch.stack([cos, -sin, zero, sin, cos, zero], 1).view(b, 2, 3)
-        where = F.affine_grid(theta, list(x.shape), align_corners=False)
-        x = F.grid_sample(x, where, padding_mode="reflection", align_corners=False)
     if args.random_crop:
         pad = args.image_size // 8  # 4 of 32
         top, left = torch.randint(2 * pad + 1, (2, b), generator=g, device=device)
@@ -672,14 +681,14 @@ class BigGAN:
             self.d_losses, self.g_losses = torch.compile(self._d_losses), torch.compile(self._g_losses)
 
     def _d_losses(self, z, x, y):
-        with autocast(self.args, x.device):
+        with mixed(self.args.gan_precision, x.device):
             with torch.no_grad():
                 fake = self.g(z, y)  # the fake labels are those of the real batch
             on_fake, on_real = self.d(torch.cat([fake, x]), torch.cat([y, y])).chunk(2)  # one forward for both
         return d_loss(on_real, on_fake, self.args.gan_loss)
 
     def _g_losses(self, z, y):
-        with autocast(self.args, z.device):
+        with mixed(self.args.gan_precision, z.device):
             return g_loss(self.d(self.g(z, y), y), self.args.gan_loss)
 
     def step(self, x, y, zs, number):
@@ -727,9 +736,9 @@ def seed_global(seed, device=None):
         torch.cuda.manual_seed(seed)
 
 
-def autocast(args, device):
+def mixed(precision, device):
     """Mixed precision for the forward passes of training and evaluation."""
-    return torch.autocast(device.type, torch.bfloat16) if args.precision == "bf16" else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -790,6 +799,15 @@ def all_pixels(images, channels, size, pad, workers):
         return torch.stack(list(pool.map(lambda i: prepared(images[i], channels, size, pad), range(len(images)))))
 
 
+def data_hash(data, class_names):
+    """Of every pixel, label and class name in their order: a run does not go on with other data than it began with."""
+    found = hashlib.sha256(json.dumps(class_names).encode())
+    for split, (x, y) in data.items():
+        found.update(f"{split} {tuple(x.shape)}".encode())
+        found.update(np.ascontiguousarray(x.cpu().numpy())), found.update(y.cpu().numpy())
+    return found.hexdigest()[:16]
+
+
 DERMAMNIST = (
     "actinic keratoses", "basal cell carcinoma", "benign keratosis", "dermatofibroma", "melanoma", "melanocytic nevi",
     "vascular lesions",
@@ -833,7 +851,7 @@ class ScoredGenerator:
         self.score = torch.compile(self._score, dynamic=True) if args.compile else self._score
 
     def _score(self, z, y):
-        with autocast(self.args, z.device):
+        with mixed(self.args.precision, z.device):
             x = self.generator(z, y)
             if self.args.precision == "bf16":
                 x = x.bfloat16()  # a set of 40,000 images then takes 246 MB
@@ -848,13 +866,14 @@ class ScoredGenerator:
 class SampleStream:
     """Endless row of samples of each class: sample i of class c is a function of (seeds, c, i), sigma and G.
 
-    Samples are computed once and kept, so that every threshold reads the same ones. Expansion trick: z = sigma z_0,
-    with the same z_0 for every sigma.
+    Samples are computed once, so that every threshold reads the same ones. Of those with a confidence up to `floor`,
+    the lowest threshold that will be asked for, only the confidence is kept. Expansion trick: z = sigma z_0, with the
+    same z_0 for every sigma.
     """
 
-    def __init__(self, sampler, sigma, block, seeds):
-        self.sampler, self.sigma, self.block, self.seeds = sampler, sigma, block, seeds
-        self.x, self.conf = {}, {}  # class -> all its samples so far
+    def __init__(self, sampler, sigma, block, seeds, floor=-math.inf):
+        self.sampler, self.sigma, self.block, self.seeds, self.floor = sampler, sigma, block, seeds, floor
+        self.x, self.conf = {}, {}  # class -> its samples above the floor; the confidence of all its samples
 
     def latents(self, c, start, count):
         """z of the samples start .. start + count - 1 of class c, drawn in blocks. -> [count, latent]"""
@@ -865,21 +884,34 @@ class SampleStream:
 
     def extend(self, wanted):
         """{class: number of samples that must be there}: computes what is missing, all classes in one go."""
-        missing = {c: (len(self.x.get(c, ())), total) for c, total in wanted.items()}
+        missing = {c: (len(self.conf.get(c, ())), total) for c, total in wanted.items()}
         missing = {c: (have, total - have) for c, (have, total) in missing.items() if total > have}
         if not missing:
             return
-        device = next(self.sampler.generator.parameters()).device
-        z = torch.cat([self.latents(c, have, count) for c, (have, count) in missing.items()])
         counts = [count for _, count in missing.values()]
-        y = torch.tensor(list(missing)).repeat_interleave(torch.tensor(counts))
-        x, conf = self.sampler(z.to(device), y.to(device))
+        x, conf = self.samples({c: range(have, have + count) for c, (have, count) in missing.items()})
         for c, more_x, more_conf in zip(missing, x.split(counts), conf.split(counts), strict=True):
+            more_x = more_x[more_conf > self.floor]
             self.x[c] = torch.cat([self.x[c], more_x]) if c in self.x else more_x
             self.conf[c] = torch.cat([self.conf[c], more_conf]) if c in self.conf else more_conf
 
-    def read(self, c, start, count):
-        return self.x[c][start : start + count], self.conf[c][start : start + count]
+    def samples(self, which):
+        """{class: range of numbers} -> images, confidences"""
+        device = next(self.sampler.generator.parameters()).device
+        z = torch.cat([self.latents(c, part.start, len(part)) for c, part in which.items()])
+        y = torch.tensor(list(which)).repeat_interleave(torch.tensor([len(part) for part in which.values()]))
+        return self.sampler(z.to(device), y.to(device))
+
+    def accepted(self, c, start, count, threshold):
+        """Of the samples start .. start + count - 1 of class c those with a confidence above the threshold, >= floor"""
+        kept = self.conf[c] > self.floor
+        first, conf = int(kept[:start].sum()), self.conf[c][start : start + count]
+        conf = conf[kept[start : start + count]]
+        return self.x[c][first : first + len(conf)][conf > threshold]
+
+    def whole(self, c, start, count):
+        """All of them, rejected ones too: made again, as officially"""
+        return self.samples({c: range(start, start + count)})[0]
 
 
 @dataclass
@@ -909,13 +941,13 @@ class SyntheticSets:
     def draw(self, source, k):
         """Set k of one source, class by class"""
         seeds = (self.args.gen_seed, self.seed, source.seed, k)
-        key = (*seeds, source.sigma)
-        stream = (self.shared or {}).get(key) or SampleStream(source.sampler, source.sigma, self.n, seeds)
+        key, threshold = (*seeds, source.sigma), source.threshold if source.filtered else -math.inf
+        floor = threshold if self.shared is None else min(grid(*self.args.threshold_grid))
+        stream = (self.shared or {}).get(key) or SampleStream(source.sampler, source.sigma, self.n, seeds, floor)
         if self.shared is not None:
             self.shared[key] = stream
-        threshold = source.threshold if source.filtered else -math.inf
         x, y, draws, used = filtered_set(stream, range(self.n_classes), self.n, threshold, self.args.attempts)
-        conf = torch.cat([stream.read(c, 0, n)[1] for c, n in used.items()])
+        conf = torch.cat([stream.conf[c][:n] for c, n in used.items()])
         exhausted = sum(0 < self.args.attempts <= d for d in draws.values())
         self.stats[f"{k} {source.seed}"] = [len(conf), int((conf > threshold).sum()), exhausted]
         return x, y
@@ -960,7 +992,7 @@ def make_classifier(args, n_classes, channels, seed):
 def predictions(net, x, args):
     """uint8 [N, C, 32, 32] -> predicted classes [N]"""
     net.eval()
-    with autocast(args, x.device):
+    with mixed(args.precision, x.device):
         return torch.cat([net(normalised_images(part)).argmax(1) for part in x.split(1000)])
 
 
@@ -969,10 +1001,10 @@ def accuracy(net, split, args):
     return 100 * (predictions(net, split[0], args) == split[1]).sum().item() / len(split[1])
 
 
-def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, keep, about):
-    """Train one ResNet on sets.at(epoch), keep the weights of the epoch that select_on likes best.
+def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, about, select_on):
+    """Train one ResNet on sets.at(epoch), keep the weights of the epoch that select_on, "val" or "test", likes best.
 
-    Writes <folder>/metrics.json (and weights.safetensors if keep); does nothing if it is there. about: what to record.
+    Writes <folder>/weights.safetensors and metrics.json; does nothing if that is there. about: what to record.
     """
     file, checkpoint = folder / "metrics.json", folder / "checkpoint.safetensors"
     if file.exists():
@@ -986,7 +1018,7 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
     best, history, stats = extra or (dict(score=-1.0), [], {})
     if stats:
         sets.stats = stats
-    with_test = args.clf_report_test_selected or args.select_on == "test"
+    with_test = args.clf_report_best_test_epoch or select_on == "test"
 
     for epoch in range(first + 1, epochs + 1):
         x, y = sets.at(epoch)
@@ -995,7 +1027,7 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
         loss_sum, net = torch.zeros((), device=device), net.train()
         for rows in torch.randperm(len(y), generator=g, device=device).split(args.resnet_batch):
             images = augmented(x[rows].float(), args, g)
-            with autocast(args, device):
+            with mixed(args.precision, device):
                 logits = fast(images.contiguous(memory_format=torch.channels_last))
             loss = F.cross_entropy(logits.float(), y[rows])
             optimizer.zero_grad()
@@ -1008,8 +1040,8 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
         if with_test:
             row["test"] = accuracy(net, data["test"], args)
         history.append(row)
-        if row[args.select_on] > best["score"]:
-            best = dict(score=row[args.select_on], epoch=epoch, val=row["val"])
+        if row[select_on] > best["score"]:
+            best = dict(score=row[select_on], epoch=epoch, val=row["val"])
             best_weights = {n: t.detach().cpu().clone() for n, t in weights.items()}
         if epoch % max(1, epochs // 10) == 0 and epoch < epochs:
             save_training(
@@ -1021,14 +1053,13 @@ def train_classifier(args, run, sets, data, n_classes, epochs, seed, folder, kee
             tensor.copy_(best_weights[name])
     report = about | dict(seed=seed, history=history, **best, test=accuracy(net, data["test"], args))
     if with_test:
-        report["test_selected"] = max(row["test"] for row in history)
+        report["best_test_epoch"] = max(row["test"] for row in history)
     if isinstance(sets, SyntheticSets):
         drawn, kept, exhausted = map(sum, zip(*sets.stats.values(), strict=True))
         report |= dict(drawn=drawn, accepted=kept / drawn, exhausted=exhausted)
         if exhausted:
             print(f"note: {folder.relative_to(run.dir)}: {exhausted} times a class reached {args.attempts} draws")
-    if keep:
-        runs.save_tensors(folder / "weights.safetensors", best_weights)
+    runs.save_tensors(folder / "weights.safetensors", best_weights)
     runs.write_json(file, report)
     checkpoint.unlink(missing_ok=True)
 
@@ -1049,7 +1080,8 @@ def train_real(args, run, dist, data, n_classes):
         for seed in distributed.my_items(seeds, dist):
             folder = run.path("classifier", "runs", f"real-seed{seed}")
             about = dict(row="real", images=len(data["train"][1]))
-            train_classifier(args, run, sets, data, n_classes, args.real_epochs, seed, folder, True, about)
+            # Official code: F, and with it the real reference, is chosen on validation images in every case.
+            train_classifier(args, run, sets, data, n_classes, args.real_epochs, seed, folder, about, "val")
     run.done("real", classifiers=len(seeds))
 
 
@@ -1072,9 +1104,8 @@ def gan_file(run, seed, epoch):
     return run.path("gan", f"seed{seed}", f"epoch{epoch}.safetensors")
 
 
-def train_gans(args, run, dist, data, n_classes, classifier):
+def train_gans(args, run, dist, data, n_classes, classifier, inception):
     with run.timed("gan", memory_flag="--gan-batch"):
-        inception = inception_metrics(dist.device) if args.gan_inception else None
         for seed in distributed.my_items(args.gan_seeds, dist):
             train_gan(args, run, dist, data, n_classes, classifier, seed, inception)
     run.done("gan", generators=len(args.gan_seeds))
@@ -1087,12 +1118,10 @@ def train_gan(args, run, dist, data, n_classes, classifier, seed, inception):
     images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     device, b = images.device, args.gan_batch
     steps = len(labels) // b  # the last incomplete batch is dropped
-    if steps == 0:
-        raise runs.UserError(f"--gan-batch {b}: there are only {len(labels)} images to train the GAN on")
     gan = BigGAN(args, n_classes, images.shape[1], seed, device)
     state, checkpoint = gan.state(), run.path("gan", f"seed{seed}", "checkpoint.safetensors")
     first, _, _ = load_training(checkpoint, state, gan.optimizer)
-    wanted = {*map(int, grid(*args.ckpt_grid)), args.gan_epochs}
+    wanted = {*checkpoints(args), args.gan_epochs}
     bar = distributed.progress(args.gan_epochs * steps, f"gan {seed}", dist, initial=first * steps, unit="steps")
 
     for epoch in range(first + 1, args.gan_epochs + 1):
@@ -1187,7 +1216,7 @@ def load_sampler(args, run, seed, epoch, classifier, n_classes, channels):
 
 # ---------------------------------------------------------------------------------------------
 # [3] search: greedy, for each GAN: checkpoint, then sigma, then threshold (Stage 5, steps 1 to 3).
-# Reads gan/, writes search/gan<s>/<epoch>-<sigma>-<t>/metrics.json and search.json; candidates are shared out.
+# Reads gan/, writes search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json; candidates are shared out.
 
 
 def greedy_search(grids, evaluate):
@@ -1213,13 +1242,10 @@ def search(args, run, dist, data, n_classes, classifier):
     choices = {}
     with run.timed("search", memory_flag="--gen-micro-batch"):
         for seed in args.gan_seeds:
-            epochs = [int(e) for e in grid(*args.ckpt_grid) if gan_file(run, seed, int(e)).exists()]
-            if not epochs:
-                raise runs.UserError(f"no checkpoint of GAN {seed} lies in --ckpt-grid {args.ckpt_grid}")
-            grids = dict(epoch=epochs, sigma=grid(*args.sigma_grid), threshold=grid(*args.threshold_grid))
+            grids = dict(epoch=checkpoints(args), sigma=grid(*args.sigma_grid), threshold=grid(*args.threshold_grid))
 
             def evaluate(candidates, seed=seed):
-                files = [run.path("search", f"gan{seed}", "e{}-s{:g}-t{:g}".format(*c)) for c in candidates]
+                files = [candidate_folder(run, seed, c) for c in candidates]
                 shared, samplers = {}, {}
                 same = len({c[:2] for c in candidates}) == 1 and args.search_share  # the threshold step
                 for (e, sigma, t), folder in distributed.my_items(list(zip(candidates, files, strict=True)), dist):
@@ -1232,10 +1258,14 @@ def search(args, run, dist, data, n_classes, classifier):
                         args, [source], n_classes, n, args.seed, args.search_period, shared if same else None
                     )
                     about = dict(gan=seed, gan_epoch=e, sigma=sigma, threshold=t)
-                    epochs = args.resnet_epochs
-                    train_classifier(args, run, sets, data, n_classes, epochs, args.seed, folder, False, about)
+                    how = args.resnet_epochs, args.seed, folder, about, args.select_on
+                    train_classifier(args, run, sets, data, n_classes, *how)
                 distributed.barrier(dist)
                 scores = [read_json(folder / "metrics.json")["score"] for folder in files]
+                distributed.barrier(dist)
+                for folder in files if dist.main else ():  # only the winner's weights have a use
+                    if folder != files[scores.index(max(scores))]:
+                        (folder / "weights.safetensors").unlink(missing_ok=True)
                 distributed.say(dist, f"  GAN {seed}: " + ", ".join(map(shown, candidates, scores)))
                 return scores
 
@@ -1246,13 +1276,19 @@ def search(args, run, dist, data, n_classes, classifier):
     run.done("search", choices=choices)
 
 
+def candidate_folder(run, seed, candidate):
+    """Where a configuration (epoch, sigma, threshold) of a GAN is tried."""
+    return run.path("search", f"gan{seed}", "e{}-s{:g}-t{:g}".format(*candidate))
+
+
 def shown(candidate, score):
     return "epoch {} sigma {:.2f} t {:.1f}: ".format(*candidate) + f"{score:.1f}"
 
 
 # ---------------------------------------------------------------------------------------------
 # [4] final: the rows of the table, each with clf_seeds classifiers (Stage 5, step 4, and Stage 6).
-# Reads search.json, gan/; writes classifier/runs/<row>-seed<s>/ and the best of the last row as classifier/.
+# Reads search.json, gan/, and of search/ the winner's run, which is the first of row expansion; writes
+# classifier/runs/<row>-seed<s>/ and the best of the last row as classifier/.
 
 
 def sources_of(args, row, i, choices, sampler):
@@ -1292,7 +1328,11 @@ def final(args, run, dist, data, n_classes, classifier):
             about = dict(
                 row=row, gans=[s.seed for s in sources], period=period, images=sets.n * len(sources) * n_classes
             )
-            train_classifier(args, run, sets, data, n_classes, args.resnet_epochs, seed, folder, True, about)
+            if row == "expansion" and i == 0:
+                best = choices[str(sources[0].seed)]
+                take_over(candidate_folder(run, sources[0].seed, best.values()), folder, about)
+            how = args.resnet_epochs, seed, folder, about, args.select_on
+            train_classifier(args, run, sets, data, n_classes, *how)
         distributed.barrier(dist)
         if dist.main:
             best = max(row_metrics(args, run, args.rows[-1]), key=lambda m: (m["score"], -m["seed"]))
@@ -1303,6 +1343,14 @@ def final(args, run, dist, data, n_classes, classifier):
             shape = dict(width=args.resnet_width, blocks=args.resnet_blocks, channels=channels, classes=n_classes)
             runs.write_json(run.path("classifier", "config.json"), shape | dict(row=best["row"], seed=best["seed"]))
     run.done("final", classifiers=len(todo))
+
+
+def take_over(search_run, folder, about):
+    """A run of the search as one of a row: what train_classifier would write, to the last figure."""
+    weights = search_run / "weights.safetensors"
+    if weights.exists() and not (folder / "metrics.json").exists():
+        runs.save_tensors(folder / "weights.safetensors", runs.load_tensors(weights))
+        runs.write_json(folder / "metrics.json", read_json(search_run / "metrics.json") | about)
 
 
 def row_metrics(args, run, row):
@@ -1356,8 +1404,10 @@ def as_picture(x):
 
 
 def pictures(args, run, data, n_classes, class_names, classifier):
-    """images/: what the last row is trained on (a PNG is rounded to 8 bits; the training is not), and samples.png."""
+    """images/: from the first set that the saved classifier saw (a PNG is rounded to 8 bits; the training was not), the
+    GANs in turn. samples.png: real images, those beside the baseline's."""
     choices, channels = read_json(run.path("search.json")), data["train"][0].shape[1]
+    saved, n = read_json(run.path("classifier", "config.json")), n_samples(args, data, n_classes)
 
     def sampler(seed, epoch):
         return load_sampler(args, run, seed, epoch, classifier, n_classes, channels)
@@ -1365,21 +1415,22 @@ def pictures(args, run, data, n_classes, class_names, classifier):
     folders, rows, shown_rows = runs.class_folders(class_names), [], {}
     x, y = data["train"]
     shown_rows["real"] = [as_picture(normalised_images(x[(y == c).nonzero()[0, 0]])) for c in range(n_classes)]
-    for row in ("baseline", "multi"):
-        sources, _ = sources_of(args, row, 0, choices, sampler)
-        each = math.ceil(max(args.export_images, 4) / len(sources))
-        x, y = SyntheticSets(args, sources, n_classes, each * len(sources), args.seed, 0).at(1)
-        turns = [k % len(sources) * each + k // len(sources) for k in range(each * len(sources))]  # the GANs in turn
-        by_class = [x[y == c][turns] for c in range(n_classes)]
-        for k in range(4):
-            name = "GAN, as it comes" if row == "baseline" else "GaFi"
+    for row in dict.fromkeys(["baseline", saved["row"]]):
+        sources, period = sources_of(args, row, saved["seed"] - args.seed, choices, sampler)
+        sets = SyntheticSets(args, sources, n_classes, n, saved["seed"], period)
+        x, y = sets.at(1)
+        turns = torch.arange(len(sources) * sets.n).view(len(sources), sets.n).T.flatten()
+        by_class = [x[y == c][turns[: max(args.export_images, 4)]] for c in range(n_classes)]
+        for k in range(min(4, len(by_class[0]))):
+            name = "GAN, as it comes" if row == "baseline" else f"GaFi, {row}"
             shown_rows[f"{name} {k}"] = [as_picture(by_class[c][k]) for c in range(n_classes)]
     with runs.ImageWriter() as writer:
         for c in range(n_classes):
             for k, image in enumerate(by_class[c][: args.export_images]):
                 source = sources[k % len(sources)]
-                what = dict(file_name=f"{folders[c]}/{k}.png", label=c, class_name=class_names[c], gan=source.seed)
-                rows.append(what | dict(sigma=source.sigma, threshold=source.threshold))
+                what = dict(file_name=f"{folders[c]}/{k}.png", label=c, class_name=class_names[c], row=saved["row"])
+                how = dict(gan=source.seed, sigma=source.sigma, threshold=source.threshold if source.filtered else None)
+                rows.append(what | how)
                 writer.save(run.path("images", folders[c], f"{k}.png"), as_picture(image))
     runs.write_metadata(run.path("images"), rows)
     runs.samples_grid(run.path("samples.png"), list(shown_rows.values()), list(shown_rows), class_names, size=64)
@@ -1395,13 +1446,13 @@ def tables(args, run, class_names, predicted, labels, top1):
         scores = torch.tensor([m["test"] for m in found], dtype=torch.float64)
         spread = scores.std().item() if len(found) > 1 else 0.0
         metrics[row] = dict(mean=scores.mean().item(), std=spread, per_seed=scores.tolist(), images=found[0]["images"])
-        for key in ("val", "test_selected", "accepted"):
+        for key in ("val", "best_test_epoch", "accepted"):
             if key in found[0]:
                 metrics[row][key] = float(np.mean([m[key] for m in found]))
         gap = metrics["real"]["mean"] - metrics[row]["mean"] if "real" in metrics else None
         metrics[row]["gap"] = gap
         plus_minus = f" ± {spread:.1f}" if len(found) > 1 else ""
-        cells = [f"{metrics[row][k]:.1f}" if k in metrics[row] else "" for k in ("val", "test_selected")]
+        cells = [f"{metrics[row][k]:.1f}" if k in metrics[row] else "" for k in ("val", "best_test_epoch")]
         accepted = f"{100 * metrics[row]['accepted']:.0f} %" if row not in ("real", "baseline") else ""
         table.append(
             [
@@ -1426,10 +1477,10 @@ def tables(args, run, class_names, predicted, labels, top1):
     confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
     header = [
         "training set",
-        "test top-1" if args.select_on == "val" else "test top-1 (chosen on the test set)",
+        "test top-1" if args.select_on == "val" else "test top-1 (official selection: on test)",
         "below real",
         "validation",
-        "best test epoch (official selection)",
+        "its best test epoch",
         "accepted",
     ]
     found_header = ["GAN", "epoch", "sigma", "t"]
@@ -1445,34 +1496,48 @@ def tables(args, run, class_names, predicted, labels, top1):
 # ---------------------------------------------------------------------------------------------
 
 
+MOST_VALUES = 1000  # of a grid: each is a training for every GAN
+
+
 def check_args(args):
-    """Ranges that would otherwise fail in the middle of a run."""
-    for name in (
-        "val_per_class resnet_width resnet_blocks resnet_epochs real_epochs resnet_batch gan_epochs gan_batch "
-        "gan_d_steps gan_latent gan_monitor gen_micro_batch search_period final_period clf_seeds export_images"
-    ).split():
-        if getattr(args, name) < 1:
-            raise runs.UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    if args.image_size < 8 or args.image_size % 8:
+    """What ranges of single numbers do not tell."""
+    if args.image_size % 8:
         raise runs.UserError(f"--image-size {args.image_size}: a multiple of 8 is needed")
     if args.dataset == "fashionmnist" and args.image_size < 28:
         raise runs.UserError(f"--image-size {args.image_size}: FashionMNIST is padded from 28 pixels, not shrunk")
-    if args.gan_width < 2:
-        raise runs.UserError(f"--gan-width is {args.gan_width}; it must be at least 2")
-    if not 0 < args.recycle_fraction <= 1:
-        raise runs.UserError(f"--recycle-fraction is {args.recycle_fraction}; it must lie in 0..1, above 0")
-    if args.attempts < -1 or args.attempts == 0:
-        raise runs.UserError(f"--attempts is {args.attempts}; it must be at least 1, or -1 for no limit")
+    if args.attempts == 0:
+        raise runs.UserError("--attempts is 0; it must be at least 1, or -1 for no limit")
     for name in ("ckpt_grid", "sigma_grid", "threshold_grid"):
-        start, stop, step = getattr(args, name)
-        if step <= 0 or stop < start or start < 0:
-            raise runs.UserError(f"--{name.replace('_', '-')} {start} {stop} {step}: give first, last and step > 0")
-    if args.threshold_grid[1] >= 1:
-        raise runs.UserError(f"--threshold-grid ends at {args.threshold_grid[1]}; no probability is above 1")
-    if not args.rows:
-        raise runs.UserError("--rows: name at least one row")
+        first, last, step = getattr(args, name)
+        given = f"--{name.replace('_', '-')} {first} {last} {step}"
+        if last < first or step < 0.001:
+            raise runs.UserError(
+                f"{given}: give first, last and step, the last not before the first, the step >= 0.001"
+            )
+        if (last - first) / step > MOST_VALUES:
+            raise runs.UserError(
+                f"{given}: {int((last - first) / step)} values, each a training; at most {MOST_VALUES}"
+            )
+    if not checkpoints(args):
+        raise runs.UserError(
+            f"--ckpt-grid begins at epoch {args.ckpt_grid[0]}, after the last, --gan-epochs {args.gan_epochs}"
+        )
+    if not args.rows or len(set(args.rows)) < len(args.rows):
+        raise runs.UserError(f"--rows {' '.join(args.rows)}: name one or more rows, each once")
+    if args.rows[-1] == "real":
+        raise runs.UserError("--rows: the classifier of the last row is saved, so real cannot be the last")
     if not args.gan_seeds or len(set(args.gan_seeds)) < len(args.gan_seeds):
         raise runs.UserError(f"--gan-seeds {' '.join(map(str, args.gan_seeds))}: give one or more different seeds")
+
+
+def check_data(args, data, n_classes):
+    """Is there enough of it?"""
+    seen = len(data["train"][1]) + (len(data["val"][1]) if args.gan_images == "train+val" else 0)
+    if args.gan_batch > seen:
+        raise runs.UserError(f"--gan-batch {args.gan_batch}: there are only {seen} images to train the GAN on")
+    n, least = n_samples(args, data, n_classes), len(args.gan_seeds) if "multi" in args.rows else 1
+    if n < least:
+        raise runs.UserError(f"--class-samples: {n} images per class; at least {least} are needed, one of every GAN")
 
 
 def check_order(args, run, todo):
@@ -1491,20 +1556,25 @@ def main(args):
         raise runs.UserError("--plan: this script has no plan yet, only datadream.py; leave the flag out")
     check_args(args)
     dist = distributed.setup_distributed(args.device)
-    if dist.device.type == "cuda" and args.precision == "bf16":
-        torch.set_float32_matmul_precision("high")
     data, class_names = load_data(args, dist)
     n = len(class_names)
+    check_data(args, data, n)
 
-    run = runs.open_run("gafi", args, dist, SPEED_FLAGS)
+    # The device draws augmentation and GAN latents, and every kind of device has its own random numbers.
+    used = dict(device=dist.device.type, data_dir=data_hash(data, class_names))
+    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(args, run, todo)
+    inception = None
+    if args.gan_inception and "gan" in todo:  # before the first stage, and the download once
+        distributed.on_rank_0(lambda: inception_metrics(torch.device("cpu")) and None, dist)
+        inception = inception_metrics(dist.device)
     if "real" in todo:
         train_real(args, run, dist, data, n)
     if set(todo) - {"real"}:
         classifier = filtering_classifier(args, run, data, n)
         if "gan" in todo:
-            train_gans(args, run, dist, data, n, classifier)
+            train_gans(args, run, dist, data, n, classifier, inception)
         if "search" in todo:
             search(args, run, dist, data, n, classifier)
         if "final" in todo:

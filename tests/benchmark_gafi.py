@@ -53,11 +53,13 @@ def main():
     parser.add_argument("--preset", default="digits", choices=list(gf.PRESETS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--gan-precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=10, help="per loop, after warm-up")
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device")
     asked = parser.parse_args()
     flags = {**gf.PRESETS[asked.preset], "precision": asked.precision, "compile": asked.compile}
+    flags["gan_precision"] = asked.gan_precision
     args, device = gf.Args(**flags), torch.device(asked.device)
     channels = 1 if args.dataset in ("digits", "fashionmnist") else 3
 
@@ -78,7 +80,7 @@ def main():
 
     def classifier_step():
         images = gf.augmented(real, args, g).contiguous(memory_format=torch.channels_last)
-        with gf.autocast(args, device):
+        with gf.mixed(args.precision, device):
             logits = fast(images)
         loss = F.cross_entropy(logits.float(), label)
         optimizer.zero_grad()
@@ -108,7 +110,8 @@ def main():
         share = f"{100 * r * f / (asked.peak * 1e12):.1f} %" if asked.peak else ""
         rows.append([name, f"{r:.0f}", f"{f / 1e9:.3f}", f"{r * f / 1e12:.3f}", share])
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{asked.preset}, {asked.precision}, compile {asked.compile}; {where}; torch {torch.__version__}")
+    precision = f"{asked.precision}, GAN {asked.gan_precision}"
+    print(f"{asked.preset}, {precision}, compile {asked.compile}; {where}; torch {torch.__version__}")
     runs.print_table(["loop", "images/s", "GFLOP/image", "TFLOP/s", "share of peak"], rows)
 
 

@@ -1,9 +1,12 @@
 """GaFi: values of the authors' code, invariants of the method, the script end to end on the real digits."""
 
+import dataclasses
 import json
 import math
 import subprocess
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +17,7 @@ from torch import nn
 
 import gafi as gf
 from common import distributed
+from common.cli import Frame, check
 from common.run import UserError
 
 
@@ -264,8 +268,11 @@ class GoldenStream:
             self.x[c] = torch.cat([self.x[c], x]) if have else x
             self.conf[c] = torch.cat([self.conf[c], conf]) if have else conf
 
-    def read(self, c, start, count):
-        return self.x[c][start : start + count], self.conf[c][start : start + count]
+    def accepted(self, c, start, count, threshold):
+        return self.whole(c, start, count)[self.conf[c][start : start + count] > threshold]
+
+    def whole(self, c, start, count):
+        return self.x[c][start : start + count]
 
 
 @pytest.mark.parametrize("case", ["a", "b", "c"])
@@ -454,6 +461,28 @@ def test_one_step_updates_what_it_should():
     assert all(p.grad is None and p.requires_grad for p in gan.d_params + gan.g_params)
 
 
+def test_precision_of_the_gan_is_its_own_and_fp32_as_in_the_paper(monkeypatch):
+    asked, original = [], gf.mixed
+    monkeypatch.setattr(gf, "mixed", lambda precision, device: asked.append(precision) or original(precision, device))
+    for name in gf.PRESETS:
+        made = gf.Args(**gf.PRESETS[name])
+        assert (made.gan_precision, made.precision) == ("fp32", "bf16" if name == "cinic10" else "fp32")
+    args, gan = small_gan(gan_precision="fp32", precision="bf16")
+    gan.step(*a_batch(args), 1)
+    assert set(asked) == {"fp32"}
+    asked.clear()
+    net = gf.ResNet(3, 1, 4, 1)
+    gf.predictions(net, torch.zeros(2, 1, 32, 32, dtype=torch.uint8), args)
+    gf.ScoredGenerator(args, gan.ema, net)(torch.zeros(2, 6), torch.zeros(2, dtype=torch.long))
+    assert asked == ["bf16", "bf16"]
+
+
+def test_launchers_leave_the_precision_to_the_preset():
+    launchers = sorted((Path(gf.__file__).parent / "shell").glob("gafi_*.sh"))
+    assert len(launchers) == len(gf.PRESETS) - 1
+    assert not [file.name for file in launchers if "precision" in file.read_text()]
+
+
 def test_average_is_a_copy_until_it_starts():
     args, gan = small_gan(gan_ema_start=2, gan_ema=0.9)
     for number in (1, 2, 3):
@@ -509,13 +538,34 @@ def test_accepted_set_shrinks_with_the_threshold_and_thresholds_share_samples():
     accepted, sizes = [], []
     for t in (0.0, 0.3, 0.6, 0.9):
         gf.filtered_set(stream, range(2), 50, t, -1)
-        _, conf = stream.read(0, 0, 50)
+        conf = stream.conf[0][:50]
         accepted.append(set((conf > t).nonzero().flatten().tolist()))
         sizes.append(sum(sampler.sizes))
     assert all(b < a for a, b in zip(accepted, accepted[1:], strict=False))
     alone = Fake(0.7)
     gf.filtered_set(gf.SampleStream(alone, 1.0, 50, (0,)), range(2), 50, 0.9, -1)
     assert sizes[-1] == sum(alone.sizes), "all thresholds together draw no more than the strictest alone"
+
+
+@pytest.mark.parametrize("threshold, attempts", [(-math.inf, 50), (0.0, -1), (0.6, 2), (0.9, 3)])
+def test_rejected_samples_are_not_kept_and_change_nothing(threshold, attempts):
+    kept, lean = (gf.SampleStream(Fake(0.7), 1.0, 30, (0,), floor) for floor in (-math.inf, threshold))
+    (a, *_, used), (b, *_, also) = (gf.filtered_set(s, range(3), 30, threshold, attempts) for s in (kept, lean))
+    assert torch.equal(a, b) and used == also
+    for c in range(3):
+        assert len(lean.x[c]) == int((kept.conf[c] > threshold).sum()) and len(kept.x[c]) == len(kept.conf[c])
+        assert torch.equal(lean.accepted(c, 3, 20, threshold), kept.x[c][3:23][kept.conf[c][3:23] > threshold])
+        assert torch.equal(lean.whole(c, 3, 20), kept.x[c][3:23])
+
+
+def test_sets_keep_what_some_threshold_accepts(monkeypatch):
+    """Alone: what its own threshold accepts. In the threshold step: what the lowest of the grid does."""
+    built, original = [], gf.SampleStream
+    monkeypatch.setattr(gf, "SampleStream", lambda *a: built.append(original(*a)) or built[-1])
+    args = gf.Args(threshold_grid=(0.2, 0.8, 0.3))
+    for shared in (None, {}):
+        gf.SyntheticSets(args, [gf.Source(0, Fake(0.8), threshold=0.5)], 3, 10, 0, 1, shared).at(1)
+    assert [stream.floor for stream in built] == [0.5, 0.2]
 
 
 def test_draw_sizes():
@@ -586,7 +636,7 @@ def test_rates_and_decay():
 
 
 def test_augmentation():
-    args, x = gf.Args(), torch.rand(400, 3, 32, 32) * 2 - 1
+    x = torch.rand(400, 3, 32, 32) * 2 - 1
     g = torch.Generator().manual_seed(0)
     _, _, h, w = gf.cutout_boxes(20_000, 32, g)
     for side in (h, w):
@@ -603,9 +653,80 @@ def test_augmentation():
     flipped = gf.augmented(x, gf.Args(random_crop=False, random_erasing=False), g)
     mirrored = (flipped == x.flip(3)).flatten(1).all(1)
     assert torch.equal(flipped[~mirrored], x[~mirrored]) and 0.4 < mirrored.float().mean() < 0.6
-    turned = gf.augmented(x, gf.Args(random_rotation=True, random_zoom=True), g)
-    assert turned.shape == x.shape and torch.isfinite(turned).all()
-    assert args.random_rotation is False and args.random_zoom is False
+
+
+class Replay(nn.Module):
+    """A classifier whose prediction of every image is 0, to be put in the place of the ResNet"""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        return torch.stack([1 + 0 * x.mean((1, 2, 3)) + self.w[0], 0 * x.mean((1, 2, 3)) + self.w[1]], 1)
+
+
+@pytest.mark.parametrize("select_on", ["val", "test"])
+def test_epoch_is_chosen_on_the_split_that_is_named(select_on, tmp_path, monkeypatch):
+    """Three epochs; validation likes the second best, test the third."""
+    figures = dict(val=[50.0, 70.0, 60.0], test=[10.0, 20.0, 40.0])
+    x, y = torch.zeros(4, 1, 32, 32, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])
+    data = {split: (x, y) for split in ("train", "val", "test")}
+    data = {split: (x + i, y) for i, (split, (x, y)) in enumerate(data.items())}  # told apart by their pixels
+    weights, played = [], dict(val=0, test=0)
+
+    def accuracy(net, split, args):
+        name = list(data)[int(split[0].max())]
+        if played[name] == 3:  # after the last epoch: the figure of the weights that were kept
+            kept = next(i for i, w in enumerate(weights) if torch.equal(w, net.w))
+            return figures[name][kept]
+        if name == "val":
+            weights.append(net.w.detach().clone())
+        played[name] += 1
+        return figures[name][played[name] - 1]
+
+    monkeypatch.setattr(gf, "accuracy", accuracy)
+    monkeypatch.setattr(gf, "make_classifier", lambda *_: Replay())
+    run = SimpleNamespace(dir=tmp_path)
+    about = dict(row="real")
+    gf.train_classifier(gf.Args(), run, gf.RealSet(data["train"]), data, 2, 3, 0, tmp_path, about, select_on)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    best = dict(val=1, test=2)[select_on]
+    assert (found["epoch"], found["score"]) == (best + 1, figures[select_on][best])
+    assert (found["val"], found["test"], found["best_test_epoch"]) == (figures["val"][best], figures["test"][best], 40)
+    assert torch.equal(gf.runs.load_tensors(tmp_path / "weights.safetensors")["w"], weights[best])
+
+
+@pytest.mark.parametrize("select_on", ["val", "test"])
+def test_search_and_rows_train_on_what_they_record(select_on, monkeypatch, tmp_path):
+    """And choose on --select-on, but for the filtering classifier."""
+    asked, chosen_on = {}, select_on
+
+    def train(args, run, sets, data, n_classes, epochs, seed, folder, about, select_on):
+        asked.setdefault(about.get("row", "search"), set()).add(select_on)
+        if "gan_epoch" in about:
+            (source,) = sets.sources
+            tried = (source.seed, source.sigma, source.threshold, source.filtered, sets.period, sets.n)
+            assert tried == (5, about["sigma"], about["threshold"], True, 10, 2) and epochs == 100
+        gf.runs.write_json(folder / "metrics.json", about | dict(score=1.0, seed=seed))
+        gf.runs.save_tensors(folder / "weights.safetensors", dict(w=torch.zeros(1)))
+
+    class Run:
+        dir, path, done = tmp_path, staticmethod(lambda *parts: tmp_path.joinpath(*parts)), lambda *_, **__: None
+        timed = staticmethod(lambda *_, **__: nullcontext())
+
+    monkeypatch.setattr(gf, "train_classifier", train)
+    monkeypatch.setattr(gf, "load_sampler", lambda *_: Fake())
+    args = gf.Args(select_on=chosen_on, gan_seeds=(5,), ckpt_grid=(1, 1, 1), clf_seeds=1)
+    (tmp_path / "gan" / "seed5").mkdir(parents=True)
+    (tmp_path / "gan" / "seed5" / "epoch1.safetensors").touch()
+    data = dict(train=(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 0, 1])))
+    dist = distributed.Dist(0, 0, 1, torch.device("cpu"))
+    gf.train_real(args, Run(), dist, data, 2)
+    gf.search(args, Run(), dist, data, 2, None)
+    gf.final(args, Run(), dist, data, 2, None)
+    assert asked.pop("real") == {"val"} and set(asked) == {"search", *args.rows[1:]}
+    assert set.union(*asked.values()) == {chosen_on}
 
 
 def test_search_visits_the_grids_in_order_and_ties_go_to_the_first():
@@ -650,15 +771,190 @@ def test_multigan_shares_the_images_and_with_one_gan_is_that_gan():
     assert single == multi
 
 
-def test_presets_are_the_methods_table():
-    expected = {  # GAN epochs, GANs, channels, attempts
-        "cifar10": (500, 3, 50), "cifar100": (500, 3, 10), "cinic10": (500, 3, 50), "fashionmnist": (300, 6, 50),
-        "dermamnist": (150, 3, 50),
-    }  # fmt: skip
-    for name, values in expected.items():
-        args = gf.Args(**gf.PRESETS[name])
-        assert (args.gan_epochs, len(args.gan_seeds), args.attempts) == values
-        gf.check_args(args)
+# What the method's description says of CIFAR-10, field by field, and where the others and the miniature differ.
+CIFAR10 = dict(
+    dataset="cifar10", seed=0, precision="fp32", val_per_class=1000, image_size=32, resnet_width=64, resnet_blocks=3,
+    resnet_epochs=100, real_epochs=300, resnet_drops=(60, 80), resnet_lr=0.1, resnet_wd=1e-4, resnet_wd_mode="per_step",
+    resnet_batch=128, random_flip=True, random_crop=True, random_erasing=True, gan_seeds=(42, 137, 238723),
+    gan_images="train+val", gan_precision="fp32", gan_epochs=500, gan_batch=192, gan_d_steps=3, gan_width=128,
+    gan_latent=128, gan_embedding="uniform", gan_loss="hinge", gan_lr=2e-4, gan_ema=0.9999, gan_ema_start=1000,
+    gen_seed=0, class_samples=0, attempts=50, ckpt_grid=(150, 500, 10), sigma_grid=(1.0, 2.0, 0.05),
+    threshold_grid=(0.0, 0.9, 0.1), search_period=10, final_period=1, recycle_fraction=1.0, select_on="val",
+    rows=("real", "baseline", "filter", "recycle", "expansion", "single", "multi"), clf_seeds=3,
+)  # fmt: skip
+OTHERS = {
+    "cifar10": {},
+    "cifar100": dict(dataset="cifar100", val_per_class=100, attempts=10),
+    "cinic10": dict(dataset="cinic10", precision="bf16", gan_seeds=(42, 4623, 13132)),
+    "fashionmnist": dict(
+        dataset="fashionmnist", gan_epochs=300, ckpt_grid=(50, 500, 10),
+        gan_seeds=(18291829, 237137, 42, 1284182, 623237, 48746),
+    ),
+    "dermamnist": dict(
+        dataset="dermamnist", gan_epochs=150, gan_ema=0.999, ckpt_grid=(10, 150, 10), threshold_grid=(0.0, 0.5, 0.1),
+        gan_seeds=(42, 1412, 19281),
+    ),
+    "digits": dict(
+        dataset="digits", image_size=16, val_per_class=20, random_flip=False, resnet_width=8, resnet_blocks=1,
+        resnet_epochs=10, real_epochs=15, resnet_drops=(7, 9), resnet_batch=32, gan_seeds=(42, 137), gan_epochs=25,
+        gan_batch=32, gan_width=8, gan_latent=16, gan_embedding="normal", gan_lr=1e-3, gan_ema=0.98, gan_ema_start=50,
+        ckpt_grid=(15, 25, 5), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5, attempts=3,
+    ),
+}  # fmt: skip
+NO_METHOD = """preset data_dir output_dir device compile stages resume track workers plan plan_processes gan_monitor
+gan_inception gen_micro_batch search_share clf_report_best_test_epoch export_images""".split()
+
+
+@pytest.mark.parametrize("name", gf.PRESETS)
+def test_presets_are_the_methods_table(name):
+    args = gf.Args(**gf.PRESETS[name])
+    found = {field: value for field, value in vars(args).items() if field not in NO_METHOD}
+    assert found == CIFAR10 | OTHERS[name]
+    check(args), gf.check_args(args)
+    if name == "fashionmnist":
+        assert gf.checkpoints(args) == list(range(50, 301, 10)), "those after the last epoch do not exist"
+    elif name != "digits":
+        assert len(gf.checkpoints(args)) == {"dermamnist": 15}.get(name, 36)
+
+
+def tiny_data(n_train=14, n_val=6, size=8):
+    g = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 256, (n_train + n_val, 1, size, size), generator=g, dtype=torch.uint8)
+    y = torch.arange(n_train + n_val) % 3
+    return dict(train=(x[:n_train], y[:n_train]), val=(x[n_train:], y[n_train:]), test=(x[:3], y[:3]))
+
+
+@pytest.mark.parametrize("flip, images", [(True, "train+val"), (False, "train+val"), (False, "train")])
+def test_gan_training_equals_a_plain_loop_over_stock_parts(flip, images, tmp_path, monkeypatch):
+    """Two Adams, timm's average, the hinge loss written out; the networks have golden tests of their own."""
+    from timm.utils import ModelEmaV3
+
+    args = gf.Args(gan_width=2, gan_latent=4, image_size=8, gan_batch=6, gan_epochs=2, ckpt_grid=(1, 2, 1), gan_lr=2e-3)
+    args = dataclasses.replace(args, gan_ema=0.8, gan_ema_start=2, random_flip=flip, gan_images=images)
+    data, run = tiny_data(), SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), log=lambda *_, **__: None)
+    monkeypatch.setattr(gf, "measured", lambda *_: {})
+    gf.train_gan(args, run, distributed.Dist(0, 0, 1, torch.device("cpu")), data, 3, None, 7, None)
+
+    torch.manual_seed(distributed.seed_of(7, "gan"))
+    g, d = gf.Generator(3, 1, 2, 4, 4, "uniform", 8).train(), gf.Discriminator(3, 1, 2).train()
+    average = ModelEmaV3(g, decay=0.8, update_after_step=2 - 1)
+    optimizers = {net: torch.optim.Adam(net.parameters(), lr=2e-3, betas=(0.5, 0.999)) for net in (g, d)}
+
+    def update(net, loss):
+        optimizer = optimizers[net]
+        t = 1 + int(optimizer.state[next(net.parameters())].get("step", 0))
+        optimizer.param_groups[0]["eps"] = 1e-6 / math.sqrt(1 - 0.999**t)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    splits = ("train", "val") if images == "train+val" else ("train",)
+    x, y = (torch.cat([data[split][part] for split in splits]) for part in (0, 1))
+    step = 0
+    for epoch in (1, 2):
+        random = torch.Generator().manual_seed(distributed.seed_of(7, "gan", epoch))
+        rows = torch.randperm(len(y), generator=random)
+        for part in rows[: len(y) // 6 * 6].split(6):
+            real, label, step = x[part] / 127.5 - 1, y[part], step + 1
+            if flip:
+                coin = torch.rand(6, generator=random) < 0.5
+                real = torch.stack([r.flip(-1) if c else r for r, c in zip(real, coin, strict=True)])
+            *z_d, z_g = torch.randn(4, 6, 4, generator=random)
+            for z in z_d:
+                logits = d(torch.cat([g(z, label).detach(), real]), torch.cat([label, label]))
+                update(d, torch.relu(1 + logits[:6]).mean() + torch.relu(1 - logits[6:]).mean())
+            update(g, -d(g(z_g, label), label).mean())
+            average.update(g, step=step)
+        found = gf.runs.load_tensors(gf.gan_file(run, 7, epoch))
+        expected = average.module.state_dict()
+        assert set(found) == set(expected)
+        for name in found:
+            if not name.endswith("num_batches_tracked"):  # a count that nothing reads
+                close(found[name], expected[name], 2e-4)
+    raw = g.state_dict()
+    assert max((raw[name] - found[name]).abs().max() for name in found if name.endswith("weight")) > 1e-3, "not raw"
+
+
+def plain_augmentation(image, flip, top, left, noise, box, pad):
+    """One image [1, S, S]: flip, crop after padding with 0, a box of rescaled noise"""
+    size = image.shape[-1]
+    image = image.flip(-1) if flip else image
+    image = nn.functional.pad(image, (pad,) * 4)[:, top : top + size, left : left + size].clone()
+    noise = (noise - noise.min()) / (noise.max() - noise.min()) * (image.max() - image.min()) + image.min()
+    cx, cy, h, w = box
+    for i in range(size):
+        for j in range(size):
+            if cy - h / 2 <= i < cy + h / 2 and cx - w / 2 <= j < cx + w / 2:
+                image[:, i, j] = noise[:, i, j]
+    return image
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_classifier_training_equals_a_plain_loop_over_stock_parts(flip, tmp_path, monkeypatch):
+    """torch's SGD with Nesterov momentum, decay by hand; after a drop of the rate the velocity lives on."""
+    args = gf.Args(image_size=8, resnet_width=4, resnet_blocks=1, resnet_batch=5, resnet_lr=0.05, resnet_wd=0.01)
+    args = dataclasses.replace(args, resnet_drops=(2, 4), random_flip=flip, clf_report_best_test_epoch=False)
+    data, figures = tiny_data(), iter(range(100))
+    monkeypatch.setattr(gf, "accuracy", lambda *_: float(next(figures)))  # the last epoch is the best
+    gf.train_classifier(
+        args, SimpleNamespace(dir=tmp_path), gf.RealSet(data["train"]), data, 3, 4, 9, tmp_path, {}, "val"
+    )
+
+    torch.manual_seed(distributed.seed_of(9, "classifier"))
+    net = gf.ResNet(3, 1, 4, 1).train()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    x, y = data["train"][0] / 127.5 - 1, data["train"][1]
+    for epoch, rate in enumerate((0.05, 0.005, 0.005, 0.0005), 1):
+        before, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], rate
+        for state in optimizer.state.values():
+            state["momentum_buffer"] *= before / rate
+        random = torch.Generator().manual_seed(distributed.seed_of(9, "epoch", epoch))
+        for part in torch.randperm(14, generator=random).split(5):
+            b = len(part)
+            coin = torch.rand(b, generator=random) < 0.5 if flip else torch.zeros(b)
+            top, left = torch.randint(3, (2, b), generator=random)
+            noise, u = torch.randn(b, 1, 8, 8, generator=random), torch.rand(4, b, generator=random)
+            boxes = torch.stack([(8 * u[0]).floor(), (8 * u[1]).floor(), *(8 * (0.2 + 0.3 * u[2:])).ceil()], 1)
+            each = zip(x[part], coin, top, left, noise, boxes, strict=True)
+            images = torch.stack([plain_augmentation(*one_image, pad=1) for one_image in each])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(images), y[part]).backward()
+            with torch.no_grad():
+                for p in net.parameters():
+                    p *= 1 - 0.01
+            optimizer.step()
+    found = gf.runs.load_tensors(tmp_path / "weights.safetensors")
+    for name, expected in net.state_dict().items():
+        close(found[name], expected, 5e-5)
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_sets_equal_a_plain_filter_loop(filtered):
+    """Two generators, each with its own sigma and threshold, and a new set every two epochs."""
+    args, seed, n = gf.Args(gen_seed=4), 3, 8
+    about = {5: (1.5, 0.3), 6: (0.7, 0.6)}  # GAN -> sigma, threshold
+    sources = [gf.Source(gan, Fake(0.8), *how, filtered) for gan, how in about.items()]
+    made = gf.SyntheticSets(args, sources, 3, 2 * n, seed, 2)
+    for epoch in (1, 2, 3, 5):
+        images, labels = [], []
+        for gan, (sigma, threshold) in about.items():
+            for c in range(3):
+                block, pool, kept, asked = 0, torch.zeros(0, 2), torch.zeros(0, 2), 0
+                while len(kept) < n:
+                    size = n if len(kept) == 0 else 2 * (n - len(kept))
+                    while len(pool) < asked + size:
+                        g = torch.Generator().manual_seed(distributed.seed_of(4, seed, gan, (epoch - 1) // 2, c, block))
+                        pool, block = torch.cat([pool, torch.randn(n, 2, generator=g)]), block + 1
+                    z = sigma * pool[asked : asked + size]
+                    u = torch.special.ndtr(z)
+                    right, p = u[:, 0] < 0.8, u[:, 1]
+                    shown = torch.stack([z[:, 0], torch.where(right, p, -1.0)], 1)
+                    kept, asked = torch.cat([kept, shown[right & (p > threshold)] if filtered else shown]), asked + size
+                images.append(kept[:n])
+                labels += n * [c]
+        x, y = made.at(epoch)
+        close(x, torch.cat(images), 1e-6)
+        assert y.tolist() == labels
 
 
 class ToyInception(nn.Module):
@@ -739,21 +1035,136 @@ def test_cinic10_pools_train_and_valid(tmp_path):
     assert torch.bincount(data["val"][1]).tolist() == [2, 2] and data["train"][0].shape == (20, 3, 32, 32)
 
 
+def test_run_does_not_go_on_with_other_data(tmp_path):
+    """A pixel, a label, the place of an image, a class name: each alone is noticed, at the start, by main."""
+    write_folder(tmp_path, ("train", "test"), n=4)
+    dist, used = distributed.Dist(0, 0, 1, torch.device("cpu")), []
+    args = gf.Args(dataset="folder", data_dir=str(tmp_path), output_dir=str(tmp_path / "run"), val_per_class=1)
+    args = dataclasses.replace(args, gan_batch=4, class_samples=3, stages=(), device="cpu")
+    gf.main(args)  # no stages: opens the folder, and that is all
+    data, names = gf.load_data(args, dist)
+    kept = {k: (x.clone(), y.clone()) for k, (x, y) in data.items()}
+    assert gf.data_hash(kept, names) == gf.data_hash(data, names)
+    assert gf.data_hash(data, ["cat", "dag"]) != gf.data_hash(data, names)
+    for split in data:
+        for part in (0, 1):
+            changed = {k: [x.clone(), y.clone()] for k, (x, y) in data.items()}
+            changed[split][part].view(-1)[-1] ^= 1
+            used.append(gf.data_hash(changed, names))
+    moved = {k: (x.flip(0), y) for k, (x, y) in data.items()}
+    assert len({*used, gf.data_hash(moved, names), gf.data_hash(data, names)}) == 8
+
+    (tmp_path / "run" / "stages").mkdir()
+    (tmp_path / "run" / "stages" / "real.json").write_text("{}")  # work
+    gf.main(args)
+    image = tmp_path / "train" / "cat" / "0.png"
+    Image.fromarray(255 - np.asarray(Image.open(image))).save(image)
+    with pytest.raises(UserError, match="data-dir"):
+        gf.main(args)
+
+
 @pytest.mark.parametrize(
     "flags, word",
     [
         (dict(sigma_grid=(2.0, 1.0, 0.1)), "--sigma-grid"),
         (dict(threshold_grid=(0.0, 1.0, 0.1)), "--threshold-grid"),
+        (dict(sigma_grid=(1.0, 2.0, 1e-9)), "--sigma-grid"),
+        (dict(threshold_grid=(0.0, 0.9, 0.0)), "--threshold-grid"),
+        (dict(sigma_grid=(1.0, 50.0, 0.001)), "--sigma-grid"),
+        (dict(ckpt_grid=(1, 2000, 1), gan_epochs=2000), "--ckpt-grid"),
+        (dict(ckpt_grid=(501, 600, 1)), "--ckpt-grid"),
         (dict(attempts=0), "--attempts"),
-        (dict(recycle_fraction=0.0), "--recycle-fraction"),
         (dict(gan_seeds=(1, 1)), "--gan-seeds"),
+        (dict(rows=("baseline", "baseline")), "--rows"),
+        (dict(rows=("baseline", "real")), "--rows"),
         (dict(image_size=30), "--image-size"),
-        (dict(gan_d_steps=0), "--gan-d-steps"),
     ],
 )
 def test_bad_flags_are_refused_by_name(flags, word):
     with pytest.raises(UserError, match=word):
+        check(gf.Args(**flags))
         gf.check_args(gf.Args(**flags))
+
+
+def numbers_of_args():
+    """(field, value with one number replaced by each of the bad ones) for all numeric fields of the script"""
+    harmless = {  # 0 has a meaning, or is a number as any other
+        0: {"class_samples", "gan_ema_start", "resnet_wd", "gan_ema", "gen_seed", "gan_seeds", "threshold_grid"},
+        10**12: {"gen_seed", "gan_seeds"},
+        -1: {"attempts"},
+    }
+    for field in dataclasses.fields(gf.Args):
+        value = getattr(gf.Args(), field.name)
+        several = value if isinstance(value, tuple) else (value,)
+        if (
+            field.name in {f.name for f in dataclasses.fields(Frame)}
+            or not several
+            or isinstance(several[0], (str, bool))
+        ):
+            continue
+        for bad in (math.nan, math.inf, -math.inf, -1, 0, 10**12):
+            for i in range(len(several)) if field.name not in harmless.get(bad, ()) else ():
+                changed = (*several[:i], bad, *several[i + 1 :])
+                yield field.name, changed if isinstance(value, tuple) else bad
+
+
+def test_every_number_out_of_its_range_is_refused_at_the_start():
+    cases = list(numbers_of_args())
+    assert len({name for name, _ in cases}) > 30
+    for name, value in cases:
+        args = dataclasses.replace(gf.Args(), **{name: value})
+        with pytest.raises(UserError, match="--" + name.replace("_", "-")):
+            check(args)
+            gf.check_args(args)
+            pytest.fail(f"{name} {value} was taken")
+
+
+def test_too_little_data_is_told(tmp_path):
+    x, y = torch.zeros(40, 1, 8, 8, dtype=torch.uint8), torch.arange(40) % 2
+    data = dict(train=(x, y), val=(x[:10], y[:10]))
+    gf.check_data(gf.Args(gan_batch=50), data, 2)
+    for flags, word in (
+        (dict(gan_batch=51), "--gan-batch"),
+        (dict(gan_batch=41, gan_images="train"), "--gan-batch"),
+        (dict(gan_batch=8, class_samples=2), "--class-samples"),
+    ):
+        with pytest.raises(UserError, match=word):
+            gf.check_data(gf.Args(**flags), data, 2)
+    gf.check_data(gf.Args(gan_batch=8, class_samples=2, rows=("single",)), data, 2)
+
+
+@pytest.mark.parametrize("what", ["batch", "inception"])
+def test_what_cannot_work_is_told_before_the_first_stage(what, tmp_path, monkeypatch):
+    def offline(device):
+        raise UserError("--gan-inception: offline")
+
+    monkeypatch.setattr(gf, "inception_metrics", offline)
+    monkeypatch.setattr(gf, "train_real", lambda *_: pytest.fail("the first stage was begun"))
+    flags = dict(batch=dict(gan_batch=1001), inception=dict(gan_inception=True))[what]
+    args = gf.Args(**gf.PRESETS["digits"] | flags, output_dir=str(tmp_path / "run"), device="cpu")
+    with pytest.raises(UserError, match=dict(batch="--gan-batch 1001", inception="offline")[what]):
+        gf.main(args)
+
+
+def test_flags_of_later_stages_may_change_until_those_begin(tmp_path):
+    dist = distributed.Dist(0, 0, 1, torch.device("cpu"))
+
+    def opened(**flags):
+        args = gf.Args(**gf.PRESETS["digits"] | flags, output_dir=str(tmp_path / "run"))
+        gf.runs.open_run("gafi", args, dist, gf.SPEED_FLAGS, later=gf.LATER).close()
+
+    fields = {field.name for field in dataclasses.fields(gf.Args)}
+    for word in " ".join(gf.LATER.values()).split():
+        assert word in fields or (word.endswith("_") and any(name.startswith(word) for name in fields))
+    opened()
+    (tmp_path / "run" / "stages").mkdir()
+    (tmp_path / "run" / "stages" / "real.json").write_text("{}")
+    opened(gan_lr=0.5, sigma_grid=(1.0, 1.0, 0.5))
+    (tmp_path / "run" / "stages" / "gan.json").write_text("{}")
+    opened(gan_lr=0.5, sigma_grid=(1.0, 1.5, 0.5))
+    for flags in (dict(gan_lr=0.4), dict(gan_lr=0.5, resnet_lr=0.2), dict(gan_lr=0.5, random_flip=True)):
+        with pytest.raises(UserError, match="made with"):
+            opened(**{"sigma_grid": (1.0, 1.5, 0.5), **flags})
 
 
 # ---- the script, end to end on the real digits -------------------------------------------------------------------
@@ -785,11 +1196,15 @@ def test_run_leaves_every_file_with_its_content(small):
         ], "epoch 3 of the grid does not exist and is skipped"
         names = [p.name for p in (out / "search" / f"gan{seed}").iterdir()]
         assert len(names) == 2 + 1 + 1, "repeated configurations are not run again"
+        best = json.loads((out / "search.json").read_text())[str(seed)]
+        winner = "e{epoch}-s{sigma:g}-t{threshold:g}".format(**best)
+        with_weights = {p.parent.name for p in (out / "search" / f"gan{seed}").glob("*/weights.safetensors")}
+        assert with_weights == {winner}, "weights of the winner only"
     choices = json.loads((out / "search.json").read_text())
     assert set(choices) == {"42", "137"} and all(c["epoch"] in (1, 2) for c in choices.values())
     rows = [json.loads(line) for line in (out / "images" / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 40 and all((out / "images" / r["file_name"]).exists() for r in rows)
-    assert {r["gan"] for r in rows} == {42, 137}
+    assert {r["gan"] for r in rows} == {42, 137} and {r["row"] for r in rows} == {"multi"}
     result = json.loads((out / "results.json").read_text())
     assert result["script"] == "gafi" and result["images"] == 40
     assert set(result["baselines"]) == {"real", "baseline"}
@@ -806,6 +1221,58 @@ def test_run_leaves_every_file_with_its_content(small):
     assert not list(out.rglob("checkpoint.safetensors")) and not list(out.rglob("*.pt"))
 
 
+def test_pictures_are_those_that_the_saved_classifier_saw(small):
+    out, _ = small
+    args = gf.Args(**{**gf.PRESETS["digits"], "resnet_width": 4, "gan_width": 2, "gan_latent": 8, "attempts": 3})
+    run = SimpleNamespace(path=lambda *parts: out.joinpath(*map(str, parts)))
+    data, _ = gf.load_data(args, distributed.Dist(0, 0, 1, torch.device("cpu")))
+    f, choices = gf.filtering_classifier(args, run, data, 10), json.loads((out / "search.json").read_text())
+    seed = json.loads((out / "classifier" / "config.json").read_text())["seed"]
+    by_gan = {}
+    for gan, best in choices.items():
+        sampler = gf.load_sampler(args, run, int(gan), best["epoch"], f, 10, 1)
+        stream = gf.SampleStream(sampler, best["sigma"], 10, (args.gen_seed, seed, int(gan), 0))
+        by_gan[int(gan)] = gf.filtered_set(stream, range(10), 10, best["threshold"], 3)[0].view(10, 10, 1, 16, 16)
+    for line in (out / "images" / "metadata.jsonl").read_text().splitlines():
+        row, k = json.loads(line), int(Path(json.loads(line)["file_name"]).stem)
+        shown = torch.from_numpy(np.asarray(Image.open(out / "images" / row["file_name"]).convert("L")).copy())
+        assert (row["gan"], row["sigma"]) == ([42, 137][k % 2], choices[str(row["gan"])]["sigma"])
+        expected = gf.as_picture(by_gan[row["gan"]][row["label"], k // 2])[0]
+        assert (shown.int() - expected.int()).abs().max() <= 1
+
+
+def test_expansion_begins_with_the_winner_of_the_search(small):
+    out, done = small
+    best = json.loads((out / "search.json").read_text())["42"]
+    winner = out / "search" / "gan42" / "e{epoch}-s{sigma:g}-t{threshold:g}".format(**best)
+    first, second = (out / "classifier" / "runs" / f"expansion-seed{s}" for s in (0, 1))
+    found, of_search = (json.loads((f / "metrics.json").read_text()) for f in (first, winner))
+    assert found == of_search | dict(row="expansion", gans=[42], period=2, images=200)
+    weights, theirs = (gf.runs.load_tensors(f / "weights.safetensors") for f in (first, winner))
+    assert all(torch.equal(weights[k], theirs[k]) for k in weights)
+    assert json.loads((second / "metrics.json").read_text())["gans"] == [137], "not the search's seed: trained anew"
+
+
+def test_expansion_is_not_trained_twice(tmp_path):
+    gf.runs.save_tensors(tmp_path / "a" / "weights.safetensors", dict(w=torch.ones(1)))
+    gf.runs.write_json(tmp_path / "a" / "metrics.json", dict(seed=0, score=5.0))
+    gf.take_over(tmp_path / "a", tmp_path / "b", dict(row="expansion"))
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == dict(seed=0, score=5.0, row="expansion")
+    gf.take_over(tmp_path / "none", tmp_path / "c", {})
+    assert not (tmp_path / "c").exists(), "no weights: trained as any other"
+
+
+def test_run_is_not_continued_on_another_kind_of_device(small):
+    out, _ = small
+    args = gf.Args(
+        output_dir=str(out),
+        **{k: v for k, v in json.loads((out / "args.json").read_text())["args"].items() if k != "output_dir"},
+    )
+    dist = distributed.Dist(0, 0, 1, torch.device("cuda"))
+    with pytest.raises(UserError, match='--device names "cpu", now "cuda"'):
+        gf.runs.open_run("gafi", args, dist, gf.SPEED_FLAGS, models=dict(device=dist.device.type))
+
+
 def test_recorded_figures_agree_with_the_saved_classifier(small):
     out, _ = small
     about = json.loads((out / "classifier" / "config.json").read_text())
@@ -820,7 +1287,7 @@ def test_recorded_figures_agree_with_the_saved_classifier(small):
         best = max(m["history"], key=lambda row: row["val"])
         assert m["score"] == m["val"] == best["val"] and m["epoch"] == best["epoch"]
         assert m["test"] == pytest.approx(best["test"], abs=0.13)
-        assert m["test_selected"] == max(row["test"] for row in m["history"]) >= m["test"] - 0.13
+        assert m["best_test_epoch"] == max(row["test"] for row in m["history"]) >= m["test"] - 0.13
 
 
 def test_filtering_classifier_is_frozen(small):
@@ -917,4 +1384,5 @@ def test_digits_run_to_the_end_above_a_floor(launch, tmp_path):
     launch("gafi.py", "--output-dir", tmp_path / "run", timeout=3600)
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     assert result["baselines"]["real"]["mean"] > 94
-    assert result["metrics"]["multi"]["mean"] > 30  # three times chance; the level itself is not measured yet
+    means = {row: found["mean"] for row, found in (result["baselines"] | result["metrics"]).items() if "mean" in found}
+    assert means["multi"] > 75 and means["expansion"] > means["baseline"], means  # as docs/gafi.md reports
