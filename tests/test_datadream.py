@@ -1,12 +1,10 @@
 """DataDream: values of the authors' code, invariants of the method, the script end to end on the tiny world."""
 
-import gzip
 import json
 import math
 import random
 import re
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from torchvision.transforms import v2
 import datadream as dd
 from common import diffusion as dd_diffusion
 from common import distributed
-from common.clip import Clip, load_clip
+from common.clip import load_clip
 from common.datasets import Images, load_dataset, natural_key
 from common.files import chunks, class_range
 from common.loader import normalised, to_unit
