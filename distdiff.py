@@ -112,8 +112,8 @@ class Args(Frame):
     """pm1: the guide sees the decoder's [-1, 1], as officially; normalized: what it was trained on"""
     gen_micro_batch: int = 16
     """images per forward pass on one process; speed and memory only"""
-    grad_checkpoint: bool = False
-    """recompute activations of U-Net and decoder in the gradient step: 1.4 instead of 8.1 GiB per image, same bits"""
+    grad_checkpoint: bool = True
+    """recompute activations of U-Net and decoder in the gradient step: 2.5 instead of 8.5 GiB per image, same bits"""
     energy_probe: int = 64
     """copies whose energy is measured again after the gradient step, for the report; 0: none"""
 
@@ -183,6 +183,7 @@ import importlib
 import json
 import math
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +199,7 @@ from common import datasets, distributed, models
 from common import run as runs
 from common.checkpoint import load_training, save_training
 from common.clip import encode_images, encode_texts, load_clip, save_clip
+from common.diffusion import DECODED_PIXELS
 
 # Official code. The paper's appendix has "a photo of a {} car." for Cars: --gen-prompt. No period for the tiny world.
 PROMPTS = {
@@ -751,8 +753,9 @@ def encode(args, run, dist, pipe, real):
                 image = image.resize(scaled, Image.Resampling.BILINEAR).crop((x, y, x + size, y + size))
                 pixels.append(v2.functional.pil_to_tensor(image).float() / 127.5 - 1)
                 noise.append(torch.randn(latent_shape(pipe, size), generator=g))
-            posterior = pipe.vae.encode(padded(pixels, b).to(dist.device)).latent_dist
-            z = posterior.mean + posterior.std * padded(noise, b).to(dist.device)
+            x = padded(pixels, b).to(dist.device)
+            mean, std = in_slices(lambda y: moments(pipe.vae.encode(y).latent_dist), x, size).unbind(1)
+            z = mean + std * padded(noise, b).to(dist.device)
             parts.append((pipe.vae.config.scaling_factor * z)[: len(batch)].cpu())
             bar.update(len(batch))
         bar.close()
@@ -764,6 +767,11 @@ def encode(args, run, dist, pipe, real):
         if dist.main:
             runs.save_tensors(run.path("latents.safetensors"), {"latents": latents})
     run.done("encode", latents=len(real))
+
+
+def moments(posterior):
+    """Mean and standard deviation: [B, 2, 4, h, w]"""
+    return torch.stack([posterior.mean, posterior.std], 1)
 
 
 def latent_shape(pipe, size):
@@ -810,12 +818,34 @@ def encode_prompts(pipe, prompts):
 # writes images/ (DistDiff) and the folders of the ablations in the table: sd/, rho0/, direct/.
 
 
+def vae_of_the_energy(args, pipe):
+    """The VAE that the gradient step decodes with: a copy in bfloat16 with --precision bf16, else the pipeline's own.
+
+    Trap: under autocast a VAE in float32 keeps each normalisation's input in both types, 4.8 instead of 2.8 GiB a
+    decoding. The image itself is decoded with the pipeline's VAE.
+    """
+    if args.precision == "fp32":
+        return pipe.vae
+    return deepcopy(pipe.vae).to(torch.bfloat16, memory_format=torch.channels_last)
+
+
+def in_slices(network, x, size):
+    """network(x) of a batch of images of size x size pixels in equal parts, so that no tensor has 2^31 elements.
+
+    The VAE's widest tensor holds 256 numbers per pixel: 2^31 is a batch of 32 at 512 pixels.
+    """
+    most = max(1, DECODED_PIXELS // size**2)
+    part = next(n for n in range(min(most, len(x)), 0, -1) if len(x) % n == 0)
+    return torch.cat([network(y) for y in x.split(part)])
+
+
 class Sampler:
     """Everything that turns latents of real images into new images, a full micro-batch at a time."""
 
     def __init__(self, args, pipe, guide, found, prompts):
         self.args, self.pipe, self.guide, self.device = args, pipe, guide, pipe.unet.device
         self.unet = torch.compile(pipe.unet) if args.compile else pipe.unet
+        self.energy_vae = vae_of_the_energy(args, pipe)
         text = encode_prompts(pipe, {"", *prompts})
         self.text, self.null = torch.stack([text[p] for p in prompts]), text[""]  # [C, 77, W], [77, W]
         self.class_unit, self.group_unit = (found[k].to(self.device) for k in ("class_unit", "group_unit"))
@@ -837,15 +867,17 @@ class Sampler:
             return ddim_step(z, guided(eps_u, eps_c, args.gen_guidance), self.abar[i], self.abar_next[i])
 
         def feature(x0):
+            image = self.decode(x0, self.energy_vae).float()
             with autocast(args, self.device):
-                f = self.guide.features(guide_view(self.decode(x0), args.clf_size, *whole)).float()
+                f = self.guide.features(guide_view(image, args.clf_size, *whole)).float()
             return F.normalize(f, dim=1) if args.gen_normalize else f
 
         labels = labels.to(self.device)
         return step, feature, self.class_unit[labels], self.group_unit[labels]
 
-    def decode(self, z):
-        return self.pipe.vae.decode(z / self.pipe.vae.config.scaling_factor).sample
+    def decode(self, z, vae):
+        z = (z / vae.config.scaling_factor).to(vae.dtype)
+        return in_slices(lambda part: vae.decode(part).sample, z, self.args.gen_resolution)
 
     def begin(self, latents, labels, seeds):
         """A padded micro-batch: noised latents z at the first step, e ~ U(0, 1), b ~ N(0, 1), and its networks.
@@ -887,7 +919,7 @@ class Sampler:
             else:
                 _, z = step(z, i)
         with autocast(args, self.device):
-            image = self.decode(z).float()
+            image = self.decode(z, self.pipe.vae).float()
         return to_uint8(image).cpu()[: len(seeds)]
 
     @torch.no_grad()

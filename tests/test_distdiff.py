@@ -279,14 +279,44 @@ def test_an_image_does_not_depend_on_its_neighbours(world):
 
 
 def test_checkpointing_gives_the_same_bits(world):
-    plain = draw(world, "distdiff")
     parts = (world["pipe"].unet, world["pipe"].vae)
-    for part in parts:
-        part.enable_gradient_checkpointing()
+    assert all(part.is_gradient_checkpointing for part in parts), "it is on by default"
     again = draw(world, "distdiff")
     for part in parts:
         part.disable_gradient_checkpointing()
+    plain = draw(world, "distdiff")
+    for part in parts:
+        part.enable_gradient_checkpointing()
     assert torch.equal(plain, again)
+
+
+def test_energy_in_bf16_keeps_the_direction_of_the_gradient(world):
+    """The gradient step's VAE in bfloat16, all else in float32, against float32: and the pipeline's VAE stays float32."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        s = sampler(world, precision=precision)
+        z, e, b, nets = s.begin(world["latents"], LABELS, SEEDS)
+        _, info = dd.transform_guidance(z, e, b, s.guided_at, 1.0, 0.2, s.score_with(nets))
+        found[precision] = torch.cat([info["grad_e"], info["grad_b"]], 1).flatten(1)
+        assert s.energy_vae.dtype == dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+    assert world["pipe"].vae.dtype == torch.float32
+    cosine = F.cosine_similarity(found["fp32"], found["bf16"])
+    assert cosine.min() > 0.99 and not torch.equal(found["fp32"], found["bf16"])
+
+
+def test_slices_are_equal_and_never_too_large():
+    seen = []
+
+    def network(x):
+        seen.append(len(x))
+        return 2 * x
+
+    x = torch.arange(32.0).view(32, 1)
+    assert torch.equal(dd.in_slices(network, x, 512), 2 * x) and seen == [8] * 4
+    assert 256 * 512**2 * max(seen) < 2**31
+    seen.clear()
+    dd.in_slices(network, x[:12], 512), dd.in_slices(network, x[:5], 4096)
+    assert seen == [6, 6] + [1] * 5
 
 
 def test_nothing_frozen_is_touched(world):
@@ -665,3 +695,39 @@ def test_full_size_flops_are_those_of_the_documentation():
     image = 25 * 2 * plain["unet"] + plain["vae"]
     guidance = 2 * (2 * both["unet"] + both["vae"])
     assert [image, guidance] == pytest.approx([42.7, 17.1], rel=0.02)
+
+
+@pytest.mark.parametrize(("checkpointing", "gib"), [(True, 2.54), pytest.param(False, 8.55, marks=pytest.mark.slow)])
+def test_gradient_step_at_full_size_stores_what_the_documentation_says(monkeypatch, checkpointing, gib):
+    """The script's own energy on Stable Diffusion 1.4, 512 pixels, P = 2 and ResNet-50, one image, on `meta` tensors."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    import timm
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from common.memory import saved_bytes
+
+    args = dd.Args(gen_micro_batch=1, grad_checkpoint=checkpointing)
+    sides = dict(block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).bfloat16()
+        vae = AutoencoderKL(sample_size=512, layers_per_block=2, up_block_types=["UpDecoderBlock2D"] * 4, **sides)
+        net = timm.create_model("resnet50", num_classes=100).bfloat16().requires_grad_(False).eval()
+        text, one = torch.empty(100, 77, 768, dtype=torch.bfloat16), torch.empty(1, 4, 1, 1)
+        z, steps, p, q = torch.empty(1, 4, 64, 64), torch.empty(50), torch.empty(100, 2048), torch.empty(100, 3, 2048)
+    for part in (unet, vae):
+        part.requires_grad_(False).eval()
+        if args.grad_checkpoint:
+            part.enable_gradient_checkpointing()
+    monkeypatch.setattr(dd, "autocast", lambda *_: nullcontext())  # there is none on meta: the guide is cast instead
+    s = dd.Sampler.__new__(dd.Sampler)
+    s.args, s.device, s.pipe, s.unet = args, z.device, SimpleNamespace(unet=unet, vae=vae), unet
+    s.energy_vae = dd.vae_of_the_energy(args, s.pipe)
+    s.guide = SimpleNamespace(
+        features=lambda x: net.forward_head(net.forward_features(x.bfloat16()), pre_logits=True)
+    )
+    s.text, s.null, s.class_unit, s.group_unit, s.t, s.abar, s.abar_next = text, text[0], p, q, steps, steps, steps
+    score = s.score_with(s.networks(torch.zeros(1, dtype=torch.long)))
+    counted = saved_bytes(lambda: dd.transform_guidance(z, one, one, 30, args.gen_rho, args.gen_radius, score))
+    assert counted.peak / 2**30 == pytest.approx(gib, rel=0.03)
