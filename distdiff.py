@@ -25,7 +25,7 @@ Differs:
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from common.cli import Frame, parse, start
+from common.cli import Frame, Positive, parse, start
 
 Row = Literal[
     "zero-shot", "real", "real-repeated", "autoaugment", "randaugment", "erasing", "cutout", "gridmask", "mixup",
@@ -74,6 +74,8 @@ class Args(Frame):
     # ---- [2] guide, [3] prototypes (Sec. 3.2) --------------------------------------------------
     guide_epochs: int = 100
     """epochs of the guide, on the real images alone; the rest as in stage 6"""
+    guide_lr: Positive = 0.1
+    """learning rate of the guide, officially 0.1 from scratch; a pretrained or CLIP guide needs less, 1e-2 or 1e-3"""
     groups: int = 3
     """K, group prototypes of each class (Table 6)"""
 
@@ -131,7 +133,7 @@ class Args(Frame):
     clf_transform: Transform = "none"
     """transformation added to the generated rows (Table 1, second line)"""
     sgd_lr: float = 0.1
-    """learning rate, cosine to 0 over the epochs; Nesterov momentum 0.9"""
+    """learning rate of the classifiers, cosine to 0 over the epochs; Nesterov momentum 0.9"""
     sgd_wd: float = 1e-4
     """weight decay, on all weights"""
     sgd_batch: int = 64
@@ -145,7 +147,7 @@ class Args(Frame):
     clf_evals: int = 20
     """validations during the training, evenly spread, the last at its end"""
     clf_report_test_selected: bool = True
-    """also score the test set at each validation and print its best, as the official code; never used to choose"""
+    """also score the test set at each validation and print its best; officially at each epoch; never used to choose"""
 
 
 # Comments: the paper's top-1, real / SD / DistDiff at k = 5. Learning rates of fine-tuning are ours: not published.
@@ -516,7 +518,7 @@ class Net(nn.Module):
         self.mean, self.std, self.clip = IMAGENET_MEAN, IMAGENET_STD, None
         if name.startswith("clip:"):
             clip = load_clip(name.removeprefix("clip:"))
-            self.net, self.mean, self.std = clip.model.visual, clip.mean, clip.std
+            self.net = clip.model.visual  # Trap: officially fed with ImageNet's mean and deviation, not CLIP's own
             weights = F.normalize(encode_texts(clip, prompts), dim=-1)
             self.head = nn.Linear(weights.shape[1], len(prompts))
             with torch.no_grad():
@@ -536,8 +538,8 @@ class Net(nn.Module):
     def save(self, folder, about):
         """classifier/: a timm folder, or an open_clip folder and head.safetensors; classes.json last."""
         if self.clip:
-            clip = self.clip
-            save_clip(folder, clip.model.state_dict(), clip.config, clip.tokenizer_files, clip.preprocess_config)
+            clip, seen = self.clip, dict(mean=list(self.mean), std=list(self.std))
+            save_clip(folder, clip.model.state_dict(), clip.config, clip.tokenizer_files, clip.preprocess_config | seen)
             runs.save_tensors(folder / "head.safetensors", dict(self.head.state_dict()))
         else:
             timm.models.save_for_hf(self.net, folder, safe_serialization=True)
@@ -653,7 +655,7 @@ def train_guide(args, run, dist, real, val, test, prompts):
         if dist.main:  # one network: the other processes wait
             scored = scored_splits(args, val, test)
             parts, transform = [Resized(real, args.clf_resize)], "none"
-            spec = (args.guide, args.guide_pretrained, args.guide_epochs)
+            spec = (args.guide, args.guide_pretrained, args.guide_epochs, args.guide_lr)
             fit(args, run, dist, run.path("guide"), spec, parts, transform, args.seed, len(real), scored, prompts)
         distributed.barrier(dist)
     run.done("guide", **{k: json.loads(run.path("guide", "metrics.json").read_text())[k] for k in ("test", "val")})
@@ -732,8 +734,7 @@ def load_pipeline(args, device):
 
 def crop_offset(width, height, size, g):
     """Size after the shorter side became `size`, and a uniform top left corner. -> (w, h), (x, y)"""
-    scale = size / min(width, height)
-    w, h = (max(size, int(scale * side)) for side in (width, height))
+    w, h = (int(size * side / min(width, height)) for side in (width, height))  # as torchvision's Resize rounds
     x, y = (int(torch.randint(free + 1, (), generator=g)) for free in (w - size, h - size))
     return (w, h), (x, y)
 
@@ -1086,19 +1087,19 @@ def scored_splits(args, val, test):
 def fit(args, run, dist, folder, spec, parts, extra, seed, length, scored, prompts):
     """Train one network on one process and save the weights of its chosen epoch and metrics.json.
 
-    spec: (network, pretrained, epochs). parts: Resized sets, one list. extra: a Transform. length: images per epoch,
+    spec: (network, pretrained, epochs, learning rate). parts: Resized sets, one list. extra: a Transform. length: images per epoch,
     whatever the length of the list. Official recipe: SGD with Nesterov momentum, cosine by epoch, no warm-up.
     """
     if (folder / "metrics.json").exists():
         return
-    name, pretrained, epochs = spec
+    name, pretrained, epochs, lr = spec
     seed_global(distributed.seed_of(seed, "weights"), dist.device)
     net = Net(name, pretrained, prompts).to(dist.device)
     data = Mixture(parts, TrainTransform(args, extra, net.mean, net.std), seed)
     per_epoch = math.ceil(length / args.sgd_batch)
     total = epochs * per_epoch
     eval_steps = {math.ceil(total * (i + 1) / args.clf_evals) for i in range(args.clf_evals)}
-    optimizer = torch.optim.SGD(net.parameters(), args.sgd_lr, momentum=0.9, nesterov=True, weight_decay=args.sgd_wd)
+    optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=args.sgd_wd)
     weights, checkpoint = net.state_dict(keep_vars=True), folder / "checkpoint.safetensors"
     first, saved, best_weights = load_training(checkpoint, weights, optimizer)
     best, history = saved or (dict(val=-1.0), [])
@@ -1128,7 +1129,7 @@ def fit(args, run, dist, folder, spec, parts, extra, seed, length, scored, promp
         with autocast(args, dist.device):
             logits = net(x).float()
         loss = mixup_loss(logits, y, index.to(dist.device), lam) if mixing else F.cross_entropy(logits, y)
-        optimizer.param_groups[0]["lr"] = epoch_lr(step // per_epoch, args.sgd_lr, epochs)
+        optimizer.param_groups[0]["lr"] = epoch_lr(step // per_epoch, lr, epochs)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -1214,7 +1215,7 @@ def train(args, run, dist, real, val, test, class_names, prompts):
             most = max(args.clf_copies) if args.clf_equal_k or row not in GENERATED else k
             length = len(real) * (1 if row == "real" else 1 + most)
             folder = run.path("classifier", "runs", run_name(row, k, seed))
-            spec = (args.classifier, args.classifier_pretrained, args.clf_epochs)
+            spec = (args.classifier, args.classifier_pretrained, args.clf_epochs, args.sgd_lr)
             fit(args, run, alone, folder, spec, parts, extra, seed, length, scored, prompts)
         if "zero-shot" in args.rows and dist.main:
             score_zero_shot(args, run, dist, test, prompts)
@@ -1332,7 +1333,7 @@ def write_table(args, run, real, class_names, predicted, labels, saved):
     size = min(max(args.gen_resolution, 64), 128)
     runs.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), class_names, size=size)
 
-    columns = ("training set", "k", "test top-1", "last epoch", "best test epoch (official selection)", "images")
+    columns = ("training set", "k", "test top-1", "last epoch", f"best of {args.clf_evals} test scores (officially of every epoch's)", "images")
     header = [*columns, "updates"]
     confusion = torch.zeros(n, n, dtype=torch.long)
     confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)

@@ -438,6 +438,44 @@ def test_crop_of_a_rectangle_stays_inside():
         assert min(sw, sh) == 64 and 0 <= x <= sw - 64 and 0 <= y <= sh - 64
 
 
+def test_resized_sides_are_those_of_torchvision():
+    from torchvision.transforms.functional import _compute_resized_output_size
+
+    g = torch.Generator().manual_seed(0)
+    for w in range(1, 130):
+        for h in range(1, 130):
+            (sw, sh), _ = dd.crop_offset(w, h, 512, g)
+            assert [sh, sw] == _compute_resized_output_size((h, w), [512])
+
+
+def test_guide_has_a_rate_of_its_own(monkeypatch):
+    """Official: 0.1 from scratch in every preset, whatever the classifier's is."""
+    for name, preset in dd.PRESETS.items():
+        assert dd.Args(**preset).guide_lr == 0.1, name
+    assert dd.Args(**dd.PRESETS["cars"]).sgd_lr == 0.01 and dd.Args(**dd.PRESETS["pathmnist"]).sgd_lr == 1e-3
+    from contextlib import nullcontext
+    from types import SimpleNamespace as Some
+
+    seen = []
+    monkeypatch.setattr(dd, "fit", lambda args, run, dist, folder, spec, *_: seen.append(spec))
+    monkeypatch.setattr(dd, "scored_splits", lambda *_: {})
+    monkeypatch.setattr(dd, "Resized", lambda *_: None)
+    monkeypatch.setattr(dd.json, "loads", lambda _: dict(test=0, val=0))
+    file = Some(read_text=lambda: "")
+    run = Some(timed=lambda *_, **__: nullcontext(), path=lambda *_: file, done=lambda *_, **__: None)
+    dist = distributed.Dist(0, 0, 1, "cpu")
+    dd.train_guide(dd.Args(**dd.PRESETS["cars"], guide_lr=0.07), run, dist, [], None, None, [])
+    assert seen == [("resnet50", False, 100, 0.07)]
+
+
+def test_clip_sees_the_normalisation_of_the_authors(tmp_path):
+    net = dd.Net("clip:tiny", False, ["a", "b"])
+    assert (net.mean, net.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    net.save(tmp_path, dict(prompts=["a", "b"]))
+    stored = json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert stored["mean"] == list(net.mean) and stored["std"] == list(net.std)
+
+
 def test_prompts_of_the_data_sets():
     cases = {
         ("caltech101", "wild_cat"): "a photo of a wild cat.",
