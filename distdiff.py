@@ -25,7 +25,7 @@ Differs:
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from common.cli import Frame, Positive, parse, start
+from common.cli import Count, Fraction, Frame, Natural, NonNegative, Positive, Share, check, parse, start
 
 Row = Literal[
     "zero-shot", "real", "real-repeated", "autoaugment", "randaugment", "erasing", "cutout", "gridmask", "mixup",
@@ -64,87 +64,87 @@ class Args(Frame):
     """CLIP of the row zero-shot: open_clip ARCH/PRETRAINED, hf-hub:ID, local folder, or tiny"""
 
     # ---- [1] select: the real images -----------------------------------------------------------
-    real_per_class: int | None = None
+    real_per_class: Count | None = None
     """real images drawn from each class of the training split; None: all"""
     merge_val: bool = False
     """add the data set's own validation split to the training images, as the paper does for DTD"""
-    val_fraction: float = 0.0
+    val_fraction: Fraction = 0.0
     """share of training images that choose the epoch if there is no validation split; 0: keep the last epoch"""
 
     # ---- [2] guide, [3] prototypes (Sec. 3.2) --------------------------------------------------
-    guide_epochs: int = 100
+    guide_epochs: Count = 100
     """epochs of the guide, on the real images alone; the rest as in stage 6"""
     guide_lr: Positive = 0.1
     """learning rate of the guide, officially 0.1 from scratch; a pretrained or CLIP guide needs less, 1e-2 or 1e-3"""
-    groups: int = 3
+    groups: Count = 3
     """K, group prototypes of each class (Table 6)"""
 
     # ---- [4] encode, [5] expand (Sec. 3.3) -----------------------------------------------------
     gen_seed: int = 0
     """the k-th copy of a real image is a function of (gen_seed, that image, k), of generator and guide"""
-    gen_copies: int = 5
+    gen_copies: Count = 5
     """k, generated images for each real one"""
-    gen_resolution: int = 512
+    gen_resolution: Count = 512
     """pixels per side of a generated image"""
-    gen_save_size: int | None = None
+    gen_save_size: Count | None = None
     """pixels per side of the stored images, None: as generated; half the side is a quarter of disk and decoding"""
     gen_prompt: str | None = None
     """prompt with {} for the class name; None: the official code's for this data set"""
-    gen_steps: int = 50
+    gen_steps: Count = 50
     """sampler steps"""
-    gen_strength: float = 0.5
+    gen_strength: Share = 0.5
     """s, share of the steps that are run; the others' noise is never added (0.2 for PathMNIST)"""
     gen_guidance: float = 7.5
     """classifier-free guidance scale w"""
-    gen_step_from_end: int = 20
+    gen_step_from_end: Count = 20
     """M, the latent is moved M steps before the last (Table 5); at most gen_strength x gen_steps"""
-    gen_period: int = 2
+    gen_period: Count = 2
     """P, denoising steps of the look-ahead whose energies are averaged (Table 7)"""
-    gen_rho: float = 10.0
+    gen_rho: NonNegative = 10.0
     """rho, size of the one gradient step on e and b (Table 11); depends on the scale of the guide's features"""
-    gen_radius: float = 0.2
+    gen_radius: NonNegative = 0.2
     """epsilon, the latent stays within this distance of where it was, in every element"""
-    gen_class_weight: float = 1.0
+    gen_class_weight: NonNegative = 1.0
     """lambda_c, weight of the distance to the class prototype; 0 leaves it out"""
-    gen_group_weight: float = 1.0
+    gen_group_weight: NonNegative = 1.0
     """lambda_g, weight of the distance to the nearest group prototype (Table 12); 0 leaves it out"""
     gen_normalize: bool = False
     """L2-normalise the guide's feature in the energy, as the prototypes are (officially not); needs its own rho"""
     gen_guide_input: Literal["pm1", "normalized"] = "pm1"
     """pm1: the guide sees the decoder's [-1, 1], as officially; normalized: what it was trained on"""
-    gen_micro_batch: int = 16
+    gen_micro_batch: Count = 16
     """images per forward pass on one process; speed and memory only"""
     grad_checkpoint: bool = True
     """recompute activations of U-Net and decoder in the gradient step: 2.5 instead of 8.5 GiB per image, same bits"""
-    energy_probe: int = 64
+    energy_probe: Natural = 64
     """copies whose energy is measured again after the gradient step, for the report; 0: none"""
 
     # ---- [6] train the classifiers (Sec. 4.1) --------------------------------------------------
     rows: tuple[Row, ...] = ("real", "real-repeated", "sd", "rho0", "distdiff")
     """rows of the table; rho0: random shift without gradient; direct: Sec. 4.4; a transform's name: real images only"""
-    clf_copies: tuple[int, ...] = (5,)
+    clf_copies: tuple[Count, ...] = (5,)
     """k of the generated rows, each at most gen_copies; the sets are nested"""
-    clf_seeds: int = 3
+    clf_seeds: Count = 3
     """classifiers per row, seeds seed, seed + 1, ..."""
-    clf_epochs: int = 100
+    clf_epochs: Count = 100
     """epochs"""
     clf_equal_k: bool = True
     """epochs of all rows but `real` are as long as the largest k's; --no-clf-equal-k: those of each generated list"""
     clf_transform: Transform = "none"
     """transformation added to the generated rows (Table 1, second line)"""
-    sgd_lr: float = 0.1
+    sgd_lr: Positive = 0.1
     """learning rate of the classifiers, cosine to 0 over the epochs; Nesterov momentum 0.9"""
-    sgd_wd: float = 1e-4
+    sgd_wd: NonNegative = 1e-4
     """weight decay, on all weights"""
-    sgd_batch: int = 64
+    sgd_batch: Count = 64
     """images per step"""
-    clf_resize: int = 256
+    clf_resize: Count = 256
     """images are first resized to this square, proportions not kept"""
-    clf_size: int = 224
+    clf_size: Count = 224
     """crop that the networks see"""
     clf_flip: bool = True
     """mirror half of the images; not for digits and signs"""
-    clf_evals: int = 20
+    clf_evals: Count = 20
     """validations during the training, evenly spread, the last at its end"""
     clf_report_test_selected: bool = True
     """also score the test set at each validation and print its best; officially at each epoch; never used to choose"""
@@ -192,12 +192,11 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from common import datasets, distributed, models
+from common import datasets, diffusion, distributed, models
 from common import run as runs
 from common.checkpoint import load_training, save_training
 from common.clip import encode_images, encode_texts, load_clip, save_clip
@@ -713,22 +712,12 @@ def prototype_report(args, run, real, features, labels, found, class_names):
 
 
 def load_pipeline(args, device):
-    """The stock pipeline, frozen, without safety checker; the VAE's weights stay in full precision."""
-    dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    path = models.resolve(args.sd_model, "generator")
-    off = dict(safety_checker=None, requires_safety_checker=False)
-    pipe = StableDiffusionPipeline.from_pretrained(path, dtype=dtype, **off)
-    if pipe.scheduler.config.prediction_type != "epsilon":
-        raise runs.UserError(
-            f"{args.sd_model}: predicts {pipe.scheduler.config.prediction_type}; DistDiff needs epsilon"
-        )
-    for part in (pipe.unet, pipe.text_encoder, pipe.vae):
-        part.requires_grad_(False).eval().to(device)
-    for part in (pipe.unet, pipe.vae):
-        part.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in, on CPU and GPU
-        if args.grad_checkpoint:
+    """The stock pipeline, frozen, without safety checker; the VAE's weights are read in full precision."""
+    path = models.check_models([("--sd-model", args.sd_model, "generator")])["--sd-model"]
+    pipe = diffusion.load_pipeline(path, device, args.precision, **models.load_kwargs(path))
+    if args.grad_checkpoint:
+        for part in (pipe.unet, pipe.vae):
             part.enable_gradient_checkpointing()
-    pipe.vae.float()
     return pipe
 
 
@@ -1087,8 +1076,8 @@ def scored_splits(args, val, test):
 def fit(args, run, dist, folder, spec, parts, extra, seed, length, scored, prompts):
     """Train one network on one process and save the weights of its chosen epoch and metrics.json.
 
-    spec: (network, pretrained, epochs, learning rate). parts: Resized sets, one list. extra: a Transform. length: images per epoch,
-    whatever the length of the list. Official recipe: SGD with Nesterov momentum, cosine by epoch, no warm-up.
+    spec: (network, pretrained, epochs, learning rate). parts: Resized sets, one list. extra: a Transform. length: images
+    per epoch, whatever the length of the list. Official recipe: SGD with Nesterov momentum, cosine by epoch, no warm-up.
     """
     if (folder / "metrics.json").exists():
         return
@@ -1333,7 +1322,8 @@ def write_table(args, run, real, class_names, predicted, labels, saved):
     size = min(max(args.gen_resolution, 64), 128)
     runs.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), class_names, size=size)
 
-    columns = ("training set", "k", "test top-1", "last epoch", f"best of {args.clf_evals} test scores (officially of every epoch's)", "images")
+    selected = f"best of {args.clf_evals} test scores (officially of every epoch's)"
+    columns = ("training set", "k", "test top-1", "last epoch", selected, "images")
     header = [*columns, "updates"]
     confusion = torch.zeros(n, n, dtype=torch.long)
     confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
@@ -1359,13 +1349,7 @@ def autocast(args, device):
 
 def check_ranges(args):
     """What would otherwise fail, or silently do nothing, in the middle of a run."""
-    positive = "guide_epochs groups gen_copies gen_resolution gen_steps gen_period gen_micro_batch clf_seeds clf_epochs"
-    for name in (positive + " sgd_batch clf_resize clf_size clf_evals").split():
-        if getattr(args, name) < 1:
-            raise runs.UserError(f"{runs.flag(name)} is {getattr(args, name)}; it must be at least 1")
-    for name in ("val_fraction", "gen_strength"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise runs.UserError(f"{runs.flag(name)} is {getattr(args, name)}; it must lie in 0..1")
+    check(args)
     steps = args.gen_steps - start_index(args.gen_strength, args.gen_steps)
     # Trap: the official code then draws plain img2img samples without a word.
     if not args.gen_period <= args.gen_step_from_end <= steps:
@@ -1381,6 +1365,33 @@ def check_ranges(args):
         raise runs.UserError("--rows: name at least one row that is trained")
     if args.gen_prompt is not None and args.gen_prompt.count("{}") != 1:
         raise runs.UserError(f"--gen-prompt {args.gen_prompt!r} needs one {{}} for the class name")
+
+
+def planned_models(args):
+    """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
+    wanted = [("--sd-model", args.sd_model, "generator")]
+    for flag, name, pretrained in (
+        ("--guide", args.guide, args.guide_pretrained),
+        ("--classifier", args.classifier, args.classifier_pretrained),
+    ):
+        kind = "clip" if name.startswith("clip:") else "timm" if pretrained else "network"
+        wanted.append((flag, name.removeprefix("clip:"), kind))
+    if "zero-shot" in args.rows:
+        wanted.append(("--zeroshot-clip", args.zeroshot_clip, "clip"))
+    found = models.check_models(wanted)
+    config = models.scheduler_config(found["--sd-model"])
+    if (kind := config["prediction_type"]) != "epsilon":
+        raise runs.UserError(f"--sd-model {args.sd_model}: predicts {kind!r}; DistDiff needs epsilon")
+    if (schedule := config["beta_schedule"]) != "scaled_linear":
+        raise runs.UserError(f"--sd-model {args.sd_model}: its noise schedule is {schedule!r}, not scaled_linear")
+    return found
+
+
+# Flags that no stage before this one reads: they may change while it has not begun.
+LATER = {
+    "train": "clf_copies clf_seeds clf_epochs clf_equal_k clf_transform sgd_lr classifier classifier_pretrained "
+    "zeroshot_clip"
+}
 
 
 def check_order(args, run, todo):
@@ -1403,9 +1414,10 @@ def main(args):
         distributed.say(dist, data.note)
     real, val = choose(args, data)
     prompts = prompts_of_classes(args, names)
-    ids = dict(generator=models.fingerprint(models.resolve(args.sd_model, "generator")), guide=args.guide)
+    found = planned_models(args)
+    ids = dict(generator=models.fingerprint(found["--sd-model"]), guide=args.guide)
 
-    run = runs.open_run("distdiff", args, dist, SPEED_FLAGS, models=ids)
+    run = runs.open_run("distdiff", args, dist, SPEED_FLAGS, models=ids, later=LATER)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, real, val)
     check_order(args, run, [stage for stage in todo if stage != "select"])

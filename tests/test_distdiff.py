@@ -291,7 +291,7 @@ def test_checkpointing_gives_the_same_bits(world):
 
 
 def test_energy_in_bf16_keeps_the_direction_of_the_gradient(world):
-    """The gradient step's VAE in bfloat16, all else in float32, against float32: and the pipeline's VAE stays float32."""
+    """The gradient step's VAE in bfloat16, all else in float32; the pipeline's VAE stays float32."""
     found = {}
     for precision in ("fp32", "bf16"):
         s = sampler(world, precision=precision)
@@ -474,6 +474,38 @@ def test_clip_sees_the_normalisation_of_the_authors(tmp_path):
     net.save(tmp_path, dict(prompts=["a", "b"]))
     stored = json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]
     assert stored["mean"] == list(net.mean) and stored["std"] == list(net.std)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [dict(gen_radius=-0.1), dict(gen_rho=float("nan")), dict(gen_rho=float("inf")), dict(sgd_lr=0.0), dict(groups=0)]
+    + [dict(energy_probe=-1), dict(real_per_class=0), dict(gen_strength=1.5), dict(guide_lr=-1.0)],
+    ids=str,
+)
+def test_numbers_outside_their_range_are_refused(flags):
+    with pytest.raises(UserError, match="must be"):
+        dd.check_ranges(dd.Args(**flags))
+
+
+def test_models_of_a_run_are_looked_through_before_the_first_stage(tmp_path):
+    import shutil
+
+    from common.models import TINY_WEIGHTS
+
+    digits = dd.PRESETS["digits"]
+    assert set(dd.planned_models(dd.Args(**digits))) == {"--sd-model", "--guide", "--classifier", "--zeroshot-clip"}
+    for field, value in (("guide", "clip:/nowhere"), ("classifier", "resnet5o"), ("zeroshot_clip", "/nowhere")):
+        with pytest.raises(UserError, match="^--" + field.replace("_", "-")):
+            dd.planned_models(dd.Args(**{**digits, field: value}))
+    shutil.copytree(TINY_WEIGHTS / "sd", tmp_path / "sd")
+    for file, key, value in (
+        ("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
+        ("model_index.json", "_class_name", "StableDiffusionXLPipeline"),
+    ):
+        config = json.loads((tmp_path / "sd" / file).read_text())
+        (tmp_path / "sd" / file).write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError, match="^--sd-model.*" + value):
+            dd.planned_models(dd.Args(**{**digits, "sd_model": str(tmp_path / "sd")}))
 
 
 def test_prompts_of_the_data_sets():
@@ -737,7 +769,7 @@ def test_full_size_flops_are_those_of_the_documentation():
 
 @pytest.mark.parametrize(("checkpointing", "gib"), [(True, 2.54), pytest.param(False, 8.55, marks=pytest.mark.slow)])
 def test_gradient_step_at_full_size_stores_what_the_documentation_says(monkeypatch, checkpointing, gib):
-    """The script's own energy on Stable Diffusion 1.4, 512 pixels, P = 2 and ResNet-50, one image, on `meta` tensors."""
+    """The script's own energy on Stable Diffusion 1.4, 512 pixels, P = 2, ResNet-50, on `meta` tensors."""
     from contextlib import nullcontext
     from types import SimpleNamespace
 
