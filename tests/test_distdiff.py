@@ -279,14 +279,44 @@ def test_an_image_does_not_depend_on_its_neighbours(world):
 
 
 def test_checkpointing_gives_the_same_bits(world):
-    plain = draw(world, "distdiff")
     parts = (world["pipe"].unet, world["pipe"].vae)
-    for part in parts:
-        part.enable_gradient_checkpointing()
+    assert all(part.is_gradient_checkpointing for part in parts), "it is on by default"
     again = draw(world, "distdiff")
     for part in parts:
         part.disable_gradient_checkpointing()
+    plain = draw(world, "distdiff")
+    for part in parts:
+        part.enable_gradient_checkpointing()
     assert torch.equal(plain, again)
+
+
+def test_energy_in_bf16_keeps_the_direction_of_the_gradient(world):
+    """The gradient step's VAE in bfloat16, all else in float32; the pipeline's VAE stays float32."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        s = sampler(world, precision=precision)
+        z, e, b, nets = s.begin(world["latents"], LABELS, SEEDS)
+        _, info = dd.transform_guidance(z, e, b, s.guided_at, 1.0, 0.2, s.score_with(nets))
+        found[precision] = torch.cat([info["grad_e"], info["grad_b"]], 1).flatten(1)
+        assert s.energy_vae.dtype == dict(fp32=torch.float32, bf16=torch.bfloat16)[precision]
+    assert world["pipe"].vae.dtype == torch.float32
+    cosine = F.cosine_similarity(found["fp32"], found["bf16"])
+    assert cosine.min() > 0.99 and not torch.equal(found["fp32"], found["bf16"])
+
+
+def test_slices_are_equal_and_never_too_large():
+    seen = []
+
+    def network(x):
+        seen.append(len(x))
+        return 2 * x
+
+    x = torch.arange(32.0).view(32, 1)
+    assert torch.equal(dd.in_slices(network, x, 512), 2 * x) and seen == [8] * 4
+    assert 256 * 512**2 * max(seen) < 2**31
+    seen.clear()
+    dd.in_slices(network, x[:12], 512), dd.in_slices(network, x[:5], 4096)
+    assert seen == [6, 6] + [1] * 5
 
 
 def test_nothing_frozen_is_touched(world):
@@ -406,6 +436,76 @@ def test_crop_of_a_rectangle_stays_inside():
     for w, h in ((100, 70), (70, 100), (64, 64)):
         (sw, sh), (x, y) = dd.crop_offset(w, h, 64, torch.Generator().manual_seed(0))
         assert min(sw, sh) == 64 and 0 <= x <= sw - 64 and 0 <= y <= sh - 64
+
+
+def test_resized_sides_are_those_of_torchvision():
+    from torchvision.transforms.functional import _compute_resized_output_size
+
+    g = torch.Generator().manual_seed(0)
+    for w in range(1, 130):
+        for h in range(1, 130):
+            (sw, sh), _ = dd.crop_offset(w, h, 512, g)
+            assert [sh, sw] == _compute_resized_output_size((h, w), [512])
+
+
+def test_guide_has_a_rate_of_its_own(monkeypatch):
+    """Official: 0.1 from scratch in every preset, whatever the classifier's is."""
+    for name, preset in dd.PRESETS.items():
+        assert dd.Args(**preset).guide_lr == 0.1, name
+    assert dd.Args(**dd.PRESETS["cars"]).sgd_lr == 0.01 and dd.Args(**dd.PRESETS["pathmnist"]).sgd_lr == 1e-3
+    from contextlib import nullcontext
+    from types import SimpleNamespace as Some
+
+    seen = []
+    monkeypatch.setattr(dd, "fit", lambda args, run, dist, folder, spec, *_: seen.append(spec))
+    monkeypatch.setattr(dd, "scored_splits", lambda *_: {})
+    monkeypatch.setattr(dd, "Resized", lambda *_: None)
+    monkeypatch.setattr(dd.json, "loads", lambda _: dict(test=0, val=0))
+    file = Some(read_text=lambda: "")
+    run = Some(timed=lambda *_, **__: nullcontext(), path=lambda *_: file, done=lambda *_, **__: None)
+    dist = distributed.Dist(0, 0, 1, "cpu")
+    dd.train_guide(dd.Args(**dd.PRESETS["cars"], guide_lr=0.07), run, dist, [], None, None, [])
+    assert seen == [("resnet50", False, 100, 0.07)]
+
+
+def test_clip_sees_the_normalisation_of_the_authors(tmp_path):
+    net = dd.Net("clip:tiny", False, ["a", "b"])
+    assert (net.mean, net.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    net.save(tmp_path, dict(prompts=["a", "b"]))
+    stored = json.loads((tmp_path / "open_clip_config.json").read_text())["preprocess_cfg"]
+    assert stored["mean"] == list(net.mean) and stored["std"] == list(net.std)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [dict(gen_radius=-0.1), dict(gen_rho=float("nan")), dict(gen_rho=float("inf")), dict(sgd_lr=0.0), dict(groups=0)]
+    + [dict(energy_probe=-1), dict(real_per_class=0), dict(gen_strength=1.5), dict(guide_lr=-1.0)],
+    ids=str,
+)
+def test_numbers_outside_their_range_are_refused(flags):
+    with pytest.raises(UserError, match="must be"):
+        dd.check_ranges(dd.Args(**flags))
+
+
+def test_models_of_a_run_are_looked_through_before_the_first_stage(tmp_path):
+    import shutil
+
+    from common.models import TINY_WEIGHTS
+
+    digits = dd.PRESETS["digits"]
+    assert set(dd.planned_models(dd.Args(**digits))) == {"--sd-model", "--guide", "--classifier", "--zeroshot-clip"}
+    for field, value in (("guide", "clip:/nowhere"), ("classifier", "resnet5o"), ("zeroshot_clip", "/nowhere")):
+        with pytest.raises(UserError, match="^--" + field.replace("_", "-")):
+            dd.planned_models(dd.Args(**{**digits, field: value}))
+    shutil.copytree(TINY_WEIGHTS / "sd", tmp_path / "sd")
+    for file, key, value in (
+        ("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
+        ("model_index.json", "_class_name", "StableDiffusionXLPipeline"),
+    ):
+        config = json.loads((tmp_path / "sd" / file).read_text())
+        (tmp_path / "sd" / file).write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError, match="^--sd-model.*" + value):
+            dd.planned_models(dd.Args(**{**digits, "sd_model": str(tmp_path / "sd")}))
 
 
 def test_prompts_of_the_data_sets():
@@ -665,3 +765,37 @@ def test_full_size_flops_are_those_of_the_documentation():
     image = 25 * 2 * plain["unet"] + plain["vae"]
     guidance = 2 * (2 * both["unet"] + both["vae"])
     assert [image, guidance] == pytest.approx([42.7, 17.1], rel=0.02)
+
+
+@pytest.mark.parametrize(("checkpointing", "gib"), [(True, 2.54), pytest.param(False, 8.55, marks=pytest.mark.slow)])
+def test_gradient_step_at_full_size_stores_what_the_documentation_says(monkeypatch, checkpointing, gib):
+    """The script's own energy on Stable Diffusion 1.4, 512 pixels, P = 2, ResNet-50, on `meta` tensors."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    import timm
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from common.memory import saved_bytes
+
+    args = dd.Args(gen_micro_batch=1, grad_checkpoint=checkpointing)
+    sides = dict(block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).bfloat16()
+        vae = AutoencoderKL(sample_size=512, layers_per_block=2, up_block_types=["UpDecoderBlock2D"] * 4, **sides)
+        net = timm.create_model("resnet50", num_classes=100).bfloat16().requires_grad_(False).eval()
+        text, one = torch.empty(100, 77, 768, dtype=torch.bfloat16), torch.empty(1, 4, 1, 1)
+        z, steps, p, q = torch.empty(1, 4, 64, 64), torch.empty(50), torch.empty(100, 2048), torch.empty(100, 3, 2048)
+    for part in (unet, vae):
+        part.requires_grad_(False).eval()
+        if args.grad_checkpoint:
+            part.enable_gradient_checkpointing()
+    monkeypatch.setattr(dd, "autocast", lambda *_: nullcontext())  # there is none on meta: the guide is cast instead
+    s = dd.Sampler.__new__(dd.Sampler)
+    s.args, s.device, s.pipe, s.unet = args, z.device, SimpleNamespace(unet=unet, vae=vae), unet
+    s.energy_vae = dd.vae_of_the_energy(args, s.pipe)
+    s.guide = SimpleNamespace(features=lambda x: net.forward_head(net.forward_features(x.bfloat16()), pre_logits=True))
+    s.text, s.null, s.class_unit, s.group_unit, s.t, s.abar, s.abar_next = text, text[0], p, q, steps, steps, steps
+    score = s.score_with(s.networks(torch.zeros(1, dtype=torch.long)))
+    counted = saved_bytes(lambda: dd.transform_guidance(z, one, one, 30, args.gen_rho, args.gen_radius, score))
+    assert counted.peak / 2**30 == pytest.approx(gib, rel=0.03)
