@@ -252,191 +252,6 @@ PART = 256  # images in one file of captions or embeddings; an interrupted stage
 
 
 # ---------------------------------------------------------------------------------------------
-# The method: the paper's equations as plain functions. Change the idea here.
-
-
-def training_prompt(class_name, caption):
-    """Official code: text of the LoRA tuning. A missing caption leaves the class name."""
-    return f"photo of {class_name}, {caption}" if caption else f"photo of {class_name}"
-
-
-def sampling_prompt(class_name, caption):
-    """Official code: text of the generation, with and without a caption."""
-    return f"photo of {class_name}, {caption}, best quality" if caption else f"{class_name}, photo, best quality"
-
-
-def alphas_cumprod(n=1000, beta_start=0.00085, beta_end=0.012):
-    """Scaled-linear schedule: abar_t = prod_{s<=t} (1 - beta_s), sqrt(beta) linear. -> [n] float32"""
-    return (1 - torch.linspace(beta_start**0.5, beta_end**0.5, n) ** 2).cumprod(0)
-
-
-def add_noise(z, eps, abar):
-    """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps. [B, 4, h, w] twice, abar_t [B] -> [B, 4, h, w]"""
-    abar = abar.view(-1, 1, 1, 1)
-    return abar.sqrt() * z + (1 - abar).sqrt() * eps
-
-
-def guided(eps_u, eps_c, w):
-    """Classifier-free guidance: eps = eps_u + w (eps_c - eps_u). w = 1: conditional, w = 0: unconditional."""
-    return eps_u + w * (eps_c - eps_u)
-
-
-def snr_of(abar):
-    """Signal-to-noise ratio abar / (1 - abar) of a timestep. [B] -> [B]"""
-    return abar / (1 - abar)
-
-
-def snr_weight(snr, gamma):
-    """min-SNR weight of the noise prediction: w = min(snr, gamma) / snr, so 0 < w <= 1; gamma None: 1. [B] -> [B]"""
-    return snr.clamp(max=gamma) / snr
-
-
-def matching_loss(pred, target, w, lam):
-    """Official code: denoising loss plus the squared first moment of the residuals, the explicit matching term.
-
-    r_i = pred_i - target_i;  L_diff = mean_i w_i mean(r_i^2);  L_dm = mean((sum_i w_i r_i)^2);  L = L_diff + lam L_dm.
-    pred, target [B, 4, h, w], w [B] -> (L, L_diff, L_dm). The paper speaks of the mean over the batch, the code sums:
-    with the mean the same lambda would be B^2 = 64 times weaker. Always L_dm <= B^2 L_diff.
-    """
-    r = pred.float() - target.float()
-    diffusion = (w * r.pow(2).mean((1, 2, 3))).mean()
-    dm = (w.view(-1, 1, 1, 1) * r).sum(0).pow(2).mean()
-    return diffusion + lam * dm, diffusion, dm
-
-
-def matching_shares(r, w, total, b):
-    """What some images of a matching batch of b contribute to its loss, for images that are not all on one process.
-
-    r [n, 4, h, w] their residuals, w [n], total = sum_i w_i r_i over the whole batch, a constant. -> shares of L_diff
-    and of L_dm: mean(2 w_i r_i total), summed over images, has the gradient of mean(total^2), and twice its value.
-    """
-    diffusion = (w * r.pow(2).mean((1, 2, 3))).sum() / b
-    return diffusion, 2 * (w.view(-1, 1, 1, 1) * r * total).sum(0).mean()
-
-
-def matching_weight(lam, b):
-    """lambda for a batch of b images: 0.003 belongs to B = 8, and the term's share of the loss grows like B."""
-    return lam * 8 / b
-
-
-def class_means(features, labels, n_classes):
-    """Mean embedding of each class, no normalisation. [N, D], [N] -> [C, D]; NaN for a class without an image"""
-    total = torch.zeros(n_classes, features.shape[1]).index_add_(0, labels, features.float())
-    return total / torch.bincount(labels, minlength=n_classes)[:, None]
-
-
-def released_mixture(features):
-    """Official code, by mistake: the embeddings of a batch are stacked along the wrong axis and read row by row, so
-    that every token is a mixture of the batch. [B, D] -> [B, D]"""
-    return features.T.reshape(features.shape)
-
-
-class VisualTokens:
-    """Token g_i of each image of a set; a function of the set's rows alone, and of no other image.
-
-    features [N, D] raw CLIP embeddings, labels [N], rows: the set's. image: the image's own embedding; class_mean: the
-    mean over the set's rows of the class; released: the mixture of the set's next MIXED rows that it stands among.
-    """
-
-    def __init__(self, features, labels, rows, mode, n_classes):
-        self.features, self.labels, self.rows, self.mode = features, torch.as_tensor(labels), list(rows), mode
-        self.place = {row: n for n, row in enumerate(self.rows)}
-        if mode == "class_mean":
-            self.means = class_means(features[self.rows], self.labels[self.rows], n_classes)
-
-    def __getitem__(self, rows):
-        """rows: B of the set -> [B, D]"""
-        places = [self.place[row] for row in rows]  # a KeyError for an image of another set
-        if self.mode == "class_mean":
-            return self.means[self.labels[rows]]
-        if self.mode == "image":
-            return self.features[rows]
-        starts = [place - place % MIXED for place in places]
-        mixed = {start: released_mixture(self.features[self.rows[start : start + MIXED]]) for start in set(starts)}
-        return torch.stack([mixed[start][place - start] for start, place in zip(starts, places, strict=True)])
-
-
-def with_token(h, g):
-    """Text states with the visual token in the last slot, unscaled. [B, 77, W], [B, W] or None -> [B, 77, W]"""
-    if g is None:
-        return h
-    h = h.clone()
-    h[:, -1] = g.to(h)
-    return h
-
-
-def kept_steps(strength, steps):
-    """Sampler steps that image-to-image runs: the last min(int(strength * steps), steps). 0.75, 30 -> 22"""
-    return min(int(steps * strength), steps)
-
-
-def make_unipc(stored):
-    """UniPC (order 2, bh2) over the noise schedule of the stored scheduler.
-
-    Trap: final_sigmas_type. Since 2024 diffusers ends at sigma 0 by default; the paper's version ended at t = 0.
-    """
-    return UniPCMultistepScheduler.from_config(stored.config, final_sigmas_type="sigma_min")
-
-
-def multistep_lr(epoch, base, milestones, decay, warmup, start=1e-5):
-    """timm's rate of an epoch: linear from start, then base * decay^{milestones <= epoch + 1}: one epoch early."""
-    if epoch < warmup:
-        return start + epoch * (base - start) / warmup
-    return base * decay ** sum(m <= epoch + 1 for m in milestones)
-
-
-def half_split(n, n_models=10):
-    """Membership of sample j in shadow model m: every sample is a member of exactly half of the models. -> bool [M, n]
-
-    Official code. The sizes of the models' sets are only about n / 2.
-    """
-    return np.random.RandomState(0).uniform(0, 1, (n_models, n)).argsort(0) < n_models // 2
-
-
-def membership_logit(logits, labels):
-    """phi = log(p_y / (1 - p_y)) = z_y - logsumexp over the other classes, float64. [N, C], [N] -> [N]"""
-    z = logits.double()
-    own = z.gather(1, labels[:, None])
-    return (own - z.scatter(1, labels[:, None], -math.inf).logsumexp(1, keepdim=True))[:, 0]
-
-
-def balanced(keep):
-    """Shadows to compare for each sample: equally many that saw it and that did not. bool [M, N] -> 2 x bool [M, N]
-
-    Where each model in turn is the target, a member has one shadow fewer on its own side than a non-member. A mean of
-    fewer shadows lies farther from the target, so that without this a network that learnt nothing would seem to
-    say "not a member" (AUC below 50 %; negligible with hundreds of shadows, large with ten).
-    """
-    n = torch.minimum(keep.sum(0), (~keep).sum(0))
-    return keep & (keep.cumsum(0) <= n), ~keep & ((~keep).cumsum(0) <= n)
-
-
-def lira_score(shadow, inside, outside, target, pool=False):
-    """LiRA (Carlini et al. 2022): log N(phi; shadows inside) - log N(phi; shadows outside), the constant dropped.
-
-    shadow [M, N] phi of the shadow models, inside and outside bool [M, N]: which of them were trained with the sample
-    and which without, target [N] phi of the attacked model -> [N] float64. Population deviation per sample; pool: one
-    over all samples, for few shadows.
-    """
-    shadow, target, score = shadow.double(), target.double(), 0
-    for sign, mask in ((1, inside), (-1, outside)):
-        mask = mask.double()
-        count = mask.sum(0)
-        mean = (shadow * mask).sum(0) / count
-        squares = ((shadow - mean) ** 2 * mask).sum(0)
-        var = squares.sum() / count.sum() if pool else squares / count
-        score = score + sign * (-(var.sqrt() + 1e-30).log() - (target - mean) ** 2 / (2 * var + 1e-30))
-    return score
-
-
-def attack_figures(score, member):
-    """-> dict: AUC, best balanced accuracy over all thresholds, TPR at 0.1 % and 1 % FPR. [N], bool [N]"""
-    fpr, tpr, _ = roc_curve(member, score, drop_intermediate=False)
-    figures = dict(auc=float(roc_auc_score(member, score)), balanced_accuracy=float(((tpr + 1 - fpr) / 2).max()))
-    return figures | {f"tpr_at_{at:g}": float(tpr[fpr <= at].max()) for at in (0.001, 0.01)}
-
-
-# ---------------------------------------------------------------------------------------------
 # The data: real images in one fixed order, and the sets that are generated from them.
 
 
@@ -575,6 +390,62 @@ def embed(args, run, dist, real):
 # What the generator is told about an image.
 
 
+def training_prompt(class_name, caption):
+    """Official code: text of the LoRA tuning. A missing caption leaves the class name."""
+    return f"photo of {class_name}, {caption}" if caption else f"photo of {class_name}"
+
+
+def sampling_prompt(class_name, caption):
+    """Official code: text of the generation, with and without a caption."""
+    return f"photo of {class_name}, {caption}, best quality" if caption else f"{class_name}, photo, best quality"
+
+
+def class_means(features, labels, n_classes):
+    """Mean embedding of each class, no normalisation. [N, D], [N] -> [C, D]; NaN for a class without an image"""
+    total = torch.zeros(n_classes, features.shape[1]).index_add_(0, labels, features.float())
+    return total / torch.bincount(labels, minlength=n_classes)[:, None]
+
+
+def released_mixture(features):
+    """Official code, by mistake: the embeddings of a batch are stacked along the wrong axis and read row by row, so
+    that every token is a mixture of the batch. [B, D] -> [B, D]"""
+    return features.T.reshape(features.shape)
+
+
+class VisualTokens:
+    """Token g_i of each image of a set; a function of the set's rows alone, and of no other image.
+
+    features [N, D] raw CLIP embeddings, labels [N], rows: the set's. image: the image's own embedding; class_mean: the
+    mean over the set's rows of the class; released: the mixture of the set's next MIXED rows that it stands among.
+    """
+
+    def __init__(self, features, labels, rows, mode, n_classes):
+        self.features, self.labels, self.rows, self.mode = features, torch.as_tensor(labels), list(rows), mode
+        self.place = {row: n for n, row in enumerate(self.rows)}
+        if mode == "class_mean":
+            self.means = class_means(features[self.rows], self.labels[self.rows], n_classes)
+
+    def __getitem__(self, rows):
+        """rows: B of the set -> [B, D]"""
+        places = [self.place[row] for row in rows]  # a KeyError for an image of another set
+        if self.mode == "class_mean":
+            return self.means[self.labels[rows]]
+        if self.mode == "image":
+            return self.features[rows]
+        starts = [place - place % MIXED for place in places]
+        mixed = {start: released_mixture(self.features[self.rows[start : start + MIXED]]) for start in set(starts)}
+        return torch.stack([mixed[start][place - start] for start, place in zip(starts, places, strict=True)])
+
+
+def with_token(h, g):
+    """Text states with the visual token in the last slot, unscaled. [B, 77, W], [B, W] or None -> [B, 77, W]"""
+    if g is None:
+        return h
+    h = h.clone()
+    h[:, -1] = g.to(h)
+    return h
+
+
 class Condition:
     """Prompt and visual token of every real image of a set; asked about another image, it fails.
 
@@ -615,6 +486,55 @@ def padded(tensors, b):
 # ablations and shadows, lora/<name>/pytorch_lora_weights.safetensors.
 
 
+def alphas_cumprod(n=1000, beta_start=0.00085, beta_end=0.012):
+    """Scaled-linear schedule: abar_t = prod_{s<=t} (1 - beta_s), sqrt(beta) linear. -> [n] float32"""
+    return (1 - torch.linspace(beta_start**0.5, beta_end**0.5, n) ** 2).cumprod(0)
+
+
+def add_noise(z, eps, abar):
+    """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps. [B, 4, h, w] twice, abar_t [B] -> [B, 4, h, w]"""
+    abar = abar.view(-1, 1, 1, 1)
+    return abar.sqrt() * z + (1 - abar).sqrt() * eps
+
+
+def snr_of(abar):
+    """Signal-to-noise ratio abar / (1 - abar) of a timestep. [B] -> [B]"""
+    return abar / (1 - abar)
+
+
+def snr_weight(snr, gamma):
+    """min-SNR weight of the noise prediction: w = min(snr, gamma) / snr, so 0 < w <= 1; gamma None: 1. [B] -> [B]"""
+    return snr.clamp(max=gamma) / snr
+
+
+def matching_loss(pred, target, w, lam):
+    """Official code: denoising loss plus the squared first moment of the residuals, the explicit matching term.
+
+    r_i = pred_i - target_i;  L_diff = mean_i w_i mean(r_i^2);  L_dm = mean((sum_i w_i r_i)^2);  L = L_diff + lam L_dm.
+    pred, target [B, 4, h, w], w [B] -> (L, L_diff, L_dm). The paper speaks of the mean over the batch, the code sums:
+    with the mean the same lambda would be B^2 = 64 times weaker. Always L_dm <= B^2 L_diff.
+    """
+    r = pred.float() - target.float()
+    diffusion = (w * r.pow(2).mean((1, 2, 3))).mean()
+    dm = (w.view(-1, 1, 1, 1) * r).sum(0).pow(2).mean()
+    return diffusion + lam * dm, diffusion, dm
+
+
+def matching_shares(r, w, total, b):
+    """What some images of a matching batch of b contribute to its loss, for images that are not all on one process.
+
+    r [n, 4, h, w] their residuals, w [n], total = sum_i w_i r_i over the whole batch, a constant. -> shares of L_diff
+    and of L_dm: mean(2 w_i r_i total), summed over images, has the gradient of mean(total^2), and twice its value.
+    """
+    diffusion = (w * r.pow(2).mean((1, 2, 3))).sum() / b
+    return diffusion, 2 * (w.view(-1, 1, 1, 1) * r * total).sum(0).mean()
+
+
+def matching_weight(lam, b):
+    """lambda for a batch of b images: 0.003 belongs to B = 8, and the term's share of the loss grows like B."""
+    return lam * 8 / b
+
+
 def adapter_file(run, name):
     return run.path("lora", *([] if name == "full" else [name]), "pytorch_lora_weights.safetensors")
 
@@ -648,6 +568,33 @@ def tuning_steps(args, n):
     return min(args.tune_epochs * per_epoch, max(1, args.tune_max_images // args.sd_batch)), per_epoch
 
 
+class TuningBatches:
+    """All that is random in a step of the tuning, for the whole batch, whoever computes which part of it."""
+
+    def __init__(self, args, rows, per_epoch, n_times, shape):
+        self.args, self.rows, self.per_epoch, self.n_times, self.shape = args, rows, per_epoch, n_times, shape
+        self.order = lru_cache(2)(self._order)  # the loader runs ahead: into the next pass, and by some steps
+        self.draw = lru_cache(64)(self._draw)
+
+    def _order(self, epoch):
+        return torch.randperm(len(self.rows), generator=distributed.generator(self.args.seed, "epoch", epoch)).tolist()
+
+    def _draw(self, step):
+        """-> images, [crop row, crop column, mirror] as shares, timesteps, noise of the posterior, noise eps"""
+        (epoch, i), b = divmod(step, self.per_epoch), self.args.sd_batch
+        batch = [self.rows[j] for j in self.order(epoch)[i * b : (i + 1) * b]]
+        g = distributed.generator(self.args.seed, "step", step)
+        where, t = torch.rand(3, b, generator=g), torch.randint(self.n_times, (b,), generator=g)
+        return batch, where, t, *torch.randn(2, b, *self.shape, generator=g)
+
+    def pictures(self, step):
+        """[(image, position in the endless stream, crop row, crop column, mirrored)]"""
+        batch, (rows, columns, mirror), *_ = self.draw(step)
+        flips = [self.args.tune_flip and m < 0.5 for m in mirror.tolist()]
+        positions = range(step * len(batch), (step + 1) * len(batch))
+        return list(zip(batch, positions, rows.tolist(), columns.tolist(), flips, strict=True))
+
+
 def tune_lora(args, run, team, pipe, v, real, names):
     """Tune one adapter on the rows of a set and save it. team: the processes that share each step."""
     file = adapter_file(run, v.adapter)
@@ -665,34 +612,14 @@ def tune_lora(args, run, team, pipe, v, real, names):
     lam, shape = matching_weight(v.lam, args.dm_batch), latent_shape(pipe, args.gen_resolution)
     groups = args.sd_batch // args.dm_batch
 
-    @lru_cache(2)  # the loader runs ahead into the next pass
-    def order(epoch):
-        return torch.randperm(len(v.rows), generator=distributed.generator(args.seed, "epoch", epoch)).tolist()
-
-    @lru_cache(64)
-    def draw(step):
-        """All that is random in a step, for the whole batch, whoever computes which part of it."""
-        epoch, i = divmod(step, per_epoch)
-        batch = [v.rows[j] for j in order(epoch)[i * args.sd_batch : (i + 1) * args.sd_batch]]
-        g = distributed.generator(args.seed, "step", step)
-        where = torch.rand(3, len(batch), generator=g)  # crop row, crop column, mirror
-        t = torch.randint(len(abar), (len(batch),), generator=g)
-        return batch, where, t, *torch.randn(2, len(batch), *shape, generator=g)
-
-    def pictures_of(step):
-        """[(image, position in the endless stream, crop row, crop column, mirrored)] of a step"""
-        batch, (rows, columns, mirror), *_ = draw(step)
-        flips = [args.tune_flip and m < 0.5 for m in mirror.tolist()]
-        first = step * args.sd_batch
-        return list(zip(batch, range(first, first + len(batch)), rows.tolist(), columns.tolist(), flips, strict=True))
-
+    batches = TuningBatches(args, v.rows, per_epoch, len(abar), shape)
     view = partial(tuning_pixels, size=args.gen_resolution)
     pictures = Loader(real, view, team.device, args.workers, (args.seed, "tune"))
     checkpoint = file.with_name("checkpoint.safetensors")
     loop = Loop(run, f"finetune/{v.adapter}", total, optimizer, team, args.sd_micro_batch, file=checkpoint)
-    stream = pictures(part for step in loop.steps for part in loop.mine(pictures_of(step)))
+    stream = pictures(part for step in loop.steps for part in loop.mine(batches.pictures(step)))
     for step in loop:
-        batch, _, t, xi, eps = draw(step)
+        batch, _, t, xi, eps = batches.draw(step)
         # Forward passes, and the sum of the weighted residuals of each matching batch over all processes ...
         own = {}
         for u in loop.units(len(batch)):
@@ -727,6 +654,24 @@ def tune_lora(args, run, team, pipe, v, real, names):
 # ---------------------------------------------------------------------------------------------
 # [4] generate: versions 1..k of every real image. Reads lora/, captions, embeddings, the real images;
 # writes images/, ablations/<name>/, shadows/<m>/images/, each an ImageFolder; skips files that exist.
+
+
+def guided(eps_u, eps_c, w):
+    """Classifier-free guidance: eps = eps_u + w (eps_c - eps_u). w = 1: conditional, w = 0: unconditional."""
+    return eps_u + w * (eps_c - eps_u)
+
+
+def kept_steps(strength, steps):
+    """Sampler steps that image-to-image runs: the last min(int(strength * steps), steps). 0.75, 30 -> 22"""
+    return min(int(steps * strength), steps)
+
+
+def make_unipc(stored):
+    """UniPC (order 2, bh2) over the noise schedule of the stored scheduler.
+
+    Trap: final_sigmas_type. Since 2024 diffusers ends at sigma 0 by default; the paper's version ended at t = 0.
+    """
+    return UniPCMultistepScheduler.from_config(stored.config, final_sigmas_type="sigma_min")
 
 
 def denoise(unet, stored, steps, strength, w, z0, noise, h, watch=lambda t: None):
@@ -886,6 +831,13 @@ def list_versions(args, run, v, real, names):
 # writes classifier/runs/<row>-seed<s>/. The test split is not opened before stage 7.
 
 
+def multistep_lr(epoch, base, milestones, decay, warmup, start=1e-5):
+    """timm's rate of an epoch: linear from start, then base * decay^{milestones <= epoch + 1}: one epoch early."""
+    if epoch < warmup:
+        return start + epoch * (base - start) / warmup
+    return base * decay ** sum(m <= epoch + 1 for m in milestones)
+
+
 def classifier_loss(logits, labels, smoothing):
     """Cross-entropy with label smoothing, the same as timm's. [B, C], [B] -> scalar"""
     return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
@@ -1030,6 +982,57 @@ def logits_of(args, net, data, device):
 # ---------------------------------------------------------------------------------------------
 # [6] attack: membership inference. For each shadow model: LoRA on its members, images from its members (stages 3, 4),
 # a network on them; and the same for real members. Writes shadows/<m>/<kind>/ and attack.json, attack.png.
+
+
+def half_split(n, n_models=10):
+    """Membership of sample j in shadow model m: every sample is a member of exactly half of the models. -> bool [M, n]
+
+    Official code. The sizes of the models' sets are only about n / 2.
+    """
+    return np.random.RandomState(0).uniform(0, 1, (n_models, n)).argsort(0) < n_models // 2
+
+
+def membership_logit(logits, labels):
+    """phi = log(p_y / (1 - p_y)) = z_y - logsumexp over the other classes, float64. [N, C], [N] -> [N]"""
+    z = logits.double()
+    own = z.gather(1, labels[:, None])
+    return (own - z.scatter(1, labels[:, None], -math.inf).logsumexp(1, keepdim=True))[:, 0]
+
+
+def balanced(keep):
+    """Shadows to compare for each sample: equally many that saw it and that did not. bool [M, N] -> 2 x bool [M, N]
+
+    Where each model in turn is the target, a member has one shadow fewer on its own side than a non-member. A mean of
+    fewer shadows lies farther from the target, so that without this a network that learnt nothing would seem to
+    say "not a member" (AUC below 50 %; negligible with hundreds of shadows, large with ten).
+    """
+    n = torch.minimum(keep.sum(0), (~keep).sum(0))
+    return keep & (keep.cumsum(0) <= n), ~keep & ((~keep).cumsum(0) <= n)
+
+
+def lira_score(shadow, inside, outside, target, pool=False):
+    """LiRA (Carlini et al. 2022): log N(phi; shadows inside) - log N(phi; shadows outside), the constant dropped.
+
+    shadow [M, N] phi of the shadow models, inside and outside bool [M, N]: which of them were trained with the sample
+    and which without, target [N] phi of the attacked model -> [N] float64. Population deviation per sample; pool: one
+    over all samples, for few shadows.
+    """
+    shadow, target, score = shadow.double(), target.double(), 0
+    for sign, mask in ((1, inside), (-1, outside)):
+        mask = mask.double()
+        count = mask.sum(0)
+        mean = (shadow * mask).sum(0) / count
+        squares = ((shadow - mean) ** 2 * mask).sum(0)
+        var = squares.sum() / count.sum() if pool else squares / count
+        score = score + sign * (-(var.sqrt() + 1e-30).log() - (target - mean) ** 2 / (2 * var + 1e-30))
+    return score
+
+
+def attack_figures(score, member):
+    """-> dict: AUC, best balanced accuracy over all thresholds, TPR at 0.1 % and 1 % FPR. [N], bool [N]"""
+    fpr, tpr, _ = roc_curve(member, score, drop_intermediate=False)
+    figures = dict(auc=float(roc_auc_score(member, score)), balanced_accuracy=float(((tpr + 1 - fpr) / 2).max()))
+    return figures | {f"tpr_at_{at:g}": float(tpr[fpr <= at].max()) for at in (0.001, 0.01)}
 
 
 def attack(args, run, dist, real, sets):
