@@ -136,7 +136,7 @@ class Args(Frame):
     clf_evals: Count = 20
     """validations during the training, evenly spread, the last at its end"""
     clf_report_test_selected: bool = False
-    """also score the test set at each validation and print its best, as the official code; never used to choose"""
+    """also score the test set at each validation and print its best; never used to choose"""
 
 
 # Comment: the paper's top-1 for DataDream_dset, synthetic + real, CLIP ViT-B/16, 16 shots, quoted 2nd hand (real only).

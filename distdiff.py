@@ -147,7 +147,7 @@ class Args(Frame):
     clf_evals: Count = 20
     """validations during the training, evenly spread, the last at its end"""
     clf_report_test_selected: bool = True
-    """also score the test set at each validation and print its best; officially at each epoch; never used to choose"""
+    """also score the test set at each validation and print its best; never used to choose"""
 
 
 # Comments: the paper's top-1, real / SD / DistDiff at k = 5. Learning rates of fine-tuning are ours: not published.

@@ -76,7 +76,7 @@ class Args(Frame):
     sd_rank: Count = 4
     """rank r of the LoRA; alpha = r"""
     sd_lr: Positive = 1e-4
-    """AdamW learning rate of the LoRA; 1e-4 belongs to sd_batch 8"""
+    """AdamW learning rate of the LoRA"""
     sd_batch: Count = 8
     """images per step, over all processes: matching batches whose gradients are averaged. 64 with --sd-lr 2.8e-4 (rates
     of Adam grow like the root of the batch) takes an eighth of the steps; not the released recipe"""
@@ -118,7 +118,7 @@ class Args(Frame):
     gen_quality: Annotated[int, Range(1, 95)] = 95
     """of --gen-format jpeg"""
     gen_save_size: Count | None = None
-    """pixels per side of the stored images, None: as generated"""
+    """pixels per side of the stored images, None: as generated; half the side is a quarter of disk and decoding"""
     ablations: tuple[Ablation, ...] = ()
     """further rows of the table, each the method with one part off (class-mean: the paper's token), one version"""
 

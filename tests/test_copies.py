@@ -15,7 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ALL = ("realfake", "synthetic_recognition", "gafi", "datadream", "distdiff")
 SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").is_file()]
-OWN_WORDS = ("stages", "output_dir", "dataset", "seed", "gen_seed", "rows")  # their help names what the script has
+# Their help names what the script has.
+OWN_WORDS = (
+    "stages output_dir dataset seed gen_seed rows sd_model sd_batch sd_micro_batch gen_resolution gen_format".split()
+)
 
 
 def functions_that_are_copies(source: str) -> dict[str, str]:

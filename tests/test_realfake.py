@@ -477,6 +477,7 @@ def tiny_blip2(folder):
     )
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *"a the digit photo of red white bold one two seven nine on".split()]
+    words += [f"word{i}" for i in range(32 - len(words))]  # a vocabulary that is not taken for a broken one
     bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     bare.pre_tokenizer = pre_tokenizers.Whitespace()
     special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
