@@ -498,21 +498,24 @@ def unchanged(
     class_names: list[str],
     splits: dict[str, Images | None],
     progress: Callable[[int], Any] | None = None,
-) -> None:
+    note: Callable[[], str] = str,
+) -> str:
     """Hold a run to the images it began with: the first call writes their names, labels and hashes to file.
 
-    Later calls hash again what has another size or time. progress: called with numbers of images done. UserError: one
-    line that says what has changed.
+    Later calls hash again what has another size or time. progress: called with numbers of images done. note: what is
+    to be said about the images, asked for in the first call; the result of every call. UserError: one line that says
+    what has changed.
     """
-    old = load_tensors(file) if file.is_file() else {}
-    before = json.loads(tensors_metadata(file)) if old else class_names
-    new, faults = {}, []
+    old = _record(file)
+    before, said = json.loads(old.pop("about")) if old else (class_names, None)
+    new, faults = {**old}, []
     if before != class_names:
         faults = [f"classes ({_few(sorted(set(before) ^ set(class_names)) or ['another order'])})"]
     for name, images in splits.items() if not faults else ():
         keys, rows = images.keys if images else Keys(), np.arange(len(images or ()))
         about = np.zeros((len(keys), 3), dtype=np.uint64)  # label, stamp, content
-        if old:
+        begun = f"{name}.keys" in old  # a stage to come may read a split that none read before
+        if begun:
             then = Keys._of([old[f"{name}.keys"].numpy().tobytes()], np.diff(old[f"{name}.ends"].numpy()))
             if then != keys:
                 parts = {"removed": set(then) - set(keys), "added": set(keys) - set(then)}
@@ -521,11 +524,11 @@ def unchanged(
                 continue
         if images:
             about[:, 0], about[:, 1] = images.labels, _each(_stamp, images, rows)
-        if old:
+        if begun:
             known = old[f"{name}.about"].numpy().view(np.uint64)
             rows, about[:, 2] = np.flatnonzero((about[:, 1] != known[:, 1]) | (known[:, 1] == 0)), known[:, 2]
         about[rows, 2] = _each(_content, images, rows, progress)
-        for column, what in ((0, "another label"), (2, "another content")) if old else ():
+        for column, what in ((0, "another label"), (2, "another content")) if begun else ():
             if len(other := np.flatnonzero(about[:, column] != known[:, column])):
                 faults.append(f"{name}: {len(other)} with {what} ({_few(keys.take(other))})")
         new |= {f"{name}.keys": np.frombuffer(keys.blob, dtype=np.uint8), f"{name}.ends": keys.ends}
@@ -533,10 +536,22 @@ def unchanged(
     if faults:
         what = f"the data set has changed since this run began: {'; '.join(faults)}"
         raise UserError(f"{shown(file)}: {what}; restore it, or use a new --output-dir")
-    if not old or any(not np.array_equal(old[name], array) for name, array in new.items()):
+    if new.keys() != old.keys() or any(not np.array_equal(old[name], array) for name, array in new.items()):
         import torch
 
-        save_tensors(file, {name: torch.tensor(array) for name, array in new.items()}, json.dumps(class_names))
+        said = note() if said is None else said
+        about = json.dumps([class_names, said])
+        save_tensors(file, {name: torch.tensor(np.asarray(array)) for name, array in new.items()}, about)
+    return said
+
+
+def _record(file: Path) -> dict[str, Any]:
+    """What `unchanged` wrote; {} where it is not there or damaged: it is then made again, of the data of today."""
+    try:
+        return {**load_tensors(file), "about": tensors_metadata(file)} if file.is_file() else {}
+    except UserError:
+        print(f"note: {shown(file)}: damaged, made again; whether the data have changed is not known", flush=True)
+        return {}
 
 
 def _each(look: Callable, images: Images, rows: np.ndarray, progress: Callable | None = None) -> np.ndarray:

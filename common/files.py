@@ -13,7 +13,7 @@ import re
 import secrets
 import socket
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,6 +78,12 @@ def json_bytes(obj: Any, indent: int | None = None) -> bytes:
         return (text + "\n").encode()
     except UnicodeEncodeError:
         return (json.dumps(plain(obj), indent=indent) + "\n").encode()
+
+
+def write_metadata(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """<folder>/metadata.jsonl, the hub's imagefolder convention, written as rows come; file_name is relative to it."""
+    with atomic(Path(folder) / "metadata.jsonl") as temporary, open(temporary, "wb") as f:
+        f.writelines(map(json_bytes, rows))
 
 
 def plain(obj: Any) -> Any:

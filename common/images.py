@@ -7,6 +7,7 @@ import stat
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def verify(images: Any, memory: Path | None = None, progress: Callable[[int], An
     finally:  # an interrupt neither waits for the rest nor forgets what was done
         pool.shutdown(wait=False, cancel_futures=True)
         if memory and len(good) > len(known):
-            write_bytes(memory, b"".join(sorted(good.copy())))
+            with suppress(OSError, UserError):  # a full quota costs the memory, not the run
+                write_bytes(memory, b"".join(sorted(good.copy())))
     if bad:
         raise UserError(f"{len(bad)} of {len(images)} images in {shown(root)} are bad; mend or remove{''.join(bad)}")
 

@@ -98,6 +98,7 @@ def report(
         pictures = {"Real and generated samples": "samples.png"} if run.path("samples.png").exists() else {}
     curves, seconds, info = metrics.read(run.dir), run.seconds(), run.info
     parts = [_section(caption, _table(*table)) for caption, table in tables.items()]
+    parts[1:1] = [_section("Notes", f'<p class="note">{escape(note)}</p>') for note in run.notes]
     for caption, file in pictures.items():
         parts.append(_section(caption, _image(run.path(file).read_bytes(), "png", caption)))
     if curves:

@@ -15,23 +15,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from common import metrics
+from common import inputs, listing, metrics
 from common.cli import SPEED_FLAGS, end_with, flag, set_stage
-from common.files import TEMPORARY, atomic, json_bytes, lock, plain, read_json, remove_unfinished, write_json
+from common.files import TEMPORARY, lock, plain, read_json, remove_unfinished, write_json
+from common.files import write_metadata as write_metadata
 from common.launch import UserError, command_line, git_commit, versions
 
 if TYPE_CHECKING:
+    from common.datasets import Images
     from common.distributed import Dist
 
 T = TypeVar("T")
 FLAGS, COPY = "args.json", ".args.json"  # the copy serves when the other one is damaged
 SECONDS_BETWEEN_SAVES = 15  # how often a running stage notes its time, for the sum over attempts that were killed
-
-
-def write_metadata(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """<folder>/metadata.jsonl, the hub's imagefolder convention, written as rows come; file_name is relative to it."""
-    with atomic(Path(folder) / "metadata.jsonl") as temporary, open(temporary, "wb") as f:
-        f.writelines(map(json_bytes, rows))
 
 
 def _on_rank_0(work: Callable[[], T], dist: "Dist") -> T:
@@ -49,6 +45,7 @@ class Run:
         self.dir, self.dist, self.script, self.args = folder, dist, script, args
         self.stages: list[str] = list(args.get("stages") or [])
         self.info: dict[str, Any] = {}  # the content of args.json
+        self.notes: list[str] = []  # what stands below the first table of the report
         self._track: Callable[[int, dict[str, float]], None] | None = None
         self._running: dict[str, Callable[[], float]] = {}  # stage -> its seconds so far
         self._announced: set[str] = set()
@@ -95,20 +92,14 @@ class Run:
         return False
 
     def check(self, stage: str) -> list[str]:
-        """Files of a finished stage, as `done` was told, that are missing, empty or of another size: names in the
-        folder. Reads sizes, no contents. UserError when the manifest itself is damaged."""
-        expected, found, bad = self.manifest(stage).get("n_files", 0), 0, []
-        if expected:
-            with suppress(FileNotFoundError), open(self._stage_file(stage, ".files"), errors="replace") as lines:
-                for line in lines:
-                    size, _, name = line.rstrip("\n").partition(" ")
-                    found += 1
-                    try:
-                        good = os.stat(f"{self.dir}/{name}").st_size == int(size)
-                    except (OSError, ValueError):
-                        good = False
-                    bad += [] if good else [name]
-        return bad if found == expected else [*bad, f"stages/{stage}.files"]
+        """Files of a finished stage, as `done` was told, that are missing, cut or edited since: names in the folder.
+        See common.listing. UserError when the manifest itself is damaged."""
+        expected = self.manifest(stage).get("n_files", 0)
+        return listing.damaged(self._stage_file(stage, ".files"), self.dir, expected) if expected else []
+
+    def under(self, *names: str) -> list[str]:
+        """All files in these folders of the run (or these files), for `done`. Lists them, on rank 0 only."""
+        return listing.under(self.dir, names) if self.dist.main else []
 
     @contextmanager
     def timed(self, stage: str, memory_flag: str | None = None) -> Iterator[None]:
@@ -153,7 +144,7 @@ class Run:
     def done(self, stage: str, files: Iterable[str | Path] | None = None, **manifest: Any) -> None:
         """Close a stage once every rank is here: stages/<stage>.json with its seconds and the manifest.
 
-        files: what the stage wrote and later runs need; their sizes are noted for `check`.
+        files: what the stage wrote and later runs need, listed for `check`.
         """
 
         def close() -> None:
@@ -161,11 +152,7 @@ class Run:
             partial = self._stage_file(stage, ".partial.json")
             about = {"stage": stage, "seconds": round(_seconds(partial), 3)}
             if files is not None:
-                about["n_files"] = 0
-                with atomic(self._stage_file(stage, ".files")) as temporary, open(temporary, "w") as f:
-                    for name in (os.fspath(file).removeprefix(f"{self.dir}/") for file in files):
-                        f.write(f"{os.stat(f'{self.dir}/{name}').st_size} {name}\n")
-                        about["n_files"] += 1
+                about["n_files"] = listing.write(self._stage_file(stage, ".files"), self.dir, files)
             write_json(self._stage_file(stage), about | manifest)
             partial.unlink(missing_ok=True)
 
@@ -199,7 +186,8 @@ class Run:
         """results.json: script, dataset, preset, seed and seconds, and the fields paper, metrics, baselines, images."""
         if self.dist.main:
             known = {key: self.args.get(key) for key in ("dataset", "preset", "seed")}
-            write_json(self.path("results.json"), {"script": self.script, **known, "seconds": self.seconds(), **fields})
+            fields = {**known, "seconds": self.seconds(), "notes": self.notes, **fields}
+            write_json(self.path("results.json"), {"script": self.script, **fields})
 
     def close(self) -> None:
         """Release the folder; the end of the process does the same."""
@@ -228,13 +216,15 @@ def open_run(
     speed_flags: Sequence[str] = (),
     models: dict[str, Any] | None = None,
     later: dict[str, str] | None = None,
+    pictures: "dict[str, Images | None] | None" = None,
 ) -> Run:
     """Make or continue the run folder args.output_dir, default runs/<script>/<preset>-seed<seed>. All ranks must call.
 
     args: dataclass or dict of all flags. speed_flags: those that, besides the frame's own, may differ when a run is
     continued, because they do not change the result. models: {field: hash of what the flag names}; they may not differ
     either. later: {stage: "field prefix_ ..."}, what no stage before this one reads: it may change while the stage has
-    not begun. Raises UserError, on every rank, for a folder in use, made with other flags, or not a run folder.
+    not begun. pictures: {split: its images}, all that stages read; they are looked at first, and may not differ.
+    Raises UserError, on every rank, for a folder in use, made with other flags, or not a run folder.
     """
     values = plain(args)
     free = {*SPEED_FLAGS, *speed_flags}
@@ -242,9 +232,14 @@ def open_run(
     default = f"runs/{script}/{values.get('preset', 'run')}-seed{values.get('seed', 0)}"
     run = Run(Path(values.get("output_dir") or default).expanduser(), dist, script, values)
 
-    def work() -> dict[str, Any]:
+    def work() -> tuple[dict[str, Any], list[str]]:
         try:
+            if pictures:
+                inputs.readable(pictures, dist)
             _open(run, free, plain(models or {}), later or {})
+            if pictures and (note := inputs.held(run.dir, pictures, dist)):
+                run.notes.append(note)
+                print(f"warning: {note}", flush=True)
         except UserError:
             run.close()
             raise
@@ -253,9 +248,9 @@ def open_run(
             raise UserError(
                 f"{run.dir}: {getattr(error, 'strerror', None) or error}; choose another --output-dir"
             ) from error
-        return run.info
+        return run.info, run.notes
 
-    run.info = _on_rank_0(work, dist)
+    run.info, run.notes = _on_rank_0(work, dist)
     return run
 
 
@@ -286,6 +281,8 @@ def _open(run: Run, free: set[str], models: dict[str, Any], later: dict[str, str
         if old.get("git_commit") != info["git_commit"]:
             print(f"note: {folder} was begun at commit {old.get('git_commit')}, the code is now {info['git_commit']}")
         info, write = old, changed or found_in != FLAGS
+    else:
+        run.path(inputs.RECORD).unlink(missing_ok=True)
     for name in (COPY, FLAGS) if write else ():
         write_json(run.path(name), info)
     run.info = info
@@ -317,7 +314,7 @@ def _flags_of(folder: Path) -> tuple[dict[str, Any], str]:
 
 def _has_work(folder: Path) -> bool:
     """Is there anything in the folder but flags, a lock, dashboards and what a killed process left?"""
-    empty = re.compile(rf"\.?args\.json|\.lock|.*\.partial\.json|{re.escape(TEMPORARY)}.*")
+    empty = re.compile(rf"\.?args\.json|\.lock|{re.escape(inputs.RECORD)}|.*\.partial\.json|{re.escape(TEMPORARY)}.*")
     for _, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in ("tensorboard", "wandb")]
         if any(not empty.fullmatch(name) for name in names):
@@ -349,36 +346,4 @@ def _compare(run: Run, old: dict[str, Any], new: dict[str, Any], free: set[str],
     return changed
 
 
-# ---------------------------------------------------------------------------------------
-# Old names, for scripts that have not moved. This block goes when the last one has.
-
-from common.cli import parse, start  # noqa: E402
-from common.files import class_folders, load_tensors, save_tensors, slug, write_bytes  # noqa: E402, F401
-from common.images import ImageWriter, samples_grid, to_pil  # noqa: E402, F401
-from common.launch import Launch, Stopped, launched_as  # noqa: E402, F401
-from common.metrics import read as read_metrics  # noqa: E402, F401
-from common.report import print_table, report  # noqa: E402, F401
-
-
-def cli(main: Callable[[Any], None], Args: type, presets: dict[str, dict[str, Any]], doc: str) -> None:
-    """parse, then start."""
-    start(main, parse(Args, presets, doc))
-
-
-def check_finite(value: float, where: str) -> None:
-    """Stop the run when a loss is nan or infinite. where: stage and step, for the message."""
-    import math
-
-    if not math.isfinite(float(value)):
-        raise UserError(
-            f"{where}: the loss is {float(value)}; stopped, the last checkpoint is kept. "
-            "Try a lower learning rate or --precision fp32 in a new --output-dir"
-        )
-
-
-def existing_images(folder: str | Path) -> set[int]:
-    """Numbers k for which <folder>/<k>.png exists."""
-    with suppress(FileNotFoundError):
-        names = (name.removesuffix(".png") for name in os.listdir(folder) if name.endswith(".png"))
-        return {int(name) for name in names if re.fullmatch(r"[0-9]+", name)}
-    return set()
+from common.oldnames import *  # noqa: E402, F403  for scripts that have not moved

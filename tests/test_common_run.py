@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from common import cli, files, metrics
@@ -49,8 +50,9 @@ class Args:
     clf_lr: float = 1.0
 
 
-def open_at(folder, where=ONE, models=None, later=None, **flags):
-    return open_run("script", Args(output_dir=str(folder), **flags), where, ["gen_micro_batch"], models, later)
+def open_at(folder, where=ONE, models=None, later=None, pictures=None, **flags):
+    args = Args(output_dir=str(folder), **flags)
+    return open_run("script", args, where, ["gen_micro_batch"], models, later, pictures)
 
 
 def contents(folder):
@@ -489,7 +491,7 @@ def finished_with_files(folder):
 
 
 @pytest.mark.parametrize("name", ["images/a.png", "images/b c.png", "w.bin"])
-@pytest.mark.parametrize("damage", ["remove", "empty", "cut", "grow"])
+@pytest.mark.parametrize("damage", ["remove", "empty", "cut", "grow", "edit"])
 def test_damaged_files_of_a_finished_stage_are_made_again(tmp_path, capsys, name, damage):
     run = finished_with_files(tmp_path / "r")
     assert run.check("draw") == [] and run.check("learn") == []
@@ -497,7 +499,7 @@ def test_damaged_files_of_a_finished_stage_are_made_again(tmp_path, capsys, name
     content = file.read_bytes()
     file.unlink()
     if damage != "remove":
-        file.write_bytes({"empty": b"", "cut": content[:-1], "grow": content + b"x"}[damage])
+        file.write_bytes({"empty": b"", "cut": content[:-1], "grow": content + b"x", "edit": content[::-1]}[damage])
     assert run.check("draw") == [name]
     assert run.todo("draw") and f"draw: {name} missing or damaged, made again" in capsys.readouterr().out
     assert not file.exists() and run.manifest("draw") == {} and run.seconds()["draw"] == seconds
@@ -516,11 +518,83 @@ def test_a_damaged_manifest_opens_its_stage_again(tmp_path, damage):
     elif damage == "list removed":
         listed.unlink()
     else:
-        listed.write_text("2 ../precious\nx\n" if "foreign" in damage else listed.read_text().splitlines()[0])
+        line = f"2 {'0' * 16} ../precious\0"
+        listed.write_text(3 * line if "foreign" in damage else listed.read_text().split("\0")[0])
     assert run.todo("draw") and run.manifest("draw") == {}
     assert (tmp_path / "precious").read_text() == "years of work"
     run.done("draw", files=["w.bin"])
     assert not run.todo("draw") and run.check("draw") == []
+
+
+def test_names_and_sizes_of_all_kinds_are_listed(tmp_path):
+    """Large files by both ends; touched files are read again and found good; hidden ones are left out."""
+    run = open_at(tmp_path / "r")
+    names = ["a/new\nline.bin", "a/\udcff.bin", "a/b/large.bin", "one.bin"]
+    for name in [*names, "a/.hidden", "a/.git/x"]:
+        files.write_bytes(run.path(name), os.urandom(300_000 if "large" in name else 10))
+    assert sorted(run.under("a", "one.bin", "nowhere")) == sorted(names)
+    run.done("draw", files=run.under("a", "one.bin"))
+    os.utime(run.path("a/b/large.bin"))
+    assert run.check("draw") == []
+    content = run.path("a/b/large.bin").read_bytes()
+    for changed in (b"?" + content[1:], content[:-1] + b"?"):
+        run.path("a/b/large.bin").write_bytes(changed)
+        assert run.check("draw") == ["a/b/large.bin"]
+
+
+def pictures(root, grey=(1, 2, 3)):
+    """Two splits of small pictures: {"train": the first ones, "test": the last}"""
+    from common.datasets import Images
+
+    root.mkdir(exist_ok=True)
+    for i, value in enumerate(grey):
+        if value is not None:
+            Image.new("L", (8, 8), value).save(root / f"{i}.png")
+    n = len(grey) - 1
+    train, test = ([f"{i}.png" for i in rows] for rows in (range(n), range(n, n + 1)))
+    return dict(train=Images([0] * n, train, ["a"], root), val=None, test=Images([0], test, ["a"], root))
+
+
+def test_a_run_begins_with_pictures_that_can_be_read_and_goes_on_with_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CLEANSYNTH_CACHE", str(tmp_path / "cache"))
+    found = pictures(tmp_path / "d")
+    (tmp_path / "d" / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="1 of 2 images in .* are bad.*\n  1.png: an empty file"):
+        open_at(tmp_path / "r", pictures=found)
+    assert not (tmp_path / "r").exists()
+    run = open_at(tmp_path / "r", pictures=pictures(tmp_path / "d"))
+    assert run.notes == [] and run.path("data.safetensors").exists() and len(list((tmp_path / "cache").rglob("pic*")))
+    run.close()
+
+    open_at(tmp_path / "r", pictures=pictures(tmp_path / "d", (7, 2, 3))).close()  # nothing was done with the others
+    run = open_at(tmp_path / "r", pictures=pictures(tmp_path / "d", (7, 2, 3)))
+    run.done("draw")
+    run.close()
+    with pytest.raises(UserError, match=r"data set has changed since this run began: train: 1 .*'1.png'.*--output-dir"):
+        open_at(tmp_path / "r", pictures=pictures(tmp_path / "d", (7, 9, 3)))
+    open_at(tmp_path / "r", pictures=pictures(tmp_path / "d", (7, 2, 3))).close()
+
+
+def test_pictures_in_two_splits_are_told_at_every_start_and_stand_in_the_report(tmp_path, capsys):
+    for _ in range(2):
+        run = open_at(tmp_path / "r", pictures=pictures(tmp_path / "d", (1, 2, 1)))
+        line = "the same pictures in two splits: 1 of test are in train too ('2.png')"
+        assert f"warning: {line}\n" in capsys.readouterr().out and run.notes == [line]
+        run.done("draw")
+        run.close()
+    run.results(metrics={})
+    assert json.loads(run.path("results.json").read_text())["notes"] == [line]
+
+
+def test_a_damaged_record_of_the_pictures_is_made_again(tmp_path, capsys):
+    for content in (None, b"", b"x" * 100):
+        run = open_at(tmp_path / "r", pictures=pictures(tmp_path / "d"))
+        run.done("draw")
+        run.close()
+        if content is not None:
+            run.path("data.safetensors").write_bytes(content)
+    open_at(tmp_path / "r", pictures=pictures(tmp_path / "d"))
+    assert "data.safetensors: damaged, made again" in capsys.readouterr().out
 
 
 def test_results(tmp_path):

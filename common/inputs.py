@@ -1,0 +1,54 @@
+"""The user's pictures, looked at before the first stage: all can be read, none is in two splits, and a run that is
+continued finds those that it began with."""
+
+import os
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from common.files import write_bytes
+from common.images import verify
+
+if TYPE_CHECKING:
+    from common.datasets import Images
+    from common.distributed import Dist
+
+RECORD = "data.safetensors"  # in the run folder: names, labels and hashes of the pictures
+
+
+def readable(splits: "dict[str, Images | None]", dist: "Dist") -> None:
+    """Decode every file of the splits once, in threads; UserError that lists the bad ones. Call it on rank 0.
+
+    What was good is remembered by size and time, for all runs on the same files, in $CLEANSYNTH_CACHE (default: the
+    user's cache).
+    """
+    from common.distributed import progress
+
+    there = [images for images in splits.values() if images and images.root is not None]
+    if not there:
+        return
+    with progress(sum(map(len, there)), "checking pictures", dist) as bar:
+        for images in there:
+            verify(images, _memory(Path(images.root)), bar.update)
+
+
+def _memory(root: Path) -> Path | None:
+    """Where the good pictures of a folder are remembered; None where nothing can be written."""
+    name = blake2b(os.path.abspath(root).encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    with suppress(Exception):  # no home, no permission, a full quota: the check then takes its time again
+        users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = Path(os.environ.get("CLEANSYNTH_CACHE") or users / "cleansynth")
+        write_bytes(cache / ".writable", b"")
+        return cache / f"pictures-{name}"
+    return None
+
+
+def held(folder: Path, splits: "dict[str, Images | None]", dist: "Dist") -> str:
+    """Hold a run to its pictures; see datasets.unchanged. What is to be said about them, or "". Call it on rank 0."""
+    from common.datasets import overlap, unchanged
+    from common.distributed import progress
+
+    names = next(images.class_names for images in splits.values() if images)
+    with progress(sum(len(images or ()) for images in splits.values()), "comparing pictures", dist) as bar:
+        return unchanged(folder / RECORD, list(names), splits, bar.update, lambda: overlap(splits))
