@@ -247,9 +247,6 @@ def choose(args):
     if not ready:
         sampler = datasets.few_shot if args.fewshot_sampler == "datadream" else datasets.few_shot_disef
         shots = train.subset(sampler(train, data.name, args.shots, args.fewshot_seed, n))
-    for split in (shots, val, data.test):  # name the broken files now, not in the middle of the night
-        if split and args.dataset == "folder":
-            images.verify(split)
     return data, shots, val
 
 
@@ -1237,7 +1234,8 @@ def main(args):
     found = planned_models(args)
     ids = {name[2:].replace("-", "_"): models.fingerprint(where) for name, where in found.items()}
 
-    run = runs.open_run("datadream", args, dist, ["gen_micro_batch"], models=ids, later=LATER)
+    read = dict(shots=shots, validation=val, test=data.test)
+    run = runs.open_run("datadream", args, dist, ["gen_micro_batch"], models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots, val)
     check_order(args, run, todo)

@@ -266,8 +266,6 @@ def choose_real(args, data):
     real, n = data.train, len(data.class_names)
     if args.real_per_class is not None:
         real = real.subset(datasets.few_shot(real, data.name, args.real_per_class, args.seed, n))
-    if data.name == "folder":
-        images.verify(real)
     return in_order(real)
 
 
@@ -1292,7 +1290,8 @@ def main(args):
     ids = {flag[2:].replace("-", "_"): models.fingerprint(where) for flag, where in hashed.items()}
     ids |= {"real": keys_hash(real)}
 
-    run = runs.open_run("realfake", args, dist, ["gen_micro_batch", "gen_split"], models=ids, later=LATER)
+    free, read = ["gen_micro_batch", "gen_split"], dict(real=real, test=data.test)
+    run = runs.open_run("realfake", args, dist, free, models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(args, run, todo)
     if "caption" in todo:
