@@ -267,7 +267,7 @@ def select(run, shots, val):
     chosen = {"shots": list(shots.keys), "validation": list(val.keys) if val else []}
     if run.todo("select"):
         write_json(run.path("fewshot.json"), chosen)
-        run.done("select", shots=len(shots), validation=len(chosen["validation"]))
+        run.done("select", run.under("fewshot.json"), shots=len(shots), validation=len(chosen["validation"]))
     elif read_json(run.path("fewshot.json")) != chosen:
         what = "the data set has changed since this run began; use a new --output-dir"
         raise UserError(f"{run.path('fewshot.json')}: {what}")
@@ -393,7 +393,7 @@ def finetune(args, run, dist, pipe, shots, class_names):
         for file, rows in mine:
             tune_adapter(args, run, team, pipe, shots, file, [int(i) for i in rows], class_names)
     pipe.unload_lora_weights()
-    run.done("finetune", adapters=len(jobs))
+    run.done("finetune", run.under("lora"), adapters=len(jobs))
 
 
 def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
@@ -523,7 +523,8 @@ def generate(args, run, dist, pipe, class_names):
         for folder in sets:
             write_image_list(args, run, folder, class_names)
     adapter.use(None)
-    run.done("generate", images={folder: args.gen_images_per_class * len(class_names) for folder in sets})
+    n = args.gen_images_per_class * len(class_names)
+    run.done("generate", run.under(*sets), images=dict.fromkeys(sets, n))
 
 
 def missing_images(n_images, existing):
@@ -872,7 +873,7 @@ def train(args, run, dist, shots, val, test, class_names):
         distributed.barrier(dist)
         if dist.main:
             export_classifier(args, run, model, class_names)
-    run.done("train", classifiers=len(jobs))
+    run.done("train", run.under("classifier"), classifiers=len(jobs))
 
 
 def zero_shot(args, run, dist, model, scored):
@@ -1120,7 +1121,7 @@ def evaluate_saved(args, run, dist, shots, test, class_names):
             distributed.say(dist, say)
         if dist.main:
             write_results(args, run, shots, class_names, logits.argmax(1), labels, dict(top1=top1, top5=top5))
-    run.done("evaluate", top1=top1)
+    run.done("evaluate", run.under(*runs.RESULTS), top1=top1)
 
 
 def write_results(args, run, shots, class_names, predicted, labels, saved):

@@ -351,7 +351,7 @@ def caption(args, run, dist, real):
             written = [text for file in files for text in read_json(file)]
         if dist.main:
             write_json(run.path("captions.json"), dict(zip(real.keys, written, strict=True)))
-    run.done("caption", captions=len(real))
+    run.done("caption", run.under("captions.json"), captions=len(real))
 
 
 def in_parts(run, dist, name, suffix, real, work):
@@ -381,7 +381,7 @@ def embed(args, run, dist, real):
         if dist.main:
             rows = torch.cat([load_tensors(file)["embeddings"] for file in files])
             save_tensors(run.path("embeddings.safetensors"), {"embeddings": rows})
-    run.done("embed", embeddings=len(real))
+    run.done("embed", run.under("embeddings.safetensors"), embeddings=len(real))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -557,7 +557,7 @@ def finetune(args, run, dist, pipe, real, names, sets):
             tune_lora(args, run, team, pipe, v, real, names)
     distributed.barrier(dist)
     pipe.unload_lora_weights()
-    run.done("finetune", files=[adapter_file(run, v.adapter) for v in jobs], adapters=[v.adapter for v in jobs])
+    run.done("finetune", run.under("lora"), adapters=[v.adapter for v in jobs])
 
 
 def tuning_steps(args, n):
@@ -719,7 +719,8 @@ def generate(args, run, dist, pipe, real, names, sets):
     for v in sets.values() if dist.main else []:
         list_versions(args, run, v, real, names)
     adapter.use(None)
-    run.done("generate", images={v.folder: len(v.rows) * v.versions for v in sets.values()})
+    drawn = run.under(*(v.folder for v in sets.values()))
+    run.done("generate", drawn, images={v.folder: len(v.rows) * v.versions for v in sets.values()})
 
 
 def missing_versions(args, run, real, sets):
@@ -907,7 +908,7 @@ def train(args, run, dist, real, sets):
             sources += [generated_images(args, run, sets[folder], real, versions)] if folder else []
             place = run.path("classifier", "runs", f"{row}-seed{seed}")
             train_net(args, run, team, place, f"train/{row}-seed{seed}", sources, len(real), seed)
-    run.done("train", classifiers=len(jobs))
+    run.done("train", run.under("classifier/runs"), classifiers=len(jobs))
 
 
 def train_net(args, run, team, folder, chart, sources, n_real, seed):
@@ -1057,7 +1058,7 @@ def attack(args, run, dist, real, sets):
                 results[kind], curves[kind] = attack_results(phi[kind], keep)
             write_json(run.path("attack.json"), results)
             roc_chart(run.path("attack.png"), "Who was a member? LiRA", curves)
-    run.done("attack", shadows=args.mia_models)
+    run.done("attack", run.under("attack.json", "attack.png"), shadows=args.mia_models)
 
 
 def attack_results(phi, keep):
@@ -1096,7 +1097,7 @@ def evaluate(args, run, dist, data, real, sets):
         clip_top1 = zero_shot_top1(args, test, dist)
         if dist.main:
             write_report(args, run, data, real, sets, found, list(scored), clip_top1)
-    run.done("evaluate", classifiers=len(jobs))
+    run.done("evaluate", run.under("classifier", *runs.RESULTS), classifiers=len(jobs))
 
 
 def zero_shot_top1(args, test, dist):

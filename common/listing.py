@@ -5,15 +5,18 @@ list, so that a start looks at a million files and reads none. The hash is of th
 a small file of all: an edit in the middle of a large file that keeps its size is not found.
 """
 
+import itertools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
+from typing import TypeVar
 
-from common.files import TEMPORARY, atomic, chunks
+from common.files import atomic
 
+T = TypeVar("T")
 SMALL, END = 1 << 16, 1 << 12  # bytes: files hashed as a whole; what is hashed at both ends of others
 LINE = re.compile(r"([0-9]+) ([0-9a-f]{16}) (.+)", re.DOTALL)
 
@@ -31,33 +34,48 @@ def quick_hash(path: str | Path) -> str:
 
 def write(file: Path, root: Path, names: Iterable[str | Path]) -> int:
     """List these files, paths or names below root, in `file`; how many they are."""
-    names = [os.path.relpath(path, root) if os.path.isabs(path) else os.fspath(path) for path in names]
 
-    def lines(some: list[str]) -> bytes:
-        said = (f"{os.stat(p := f'{root}/{name}').st_size} {quick_hash(p)} {name}\0" for name in some)
-        return "".join(said).encode(errors="surrogateescape")
+    def lines(some: tuple[str | Path, ...]) -> tuple[int, bytes]:
+        paths = (os.path.relpath(name, root) if os.path.isabs(name) else os.fspath(name) for name in some)
+        said = (f"{os.stat(p := f'{root}/{name}').st_size} {quick_hash(p)} {name}\0" for name in paths)
+        return len(some), "".join(said).encode(errors="surrogateescape")
 
-    with atomic(file) as temporary, open(temporary, "wb") as out, ThreadPoolExecutor() as pool:
-        out.writelines(pool.map(lines, chunks(names, 256)))
-    return len(names)
+    count = 0
+    with atomic(file) as temporary, open(temporary, "wb") as out:
+        for n, data in _in_threads(lines, names):
+            count += n
+            out.write(data)
+    return count
 
 
 def damaged(file: Path, root: Path, expected: int) -> list[str]:
     """Listed files that are missing, cut, or edited since; the list itself when it is not whole."""
+    itself = [os.path.relpath(file, root)]
     try:
         raw, written = file.read_bytes(), os.stat(file).st_mtime_ns
     except OSError:
-        return [os.path.relpath(file, root)]
-    matches = [LINE.fullmatch(line) for line in raw.decode(errors="surrogateescape").split("\0")[:-1]]
-    if len(matches) != expected or None in matches:
-        return [os.path.relpath(file, root)]
-    rows = [match.groups() for match in matches if match]
+        return itself
+    if raw.count(b"\0") != expected or (raw and raw[-1]):
+        return itself
 
-    def bad(some: list[tuple[str, ...]]) -> list[str]:
-        return [name for size, known, name in some if not _good(f"{root}/{name}", int(size), known, written)]
+    def bad(some: tuple[re.Match | None, ...]) -> list[str | None]:
+        found = (None if line is None else line.groups() for line in some)
+        return [
+            row and row[2] for row in found if not (row and _good(f"{root}/{row[2]}", int(row[0]), row[1], written))
+        ]
 
+    text = (raw[m.start() : m.end() - 1].decode(errors="surrogateescape") for m in re.finditer(rb"[^\0]*\0", raw))
+    names = [name for some in _in_threads(bad, map(LINE.fullmatch, text)) for name in some]
+    return itself if None in names else names
+
+
+def _in_threads(work: Callable[[tuple], T], items: Iterable) -> Iterator[T]:
+    """work of 256 items at a time, in order; a million items are never there at once."""
+    rest = iter(items)
+    batches = iter(lambda: tuple(itertools.islice(rest, 256)), ())
     with ThreadPoolExecutor() as pool:
-        return sum(pool.map(bad, chunks(rows, 256)), [])
+        while several := list(itertools.islice(batches, 64)):
+            yield from pool.map(work, several)
 
 
 def _good(path: str, size: int, known: str, written: int) -> bool:
@@ -68,15 +86,13 @@ def _good(path: str, size: int, known: str, written: int) -> bool:
         return False
 
 
-def under(root: Path, names: Iterable[str]) -> list[str]:
-    """All files in these folders of root (or these files), as names below it, in order; no hidden and unfinished ones.
-    Names that are not there are left out."""
-    found: list[str] = []
+def under(root: Path, names: Iterable[str]) -> Iterator[str]:
+    """All files in these folders of root (or these files), as names below it; no hidden and unfinished ones. Names that
+    are not there are left out."""
     for name in names:
         if os.path.isfile(root / name):
-            found.append(name)
+            yield name
         for at, folders, files in os.walk(root / name):
             folders[:] = sorted(folder for folder in folders if folder[0] != ".")
             at = os.path.relpath(at, root)
-            found += [f"{at}/{file}" for file in sorted(files) if file[0] != "." and not file.startswith(TEMPORARY)]
-    return found
+            yield from (f"{at}/{file}" for file in sorted(files) if file[0] != ".")

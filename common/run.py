@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from common.distributed import Dist
 
 T = TypeVar("T")
+RESULTS = ("results.json", "samples.png", "report.html")  # of the last stage
 FLAGS, COPY = "args.json", ".args.json"  # the copy serves when the other one is damaged
 SECONDS_BETWEEN_SAVES = 15  # how often a running stage notes its time, for the sum over attempts that were killed
 
@@ -52,7 +53,7 @@ class Run:
         self._release: Callable[[], Any] = lambda: None
 
     def path(self, *parts: str) -> Path:
-        """A path inside the folder."""
+        """Inside the folder."""
         return self.dir.joinpath(*map(str, parts))
 
     def _stage_file(self, stage: str, kind: str = ".json") -> Path:
@@ -97,9 +98,9 @@ class Run:
         expected = self.manifest(stage).get("n_files", 0)
         return listing.damaged(self._stage_file(stage, ".files"), self.dir, expected) if expected else []
 
-    def under(self, *names: str) -> list[str]:
-        """All files in these folders of the run (or these files), for `done`. Lists them, on rank 0 only."""
-        return listing.under(self.dir, names) if self.dist.main else []
+    def under(self, *names: str) -> Iterator[str]:
+        """All files in these folders of the run (or these files), for `done`."""
+        return listing.under(self.dir, names)
 
     @contextmanager
     def timed(self, stage: str, memory_flag: str | None = None) -> Iterator[None]:
