@@ -331,9 +331,9 @@ def _compare(run: Run, old: dict[str, Any], new: dict[str, Any], free: set[str],
     changed, refused = False, []
     for kind, named in (("args", "{}"), ("models", "what {} names")):
         for key in dict.fromkeys([*new[kind], *old[kind]]):
-            before, now = (json.dumps(side[kind].get(key), ensure_ascii=False) for side in (old, new))
-            if before == now or (kind == "args" and key in free):
+            if old[kind].get(key) == new[kind].get(key) or (kind == "args" and key in free):  # 10 is 10.0
                 continue
+            before, now = (json.dumps(side[kind].get(key), ensure_ascii=False) for side in (old, new))
             if any(key == word or (word.endswith("_") and key.startswith(word)) for word in unread):
                 old[kind][key], changed = new[kind].get(key), True
             else:
