@@ -29,7 +29,9 @@ from common.launch import Launch, Stopped, UserError, command_line, launched_as
 OUT_OF_MEMORY = r"out of memory|not enough memory: you tried|CUBLAS_STATUS_ALLOC_FAILED"  # CUDA and MPS, CPU, cuBLAS
 LOST_CONTACT = r"(closed|reset) by peer|Broken pipe|Timed out waiting"  # gloo's words for a process that is gone
 THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE}
-SECONDS_FOR_RANK_0 = 10  # how long another rank waits for rank 0 to report the same error
+# How long another rank waits for rank 0 to report the same error: before the processes have met, when rank 0 may still
+# be importing on a busy machine, and after.
+SECONDS_FOR_RANK_0 = {False: 90, True: 15}
 
 
 # ---------------------------------------------------------------------------------------
@@ -321,7 +323,8 @@ def _explain(error: BaseException) -> str | None:
 def _let_rank_0_speak() -> None:
     """Most errors hit every rank; rank 0 reports them, and the launcher then ends this process quietly."""
     _state.exit_code = 2
-    time.sleep(SECONDS_FOR_RANK_0)
+    td = sys.modules.get("torch.distributed")
+    time.sleep(SECONDS_FOR_RANK_0[bool(td and td.is_available() and td.is_initialized())])
 
 
 def _nobody_reads() -> bool:

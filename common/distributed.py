@@ -93,8 +93,9 @@ def _pick_device(name: str, launch: Launch) -> torch.device:
     if index and launch.world > 1:
         raise UserError(f"--device {name}: several processes take one GPU each; use --device cuda")
     number, count = int(index or launch.local_rank), torch.cuda.device_count()
-    if number >= count:
-        raise UserError(f"GPU {number} does not exist, this machine has {count}; start at most {count} processes on it")
+    if max(number, launch.local_world - 1) >= count:  # every process says so, not the last one alone
+        most = f"start at most {count} processes on it"
+        raise UserError(f"GPU {max(number, launch.local_world - 1)} does not exist, this machine has {count}; {most}")
     return torch.device("cuda", number)
 
 

@@ -56,8 +56,10 @@ def remove_unfinished(folder: str | Path) -> None:
 
 
 def disk_full(error: BaseException) -> bool:
-    """Is this error a full disk, or a spent quota?"""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    """Is this error a full disk, a spent quota, or a limit on the size of files? safetensors tells in words only."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return isinstance(error, OSError) and error.errno in full or bool(words and int(words[1]) in full)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:

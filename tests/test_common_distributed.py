@@ -140,7 +140,7 @@ def test_devices(environment, monkeypatch):
     pick = D._pick_device
     assert pick("cuda:2", Launch()) == torch.device("cuda:2") and pick("auto", Launch()) == torch.device("cuda:0")
     assert pick("cuda", Launch(5, 1, 8, 4)) == torch.device("cuda:1")
-    with pytest.raises(UserError, match="GPU 4 does not exist, this machine has 4; start at most 4"):
+    with pytest.raises(UserError, match="GPU 7 does not exist, this machine has 4; start at most 4"):
         pick("cuda", Launch(4, 4, 8, 8))
     with pytest.raises(UserError, match="take one GPU each"):
         pick("cuda:1", Launch(1, 1, 2, 2))

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -114,6 +115,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, full_disk
         temporary.write_text("half")
         1 / 0  # noqa: B018
     assert os.listdir(tmp_path) == ["f"] and (tmp_path / "f").read_text() == "old"
+
+
+@pytest.mark.parametrize("write", [files.write_bytes, lambda path, data: save_tensors(path, {"a": torch.zeros(9000)})])
+def test_a_full_disk_is_one_line_whoever_writes(tmp_path, write):
+    """Stood in for by a limit on the size of files; safetensors has errors of its own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))
+    try:
+        with pytest.raises(UserError, match=f"disk full at {tmp_path}/f; free some space"):
+            write(tmp_path / "f", bytes(30_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert not os.listdir(tmp_path)
 
 
 def test_kill_9_during_writes_leaves_whole_files(tmp_path):

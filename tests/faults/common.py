@@ -21,4 +21,48 @@ FAULTS = {
             tests="tests/test_datadream.py::test_tuning_equals_a_plain_loop_over_stock_parts",
         ),
     ],
+    "common/files.py": [
+        Fault(
+            "safetensors' words for a full disk are not understood",
+            "bool(words and int(words[1]) in full)",
+            "False",
+            tests="tests/test_common_run.py::test_a_full_disk_is_one_line_whoever_writes",
+        ),
+    ],
+    "common/listing.py": [
+        Fault(
+            "files of the right size are taken as they are",
+            "or quick_hash(path) == known",
+            "or True",
+            tests="tests/test_common_run.py::test_names_and_sizes_of_all_kinds_are_listed",
+        ),
+        Fault(
+            "the end of a large file is not hashed",
+            "            data += file.read(END)\n",
+            "",
+            tests="tests/test_common_run.py::test_names_and_sizes_of_all_kinds_are_listed",
+        ),
+    ],
+    "common/inputs.py": [
+        Fault(
+            "no picture is decoded at the start",
+            "            verify(images, _memory(Path(images.root)), bar.update)\n",
+            "            pass\n",
+            tests="tests/test_common_run.py::test_a_run_begins_with_pictures_that_can_be_read_and_goes_on_with_the_same",
+        ),
+        Fault(
+            "nobody is told of pictures in two splits",
+            "lambda: overlap(splits)",
+            "lambda: ''",
+            tests="tests/test_common_run.py::test_pictures_in_two_splits_are_told_at_every_start_and_stand_in_the_report",
+        ),
+    ],
+    "common/run.py": [
+        Fault(
+            "a run that did nothing is held to its pictures",
+            "        run.path(inputs.RECORD).unlink(missing_ok=True)\n",
+            "        pass\n",
+            tests="tests/test_common_run.py::test_a_run_begins_with_pictures_that_can_be_read_and_goes_on_with_the_same",
+        ),
+    ],
 }
