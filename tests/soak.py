@@ -40,6 +40,17 @@ os.environ |= dict(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEN
 from conftest import free_port  # noqa: E402
 from warm import SCRIPTS, child  # noqa: E402
 
+# What makes the miniatures of the tests smaller still.
+SMALLER = {
+    "datadream": "--shots 1 --sd-epochs 3 --gen-images-per-class 2 --gen-steps 2 --clf-seeds 1 "
+    "--clf-batch 16 --arms pooled",
+    "realfake": "--gen-versions 1 --net-versions 1 --gen-steps 2 --mia-models 0 --ablations --tune-epochs 3",
+    "gafi": "--clf-seeds 1 --class-samples 5 --attempts 1 --real-epochs 2 --resnet-epochs 2 --resnet-drops 1 2 "
+    "--sigma-grid 1 1 1 --threshold-grid 0 0 1 --search-period 4 --export-images 1",
+    "synthetic_recognition": "--sentences 2 --gen-images-per-class 3 --filter-keep 2 --head-epochs 1",
+    "distdiff": "--rows real sd distdiff --clf-copies 1 --gen-copies 1 --gen-steps 4 --gen-step-from-end 2 "
+    "--energy-probe 2",
+}
 NO_BYTES = ("args.json", ".args.json", "report.html")  # seconds, commands, versions
 PATIENCE = 900  # seconds for one start
 
@@ -190,7 +201,7 @@ def main():
         importlib.import_module(script)
     end, rng, root = time.monotonic() + 60 * args.minutes, random.Random(args.seed), Path(tempfile.mkdtemp())
     words = {script: list(importlib.import_module(f"test_{script}").SMALL) for script in args.scripts}
-    words = {script: [*flags, "--workers", "0"] for script, flags in words.items()}
+    words = {script: [*flags, *SMALLER[script].split(), "--workers", "0"] for script, flags in words.items()}
     want, seconds, report = {}, {}, {script: dict(runs=0, wrong=[], counts={}) for script in args.scripts}
     for script in args.scripts:
         begin, start = time.monotonic(), Start(script, [*words[script], "--output-dir", "run"], 1, root)

@@ -347,6 +347,7 @@ class Args:
 
 def main(args):
     if args.do == "early":
+        time.sleep(12 * (os.environ["RANK"] == "0"))  # as on a busy machine
         raise runs.UserError("no such folder")
     from common import distributed as D
     import torch
@@ -434,7 +435,8 @@ def test_waiting_for_processes_that_never_come_is_said_and_obeys_signals(start):
 
 
 def test_torchrun_errors_are_told_once(start, tmp_path):
-    early, flag = start("--do", "early"), start("--nope", "1")  # before there is a process group
+    """Before there is a process group, and although rank 0 is the last to get there."""
+    early, flag = start("--do", "early"), start("--nope", "1")
     for process, line in [
         (early, "error: no such folder\n"),
         (flag, "error: Unrecognized options: --nope, 1; see --help"),
