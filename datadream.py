@@ -1193,6 +1193,7 @@ def planned_models(args):
     if args.clf_model == "clip":
         wanted.append(("--clip-model", args.clip_model, "clip"))
     found = models.check_models(wanted)
+    models.check_size("--sd-resolution", args.sd_resolution, found["--sd-model"])
     kind = models.scheduler_config(found["--sd-model"])["prediction_type"]
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(

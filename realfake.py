@@ -1233,6 +1233,7 @@ def planned_models(args, sets):
     if "caption" in args.stages and needs_captions(sets) and args.captions_file is None:
         wanted.append(("--captioner", args.captioner, "captioner"))
     found = models.check_models([*wanted, ("--net-model", args.net_model, "network")])
+    models.check_size("--gen-resolution", args.gen_resolution, found["--sd-model"])
     scheduler = models.scheduler_config(found["--sd-model"])
     kind = scheduler.get("prediction_type", "epsilon")
     if kind != "epsilon":  # residuals of v are no residuals of the noise, and another min-SNR weight belongs to them
@@ -1285,6 +1286,8 @@ def main(args):
         lam = matching_weight(args.dm_lambda, args.dm_batch)
         distributed.say(dist, f"note: --dm-batch {args.dm_batch}: lambda becomes {lam:g}, which is 0.003 at 8")
     real = distributed.on_rank_0(partial(choose_real, args, data), dist)
+    if args.captions_file and "caption" in args.stages:
+        distributed.on_rank_0(lambda: captions.read_captions(args.captions_file, real) and None, dist)
     names, sets = prompt_names(args.dataset, data.class_names), generated_sets(args, len(real))
     found = planned_models(args, sets)
     hashed = {flag: where for flag, where in found.items() if flag != "--net-model"}

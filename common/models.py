@@ -157,6 +157,13 @@ def scheduler_config(folder: str) -> dict[str, Any]:
     return read_object(Path(folder) / "scheduler" / "scheduler_config.json")
 
 
+def check_size(flag: str, size: int, folder: str) -> None:
+    """Raise UserError unless the VAE of a generator, in a folder of check_models, makes pictures of this size."""
+    factor = 2 ** (len(read_object(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
+    if size % factor:
+        raise UserError(f"{flag} {size}: the VAE of this generator needs a multiple of {factor}")
+
+
 def fingerprint(where: str, only: Collection[str] = ()) -> str:
     """A short name for the exact weights, for args.json.
 

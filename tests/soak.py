@@ -137,12 +137,12 @@ def disturbed(script, words, folder, want, seconds, rng, count, disk_mb):
     try:
         for attempt in range(60):
             kinds = ["kill", "kill", "term", "int", "short", "nothing"] + ["one"] * 2
-            kind, world = rng.choice(kinds if attempt < 6 else ["nothing"]), rng.choice([1, 1, 2, 3])
+            kind, world = rng.choice(kinds if attempt < 12 else ["nothing"]), rng.choice([1, 1, 2, 3])
             kind = "kill" if kind == "one" and world == 1 else kind
             limit = int(10 ** rng.uniform(4.3, 5.7)) if kind == "short" else None
             start = Start(script, [*words, "--output-dir", str(run)], world, folder, limit)
             count["starts"] += 1
-            codes = start.wait(rng.uniform(0, 1.2 * seconds * world) if kind not in ("short", "nothing") else PATIENCE)
+            codes = start.wait(rng.uniform(0.5, 0.6 * seconds) if kind not in ("short", "nothing") else PATIENCE)
             if codes is None and kind == "one":
                 start.send(signal.SIGKILL, [rng.choice(start.pids)])
                 codes = start.wait(120)
@@ -217,7 +217,7 @@ def main():
         wrong = disturbed(script, words[script], folder, want[script], seconds[script], rng, count, args.disk_mb)
         row["runs"], row["counts"], row["wrong"] = row["runs"] + 1, dict(count), row["wrong"] + wrong
         print(
-            f"{script}: run {row['runs']}, {sum(count.values())} events, {len(wrong)} wrong",
+            f"{script}: run {row['runs']}, {count['starts']} starts, {len(wrong)} wrong",
             *wrong,
             sep="\n  ",
             flush=True,

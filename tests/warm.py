@@ -7,6 +7,7 @@ its first checks takes a second instead of the ten of a new interpreter.
 The child runs what the script's last lines run: parse and start. It hears signals and ends as a command would.
 """
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -76,7 +77,8 @@ def child(asked, out, err):
 
         traceback.print_exc()
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(BaseException):
+            atexit._run_exitfuncs()  # the lock of a run folder is given back there
             sys.stdout.flush()
         os._exit(code)
 
