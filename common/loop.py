@@ -32,10 +32,15 @@ from common.sums import Adder, finish, gather_units, some_idle, sum_in_order, tr
 __all__ = ["Loop", "gather_units", "sum_in_order", "traffic", "units_of"]
 
 
+def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 class Loop:
     """See the top of this file.
 
     run, chart: where values are logged, as <chart>/<name>. total: steps. optimizer: all its parameters are trained.
+    others: further optimizers, of networks that are trained in turn; `units(of=...)` says whose turn it is.
     team: the processes that share each step. micro_batch: items of a unit. file: the checkpoint. params: whose
     gradients `backward` takes (default: all of the optimizer's). buffers: BatchNorm's statistics and the like: floats
     start each micro-batch from their values at the step's start and become the mean over micro-batches, weighted by
@@ -57,12 +62,14 @@ class Loop:
         state: dict[str, torch.Tensor] | None = None,
         log_every: int = 25,
         save_seconds: float = 60,
+        others: Sequence[torch.optim.Optimizer] = (),
     ):
         self.run, self.chart, self.total, self.optimizer, self.team = run, chart, total, optimizer, team
+        self.optimizers = [optimizer, *others]
         self.micro_batch, self.file = micro_batch, Path(file)
         self.log_every, self.save_seconds = log_every, save_seconds
-        self.all_params = [p for group in optimizer.param_groups for p in group["params"]]
-        self.params = list(self.all_params if params is None else params)
+        self.all_params = [p for o in self.optimizers for group in o.param_groups for p in group["params"]]
+        self.params = _params(optimizer) if params is None else list(params)
         self.floats = [b for b in buffers if b.is_floating_point()]
         self.counters = [b for b in buffers if not b.is_floating_point()]
         self.state = {f"param.{i}": p for i, p in enumerate(self.all_params)}
@@ -75,6 +82,7 @@ class Loop:
         self.recent: dict[str, tuple[Any, int]] = {}  # sum and count since the last line of the log
         self._phase: dict[str, Any] | None = None
         self._phases = 0  # in this step so far
+        self._turn = optimizer  # whose parameters the last phase was for
         self._likes: dict[Any, Any] = {}
         self._saved_at = time.monotonic()
         self.done = self._load()
@@ -112,18 +120,20 @@ class Loop:
             starts.pop()  # BatchNorm cannot normalise one item: it joins the micro-batch before
         return [slice(a, b) for a, b in itertools.pairwise([*starts, n])]
 
-    def units(self, n: int, size: int | None = None) -> Iterator[slice]:
+    def units(self, n: int, size: int | None = None, of: torch.optim.Optimizer | None = None) -> Iterator[slice]:
         """Slices of this process's micro-batches of n items; self.unit is the number of the current one.
 
         size: items of a unit, default micro_batch. What a unit keeps must have shapes that follow from n and size.
+        of: the optimizer whose parameters `backward` and `update` are for, default the first.
         """
         slices = self._slices(n, size)
         before = torch._foreach_mul(self.floats, 1.0) if self.floats else []
         counted = torch._foreach_add(self.counters, 1) if self.counters else []  # one step, however many units
         self._phases += 1
         self._phase = dict(
-            key=(self._phases, n, size), n_units=len(slices), counted=counted, adder=Adder(), leaves=None
-        )
+            key=(self._phases, n, size), n_units=len(slices), counted=counted, adder=Adder(), leaves=None,
+            of=of or self.optimizer, params=_params(of) if of else self.params,
+        )  # fmt: skip
         for j in units_of(self.team.rank, len(slices), self.team.world):
             if self.floats:
                 torch._foreach_copy_(self.floats, before)
@@ -137,7 +147,7 @@ class Loop:
 
         loss: this micro-batch's share of the batch's loss, for shares are added, not averaged.
         """
-        gradients = torch.autograd.grad(loss, [*self.params, *leaves])
+        gradients = torch.autograd.grad(loss, [*self._phase["params"], *leaves])
         moved = torch._foreach_mul(self.floats, self._share) if self.floats else []
         self._phase["leaves"] = len(leaves)
         self.keep([*gradients, loss.detach(), *moved])
@@ -163,8 +173,10 @@ class Loop:
         sums = finish(adder, n_units, self.team, like)
         if leaves is None:
             return sums
-        n = len(self.params)
-        for p, grad in zip(self.params, sums, strict=False):  # in the layout of p, on which the order of a norm depends
+        self._turn, n = phase["of"], len(phase["params"])
+        for p, grad in zip(
+            phase["params"], sums, strict=False
+        ):  # in the layout of p, on which the order of a norm depends
             p.grad = grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
         self.loss = sums[n + leaves]
         if self.floats:
@@ -174,15 +186,16 @@ class Loop:
         return [grad.contiguous() for grad in sums[n : n + leaves]]
 
     def update(self, lr: float | None = None, clip: float | None = None) -> torch.Tensor:
-        """One optimizer step. lr: for all parameter groups. clip: largest norm of all gradients. -> the loss"""
+        """One step of the optimizer whose turn it is. lr: for all its parameter groups. clip: largest norm of all its
+        gradients. -> the loss"""
         if self._phase is not None:
             self.sum()
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.all_params, clip)
+            torch.nn.utils.clip_grad_norm_(_params(self._turn), clip)
         if lr is not None:
-            for group in self.optimizer.param_groups:
+            for group in self._turn.param_groups:
                 group["lr"] = lr
-        self.optimizer.step()
+        self._turn.step()
         return self.loss
 
     # -- numbers
@@ -226,8 +239,11 @@ class Loop:
         self.done = max(self.done, self.step + 1)
         self._write_log()
         if self.team.main:
-            state = self.optimizer.state_dict()["state"]
-            flat = {f"optimizer.{i}.{k}": v for i, entry in state.items() for k, v in entry.items() if v is not None}
+            flat = {}
+            for number, optimizer in enumerate(self.optimizers):
+                state = optimizer.state_dict()["state"]
+                name = f"optimizer{number or ''}"
+                flat |= {f"{name}.{i}.{k}": v for i, entry in state.items() for k, v in entry.items() if v is not None}
             flat |= self.state | {f"tensors.{k}": v for k, v in self.tensors.items()}
             about = {"step": self.done, "recent": self._read_recent(), "extra": self.extra}
             save_tensors(self.file, flat, json.dumps(about))
@@ -247,15 +263,16 @@ class Loop:
         with torch.no_grad():
             for name, tensor in self.state.items():
                 tensor.copy_(flat[name])
-        state: dict[int, dict[str, torch.Tensor]] = {}
+        states: list[dict[int, dict[str, torch.Tensor]]] = [{} for _ in self.optimizers]
         for key, value in flat.items():
             kind, _, rest = key.partition(".")
-            if kind == "optimizer":
+            if kind.startswith("optimizer"):
                 i, name = rest.split(".", 1)
-                state.setdefault(int(i), {})[name] = value
+                states[int(kind.removeprefix("optimizer") or 0)].setdefault(int(i), {})[name] = value
             elif kind == "tensors":
                 self.tensors[rest] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self.extra, self.recent = about["extra"], {name: tuple(pair) for name, pair in about["recent"].items()}
         return about["step"]
 

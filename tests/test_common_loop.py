@@ -250,6 +250,50 @@ def test_resumed_training_has_the_bits_and_the_log_of_an_undisturbed_one(tmp_pat
     assert not (tmp_path / "c.safetensors").exists()
 
 
+@pytest.mark.parametrize("stop", [None, 2])
+def test_optimizers_take_turns_as_in_a_plain_loop(tmp_path, stop):
+    """As in a GAN: two steps of one network, clipped, then one of the other through it; before and after a stop."""
+    nets, plain = ([nn.Linear(4, 4), nn.Linear(4, 1)] for _ in range(2))
+    x = torch.randn(4, 6, 4, generator=D.generator("x"))
+    for a, b in zip(nets, plain, strict=True):
+        b.load_state_dict(a.state_dict())
+
+    def adams(pair):
+        return [torch.optim.Adam(net.parameters(), lr) for net, lr in zip(pair, (0.1, 0.02), strict=True)]
+
+    def train(until):
+        one, other = adams(nets)
+        loop = L.Loop(Run(), "c", 4, other, ONE, 4, tmp_path / "c.safetensors", others=[one])
+        for step in loop:
+            if step == until:
+                return
+            for _ in range(2):
+                for u in loop.units(6):
+                    loop.backward(nets[1](nets[0](x[step, u])).square().sum() / 6)
+                loop.update(clip=0.5)
+            for u in loop.units(6, of=one):
+                loop.backward(-nets[1](nets[0](x[step, u])).sum() / 6)
+            loop.update(lr=0.1 / (step + 1))
+            loop.save()
+
+    if stop is not None:
+        train(stop)
+    train(None)
+    one, other = adams(plain)
+    for step in range(4):
+        for _ in range(2):
+            other.zero_grad()
+            plain[1](plain[0](x[step])).square().mean().backward()
+            nn.utils.clip_grad_norm_(plain[1].parameters(), 0.5)
+            other.step()
+        one.zero_grad()
+        (-plain[1](plain[0](x[step])).mean()).backward()
+        one.param_groups[0]["lr"] = 0.1 / (step + 1)
+        one.step()
+    for a, b in zip(nets, plain, strict=True):
+        assert all(torch.allclose(p, q, atol=1e-5) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
 def test_selection_is_remembered(tmp_path):
     net = make_net()
     make = lambda: L.Loop(Run(), "c", 9, torch.optim.AdamW(net.parameters()), ONE, 5, tmp_path / "c.safetensors")  # noqa: E731

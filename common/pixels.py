@@ -1,0 +1,81 @@
+"""Data sets of small pictures as tensors: whole splits at one size, bytes on the device; nothing is read twice."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.datasets import Images
+from common.files import chunks
+from common.loader import Loader
+
+Split = tuple[torch.Tensor, torch.Tensor]
+AT_ONCE = 500  # pictures in a batch of the loader
+
+
+@dataclass
+class Pixels:
+    """A data set on one device: of each split the images, uint8 [N, channels, size, size], and the labels [N]."""
+
+    train: Split
+    val: Split
+    test: Split
+    class_names: list[str]
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return self.train[0].shape[1]
+
+    def hash(self) -> str:
+        """Of every pixel, label and class name in their order: a run does not go on with other data than it began
+        with."""
+        found = hashlib.sha256(json.dumps(self.class_names).encode())
+        for x, y in (self.train, self.val, self.test):
+            found.update(str(tuple(x.shape)).encode())
+            found.update(np.ascontiguousarray(x.cpu().numpy())), found.update(y.cpu().numpy())
+        return found.hexdigest()[:16]
+
+
+def prepared(image: Image.Image, channels: int, size: int, pad: bool = False) -> torch.Tensor:
+    """PIL image -> uint8 [channels, size, size]. pad: zeros around it (28 -> 32 pixels, say); else resized by Lanczos,
+    the shorter side to size, and cropped in the centre."""
+    image = image.convert("L" if channels == 1 else "RGB")
+    if pad:
+        pixels = np.pad(np.asarray(image), (size - image.width) // 2)
+    else:
+        if image.size != (size, size):
+            scale = size / min(image.size)
+            w, h = (max(size, round(side * scale)) for side in image.size)
+            left, top = (w - size) // 2, (h - size) // 2
+            image = image.resize((w, h), Image.Resampling.LANCZOS).crop((left, top, left + size, top + size))
+        pixels = np.array(image)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).view(size, size, channels).permute(2, 0, 1)
+
+
+def load_split(images: Images, channels: int, size: int, pad: bool, device: torch.device, workers: int) -> Split:
+    """All pictures of a split, each as `prepared` makes it. Raises the UserError of one that cannot be read."""
+    if images.pixels is not None and images.pixels.shape[1:3] == (size, size):  # as they lie in memory
+        x = torch.from_numpy(images.pixels).view(len(images), size, size, -1).permute(0, 3, 1, 2).contiguous()
+        x = x.to(device)
+    else:
+        view = partial(prepared, channels=channels, size=size, pad=pad)
+        x = torch.cat(list(Loader(images, view, device, workers)(chunks(range(len(images)), AT_ONCE))))
+    return x, torch.tensor(images.labels, device=device).long()
+
+
+def in_unit_range(x: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5"""
+    return (x.float() / 255 - 0.5) / 0.5
+
+
+def as_picture(x: torch.Tensor) -> torch.Tensor:
+    """[channels, H, W] in [-1, 1] -> uint8 [3, H, W] on the CPU"""
+    return ((x.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
