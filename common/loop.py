@@ -77,7 +77,7 @@ class Loop:
         self.state |= {f"state.{name}": tensor for name, tensor in (state or {}).items()}
         self.extra: Any = None  # what selection remembers, JSON-able; saved and restored
         self.tensors: dict[str, torch.Tensor] = {}  # further tensors to remember, such as the best weights
-        self.step, self.unit = -1, 0
+        self.step, self.unit, self.n_units = -1, 0, 0
         self.loss, self.bar = torch.zeros((), device=team.device), None
         self.recent: dict[str, tuple[Any, int]] = {}  # sum and count since the last line of the log
         self._phase: dict[str, Any] | None = None
@@ -121,7 +121,7 @@ class Loop:
         return [slice(a, b) for a, b in itertools.pairwise([*starts, n])]
 
     def units(self, n: int, size: int | None = None, of: torch.optim.Optimizer | None = None) -> Iterator[slice]:
-        """Slices of this process's micro-batches of n items; self.unit is the number of the current one.
+        """Slices of this process's micro-batches of n items; self.unit is the number of the current one, of n_units.
 
         size: items of a unit, default micro_batch. What a unit keeps must have shapes that follow from n and size.
         of: the optimizer whose parameters `backward` and `update` are for, default the first.
@@ -130,6 +130,7 @@ class Loop:
         before = torch._foreach_mul(self.floats, 1.0) if self.floats else []
         counted = torch._foreach_add(self.counters, 1) if self.counters else []  # one step, however many units
         self._phases += 1
+        self.n_units = len(slices)
         self._phase = dict(
             key=(self._phases, n, size), n_units=len(slices), counted=counted, adder=Adder(), leaves=None,
             of=of or self.optimizer, params=_params(of) if of else self.params,
