@@ -247,9 +247,6 @@ def choose(args, data):
         train, val = datasets.hold_out(train, args.val_fraction, args.seed)
     if args.real_per_class:
         train = train.subset(datasets.few_shot(train, data.name, args.real_per_class, args.seed, n))
-    for part in (train, val, data.test) if data.name == "folder" else ():
-        if part is not None:
-            images.verify(part)
     return in_order(train), val
 
 
@@ -259,7 +256,7 @@ def select(run, dist, real, val):
     if run.todo("select"):
         if dist.main:
             write_json(run.path("real.json"), chosen)
-        run.done("select", real=len(real), validation=len(chosen["validation"]))
+        run.done("select", run.under("real.json"), real=len(real), validation=len(chosen["validation"]))
     elif dist.main and read_json(run.path("real.json")) != chosen:
         raise UserError(f"{run.path('real.json')}: the images have changed since the run began; use a new --output-dir")
 
@@ -549,7 +546,8 @@ def train_guide(args, run, dist, real, val, test, prompts, weights):
             )  # fmt: skip
             fit(args, run, dist.alone(), job, scored_splits(args, val, test), prompts)
         distributed.barrier(dist)
-    run.done("guide", **{k: read_json(run.path("guide", "metrics.json"))[k] for k in ("test", "val")})
+    found = read_json(run.path("guide", "metrics.json"))
+    run.done("guide", run.under("guide"), test=found["test"], val=found["val"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -597,7 +595,7 @@ def make_prototypes(args, run, dist, real, class_names, prompts):
             save_tensors(run.path("prototypes.safetensors"), {k: found[k] for k in ("class_unit", "group_unit")})
             show_prototypes(args, run, real, features, labels, found, class_names)
         distributed.barrier(dist)
-    run.done("prototypes", groups=args.groups)
+    run.done("prototypes", run.under("prototypes.safetensors", "prototypes.png", "prototypes.json"), groups=args.groups)
 
 
 def show_prototypes(args, run, real, features, labels, found, class_names):
@@ -665,7 +663,7 @@ def encode(args, run, dist, pipe, real):
             latents = torch.empty_like(gathered)
             latents[[i for r in range(dist.world) for batch in batches[r :: dist.world] for i in batch]] = gathered
             save_tensors(run.path("latents.safetensors"), {"latents": latents})
-    run.done("encode", latents=len(real))
+    run.done("encode", run.under("latents.safetensors"), latents=len(real))
 
 
 def moments(vae, x):
@@ -972,7 +970,8 @@ def expand(args, run, dist, pipe, real, class_names, prompts):
     distributed.barrier(dist)
     for row in rows if dist.main else []:
         list_copies(args, run, GENERATED[row], real, class_names, prompts)
-    run.done("expand", images={GENERATED[row]: args.gen_copies * len(real) for row in rows})
+    drawn = run.under("energy.json", *(GENERATED[row] for row in rows))
+    run.done("expand", drawn, images={GENERATED[row]: args.gen_copies * len(real) for row in rows})
 
 
 def missing_copies(args, run, real, rows):
@@ -1067,7 +1066,7 @@ def train(args, run, dist, real, val, test, class_names, prompts, weights):
         distributed.barrier(dist)
         if dist.main:
             save_best(args, run, class_names, prompts)
-    run.done("train", classifiers=len(jobs))
+    run.done("train", run.under("classifier"), classifiers=len(jobs))
 
 
 def score_zero_shot(args, run, dist, test, prompts):
@@ -1122,7 +1121,7 @@ def evaluate_saved(args, run, dist, real, test, class_names):
             saved = dict(row=row, copies=k, top1=accuracy)
             write_table(args, run, real, class_names, logits.argmax(1), torch.as_tensor(test.labels), saved)
         distributed.barrier(dist)
-    run.done("evaluate")
+    run.done("evaluate", run.under(*runs.RESULTS))
 
 
 def write_table(args, run, real, class_names, predicted, labels, saved):
@@ -1216,6 +1215,7 @@ def planned_models(args):
         wanted.append(("--zeroshot-clip", args.zeroshot_clip, "clip"))
     found = models.check_models(wanted)
     config = models.scheduler_config(found["--sd-model"])
+    models.check_size("--gen-resolution", args.gen_resolution, found["--sd-model"])
     if (kind := config.get("prediction_type", "epsilon")) != "epsilon":
         raise UserError(f"--sd-model {args.sd_model}: predicts {kind!r}; DistDiff needs epsilon")
     if (schedule := config.get("beta_schedule")) != "scaled_linear":
@@ -1258,7 +1258,8 @@ def main(args):
     weights = found["--classifier"] if args.classifier_pretrained else None
     ids = dict(sd_model=models.fingerprint(found["--sd-model"]))
 
-    run = runs.open_run("distdiff", args, dist, ["gen_micro_batch", "grad_checkpoint"], models=ids, later=LATER)
+    free, read = ["gen_micro_batch", "grad_checkpoint"], dict(real=real, validation=val, test=test)
+    run = runs.open_run("distdiff", args, dist, free, models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, dist, real, val)
     check_order(args, run, [stage for stage in todo if stage != "select"])

@@ -196,7 +196,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import datasets, distributed, images
+from common import datasets, distributed, images, inputs
 from common import run as runs
 from common.distances import (
     frechet_distance,
@@ -217,8 +217,8 @@ from common.report import mean_std, spread
 # The data: every split as one tensor of bytes on the device.
 
 
-def load_data(args, dist):
-    """The data set and its splits. FashionMNIST is padded from 28 to 32 pixels, so that its border becomes -1."""
+def load_splits(args, dist):
+    """{split: its images}, all of which can be read."""
     data = datasets.load_dataset(args.dataset, args.data_dir)
     if data.note:
         distributed.say(dist, data.note)
@@ -228,12 +228,17 @@ def load_data(args, dist):
     if val is None:
         train, val = datasets.hold_out(train, args.val_per_class, args.seed)
     splits = dict(train=train, val=val, test=data.test)
-    if args.dataset == "folder":
-        for split in splits.values():
-            images.verify(split)
+    distributed.on_rank_0(partial(inputs.readable, splits, dist), dist)
+    return splits
+
+
+def load_data(args, dist, splits=None):
+    """The splits as pixels. FashionMNIST is padded from 28 to 32 pixels, so that its border becomes -1."""
+    splits = splits or load_splits(args, dist)
     channels = 1 if args.dataset in ("digits", "fashionmnist") else 3
     how = channels, args.image_size, args.dataset == "fashionmnist", dist.device, args.workers
-    return Pixels(**{name: load_split(split, *how) for name, split in splits.items()}, class_names=data.class_names)
+    names = splits["train"].class_names
+    return Pixels(**{name: load_split(split, *how) for name, split in splits.items()}, class_names=names)
 
 
 def device_generator(device, *parts):
@@ -491,7 +496,7 @@ def train_real(args, run, dist, data):
             # Official code: F, and with it the real reference, is chosen on validation images in every case.
             how = args.real_epochs, seed, row_folder(run, "real", seed), dict(row="real", images=len(data.train[1]))
             train_classifier(args, run, dist, data, RealSet(data.train), *how, "val")
-    run.done("real", classifiers=len(seeds))
+    run.done("real", run.under(*(row_folder(run, "real", seed) for seed in seeds)), classifiers=len(seeds))
 
 
 def filtering_classifier(args, run, data):
@@ -846,7 +851,7 @@ def train_gans(args, run, dist, data, classifier, inception):
     with run.timed("gan", "--gan-batch"):
         for seed in seeds:
             train_gan(args, run, team, data, classifier, seed, inception)
-    run.done("gan", generators=len(args.gan_seeds))
+    run.done("gan", run.under("gan"), generators=len(args.gan_seeds))
 
 
 def train_gan(args, run, team, data, classifier, seed, inception):
@@ -1119,7 +1124,7 @@ def search(args, run, dist, data, classifier):
             for file in run.path("search").glob("*/*/weights.safetensors"):
                 if file.parent not in winners:  # those of the others have no use
                     file.unlink()
-    run.done("search", choices=choices)
+    run.done("search", run.under("search.json", "search"), choices=choices)
 
 
 def try_candidate(args, run, dist, data, sampler, seed, epoch, sigma, threshold):
@@ -1179,7 +1184,7 @@ def final(args, run, dist, data, classifier):
             shape = dict(width=args.resnet_width, blocks=args.resnet_blocks, channels=data.channels)
             shape |= dict(classes=data.n_classes, row=best["row"], seed=best["seed"])
             write_json(run.path("classifier", "config.json"), shape)
-    run.done("final", classifiers=len(todo))
+    run.done("final", run.under("classifier"), classifiers=len(todo))
 
 
 def take_over(args, data, search_run, folder, about):
@@ -1228,7 +1233,7 @@ def evaluate(args, run, dist, data, classifier):
         if dist.main:
             n_images = pictures(args, run, data, classifier, saved)
             tables(args, run, data, predicted, labels, top1, n_images)
-    run.done("evaluate", top1=top1)
+    run.done("evaluate", run.under("images", *runs.RESULTS), top1=top1)
 
 
 def pictures(args, run, data, classifier, saved):
@@ -1376,12 +1381,13 @@ def main(args):
     if args.plan:
         return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device)
-    data = load_data(args, dist)
+    splits = load_splits(args, dist)
+    data = load_data(args, dist, splits)
     check_data(args, data)
 
     # The device draws augmentation and GAN latents, and every kind of device has its own random numbers.
-    used = dict(device=dist.device.type, data_dir=data.hash())
-    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER)
+    used = dict(device=dist.device.type)
+    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER, pictures=splits)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(args, run, todo)
     inception = None

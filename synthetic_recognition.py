@@ -424,7 +424,7 @@ def select(run, shots):
     if run.todo("select"):
         if run.dist.main:
             write_json(run.path("fewshot.json"), chosen)
-        run.done("select", shots=len(chosen["shots"]))
+        run.done("select", run.under("fewshot.json"), shots=len(chosen["shots"]))
     elif read_json(run.path("fewshot.json")) != chosen:
         what = "the data set has changed since this run began; use a new --output-dir"
         raise UserError(f"{run.path('fewshot.json')}: {what}")
@@ -502,7 +502,7 @@ def write_sentences(args, run, dist, names, found):
             for part in parts:
                 part.unlink(missing_ok=True)
             tell_short(args, short, len(names))
-    run.done("sentences", short=short)
+    run.done("sentences", run.under("sentences.json"), short=short)
 
 
 def tell_short(args, short, n_classes):
@@ -601,7 +601,9 @@ def generate(args, run, dist, names, shots, picks, found):
     distributed.barrier(dist)
     for drawing in sets.values() if dist.main else ():
         drawing.list()
-    run.done("generate", images={name: len(drawing.images) for name, drawing in sets.items()})
+    drawn = run.under(*("images" if name == "le" else name for name in sets))
+    drawn = (file for file in drawn if not file.endswith("metadata.jsonl"))  # the next stage completes it
+    run.done("generate", drawn, images={name: len(drawing.images) for name, drawing in sets.items()})
 
 
 def draw(args, dist, paints, drawing, todo, shots, writer):
@@ -786,7 +788,7 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
                 Drawing(args, run, name, names, picks).list(confidence.tolist())
             write_json(run.path("keep.json"), {"keep": keep, "report": report})
             picture_of_dropped(run, names, worst, sets)
-    run.done("filter", report=report)
+    run.done("filter", run.under("keep.json", "filtered.png", "features"), report=report)
 
 
 def filter_set(args, name, confidence, n_classes):
@@ -913,7 +915,7 @@ def train_heads(args, run, dist, clips, names, shots, picks, test):
         distributed.barrier(dist)
         if dist.main:
             export_head(args, run, clips[0], names)
-    run.done("train", classifiers=len(jobs))
+    run.done("train", run.under("classifier"), classifiers=len(jobs))
 
 
 class HeadData:
@@ -1370,7 +1372,7 @@ def train_backbones(args, run, dist, data, gen_names):
             transfer(args, run, team, folder, about, real, data.test, len(names), weights, seed)
         if dist.main:
             export_backbone(args, run, names)
-    run.done("train", classifiers=len(jobs))
+    run.done("train", run.under("classifier"), classifiers=len(jobs))
 
 
 def shared_out(args, dist, jobs, batch):
@@ -1440,7 +1442,7 @@ def evaluate(args, run, dist, names, gen_names, shots, test):
             distributed.say(dist, f"warning: classifier/ scores {score:.2f} after loading, {trained:.2f} in training")
         if dist.main:
             write_report(args, run, names, gen_names, shots, predicted, labels, score)
-    run.done("evaluate", top1=score)
+    run.done("evaluate", run.under(*runs.RESULTS), top1=score)
 
 
 def write_report(args, run, names, gen_names, shots, predicted, labels, score):
@@ -1602,9 +1604,6 @@ def load_data(args):
     """The data set; zero-shot needs no training images."""
     wanted = args.setting != "zero-shot"
     data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file, train_needed=wanted)
-    if data.name == "folder":
-        for split in [data.test, *[data.train] * wanted]:
-            images.verify(split)
     return data
 
 
@@ -1623,7 +1622,10 @@ def main(args):
     shots, picks = choose_shots(args, data)
 
     ids = fingerprints(args, found)
-    run = runs.open_run("synthetic_recognition", args, dist, ["gen_micro_batch"], models=ids, later=LATER)
+    read = dict(train=data.train if args.setting == "pretrain" else shots, test=data.test)
+    run = runs.open_run(
+        "synthetic_recognition", args, dist, ["gen_micro_batch"], models=ids, later=LATER, pictures=read
+    )
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots)
     check_order(args, run, todo)
