@@ -46,7 +46,7 @@ SMALLER = {
     "--clf-batch 16 --arms pooled",
     "realfake": "--gen-versions 1 --net-versions 1 --gen-steps 2 --mia-models 0 --ablations --tune-epochs 3",
     "gafi": "--clf-seeds 1 --class-samples 5 --attempts 1 --real-epochs 2 --resnet-epochs 2 --resnet-drops 1 2 "
-    "--sigma-grid 1 1 1 --threshold-grid 0 0 1 --search-period 4 --export-images 1",
+    "--sigma-grid 1 1 1 --threshold-grid 0 0 0.5 --search-period 4 --export-images 1",
     "synthetic_recognition": "--sentences 2 --gen-images-per-class 3 --filter-keep 2 --head-epochs 1",
     "distdiff": "--rows real sd distdiff --clf-copies 1 --gen-copies 1 --gen-steps 4 --gen-step-from-end 2 "
     "--energy-probe 2",
