@@ -52,7 +52,7 @@ SMALL = {
     "datadream": "--shots 2 --gen-images-per-class 2",
     "realfake": "--real-per-class 4 --mia-models 0",
     "gafi": "--val-per-class 2 --gan-batch 4",
-    "synthetic_recognition": "",
+    "synthetic_recognition": "--preset digits-few-shot --shot-counts 2",
     "distdiff": "",
 }
 GENERATORS = {script: "--sd-model" for script in SCRIPTS if script != "gafi"}
