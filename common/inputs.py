@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import write_bytes
-from common.images import verify
 
 if TYPE_CHECKING:
     from common.datasets import Images
@@ -24,6 +23,7 @@ def readable(splits: "dict[str, Images | None]", dist: "Dist") -> None:
     user's cache).
     """
     from common.distributed import progress
+    from common.images import verify
 
     there = [images for images in splits.values() if images and images.root is not None]
     if not there:

@@ -187,7 +187,7 @@ class Run:
         """results.json: script, dataset, preset, seed and seconds, and the fields paper, metrics, baselines, images."""
         if self.dist.main:
             known = {key: self.args.get(key) for key in ("dataset", "preset", "seed")}
-            fields = {**known, "seconds": self.seconds(), "notes": self.notes, **fields}
+            fields = {**known, "seconds": self.seconds(), **({"notes": self.notes} if self.notes else {}), **fields}
             write_json(self.path("results.json"), {"script": self.script, **fields})
 
     def close(self) -> None:

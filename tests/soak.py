@@ -11,6 +11,7 @@ and disturbed after a random time, again and again with other numbers of process
     term, int  the orderly end: exit code 143 or 130, and a line that says how to go on
     disk       a full disk (a small tmpfs, needs root): exit code 2 and one line; then the disk grows
     short      every file is cut at a random size (RLIMIT_FSIZE), as a spent quota does
+    damaged    when all is done, a file of every stage is removed, emptied, cut or edited; then the command runs again
 
 At the end its files must be those of the undisturbed run: the same names, and the same bytes in all but those that hold
 seconds, commands or versions, which are compared without them. Processes are forks of this one, so that a start costs
@@ -35,7 +36,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-os.environ |= dict(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", OMP_NUM_THREADS="1")
 
 from conftest import free_port  # noqa: E402
 from warm import SCRIPTS, child  # noqa: E402
@@ -123,6 +123,29 @@ def final(folder):
     return found
 
 
+def differences(want, have):
+    """Between two results of `final`, a line for each file."""
+    both = sorted(name for name in want.keys() | have.keys() if want.get(name) != have.get(name))
+    state = lambda name: "missing" if name not in have else "left over" if name not in want else "other bytes"  # noqa: E731
+    return [f"{name}: {state(name)}" for name in both]
+
+
+def damage(run, rng):
+    """Spoil one listed file of every stage of a finished run: remove, empty, cut, edit. Their names."""
+    names = []
+    for listed in sorted(run.glob("stages/*.files")):
+        rows = [line.decode().split(" ", 2) for line in listed.read_bytes().split(b"\0")[:-1]]
+        if not rows:
+            continue
+        names.append(rng.choice(rows)[2])
+        file, kind = run / names[-1], rng.choice(["remove", "empty", "cut", "edit"])
+        content = file.read_bytes() if file.exists() else b""
+        file.unlink(missing_ok=True)
+        if kind != "remove":
+            file.write_bytes(dict(empty=b"", cut=content[:-1], edit=content[:-1] + bytes([255 - content[-1]]))[kind])
+    return names
+
+
 # ---------------------------------------------------------------------------------------
 # A run and its accidents
 
@@ -172,11 +195,13 @@ def disturbed(script, words, folder, want, seconds, rng, count, disk_mb):
                 subprocess.run(["mount", "-o", f"remount,size={disk}m", folder], check=True)
         else:
             return [*wrong, "never came to its end"]
-        have = final(run)
-        for name in sorted(want.keys() | have.keys()):
-            if want.get(name) != have.get(name):
-                state = "missing" if name not in have else "left over" if name not in want else "other bytes"
-                wrong.append(f"{name}: {state}")
+        wrong += differences(want, final(run))
+        if rng.random() < 0.5:
+            names, start = damage(run, rng), Start(script, [*words, "--output-dir", str(run)], 1, folder)
+            count["damaged"] += len(names)
+            if start.wait(PATIENCE) != [0]:
+                return [*wrong, f"damaged {names}:\n{start.text()[-2000:]}"]
+            wrong += [f"damaged {names}: {line}" for line in differences(want, final(run))]
         count["compared"] += len(want)
         return wrong
     finally:
@@ -194,6 +219,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="keep the folders of runs that went wrong")
     args = parser.parse_args()
 
+    os.environ |= dict(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="Agg", OMP_NUM_THREADS="1")
     import torch
 
     torch.set_num_threads(1)  # a pool of threads would not survive the forks

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import random
 import re
 import shutil
 import struct
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soak
+import test_datadream
 import torch
 from PIL import Image
 from warm import SCRIPTS, Warm
@@ -49,7 +52,7 @@ SMALL = {
     "datadream": "--shots 2 --gen-images-per-class 2",
     "realfake": "--real-per-class 4 --mia-models 0",
     "gafi": "--val-per-class 2 --gan-batch 4",
-    "synthetic_recognition": "",
+    "synthetic_recognition": "--preset digits-few-shot --shot-counts 2",
     "distdiff": "",
 }
 GENERATORS = {script: "--sd-model" for script in SCRIPTS if script != "gafi"}
@@ -417,6 +420,20 @@ def test_ranges(refused):
     refused("--clf-warmup-epochs", clf_epochs=2, clf_warmup_epochs=2)
     refused("no real image", shots=4, gen_images_per_class=2)
     refused("--n-templates", n_templates=99)
+
+
+def test_a_damaged_run_is_made_whole_by_the_same_command(warm, tmp_path):
+    """A file of every stage is removed, emptied, cut or edited. tests/soak.py does the same to all scripts."""
+    words = [*test_datadream.SMALL, *soak.SMALLER["datadream"].split(), "--output-dir", "run"]
+    assert warm("datadream", words, tmp_path, timeout=300).code == 0
+    whole = soak.final(tmp_path / "run")
+    (tmp_path / "run/images/00_zero/0 (copy).png").write_bytes(b"")  # nobody looks at it
+    names = soak.damage(tmp_path / "run", random.Random(0))
+    assert len(names) == 5 and soak.differences(whole, soak.final(tmp_path / "run"))
+    done = warm("datadream", words, tmp_path, timeout=300)
+    assert done.code == 0 and all(f"{name} missing or damaged, made again" in done.out for name in names), done.err
+    assert soak.differences(whole, soak.final(tmp_path / "run")) == ["images/00_zero/0 (copy).png: left over"]
+    assert warm("datadream", words, tmp_path, timeout=300).out.count("done, skipped") == 5
 
 
 def test_non_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
