@@ -1495,7 +1495,10 @@ def label_space(args, names):
     if args.label_space in ("imagenet-1k", "imagenet-2k"):
         return imagenet_names(1000 if args.label_space == "imagenet-2k" else 0, args.gen_seed, "imagenet-2k")
     lines = [line.strip() for line in Path(args.label_space).read_text().splitlines()]
-    return list(dict.fromkeys(" ".join(line.replace("_", " ").split()) for line in lines if line))
+    found = list(dict.fromkeys(" ".join(line.replace("_", " ").split()) for line in lines if line))
+    if len(found) < 2:
+        raise UserError(f"--label-space {args.label_space}: {len(found)} names; a classifier needs at least two")
+    return found
 
 
 def check_args(args):
