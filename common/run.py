@@ -98,9 +98,12 @@ class Run:
         expected = self.manifest(stage).get("n_files", 0)
         return listing.damaged(self._stage_file(stage, ".files"), self.dir, expected) if expected else []
 
-    def under(self, *names: str) -> Iterator[str]:
+    def under(self, *names: str | Path) -> Iterator[str]:
         """All files in these folders of the run (or these files), for `done`."""
-        return listing.under(self.dir, names)
+        return listing.under(self.dir, map(self._name, names))
+
+    def _name(self, file: str | Path) -> str:
+        return os.fspath(file).removeprefix(f"{self.dir}/")
 
     @contextmanager
     def timed(self, stage: str, memory_flag: str | None = None) -> Iterator[None]:
@@ -153,7 +156,7 @@ class Run:
             partial = self._stage_file(stage, ".partial.json")
             about = {"stage": stage, "seconds": round(_seconds(partial), 3)}
             if files is not None:
-                about["n_files"] = listing.write(self._stage_file(stage, ".files"), self.dir, files)
+                about["n_files"] = listing.write(self._stage_file(stage, ".files"), self.dir, map(self._name, files))
             write_json(self._stage_file(stage), about | manifest)
             partial.unlink(missing_ok=True)
 

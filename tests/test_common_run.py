@@ -558,6 +558,15 @@ def test_names_and_sizes_of_all_kinds_are_listed(tmp_path):
         assert run.check("draw") == ["a/b/large.bin"]
 
 
+def test_paths_in_a_folder_named_from_here_are_listed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = open_at("r")
+    files.write_bytes(run.path("a", "x"), b"x")
+    assert list(run.under(run.path("a"), "a/x")) == ["a/x", "a/x"]
+    run.done("draw", files=[run.path("a", "x")])
+    assert run.manifest("draw")["n_files"] == 1 and run.check("draw") == []
+
+
 def pictures(root, grey=(1, 2, 3)):
     """Two splits of small pictures: {"train": the first ones, "test": the last}"""
     from common.datasets import Images

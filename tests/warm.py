@@ -40,7 +40,11 @@ class Warm:
 
     def __exit__(self, *error):
         self.server.stdin.close()
-        self.server.wait(30)
+        try:
+            self.server.wait(5)
+        except subprocess.TimeoutExpired:  # the tests were interrupted in the middle of a command
+            self.server.kill()
+            self.server.wait()
 
     def __call__(self, script, words, cwd, timeout=60, signals=(), **env):
         """Run `python <script> <words>` in cwd. timeout: it is killed then, code None. signals: [(seconds, number)]"""
