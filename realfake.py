@@ -257,8 +257,13 @@ PART = 256  # images in one file of captions or embeddings; an interrupted stage
 
 def in_order(images):
     """The same images class by class, in natural order of their names: seeds, splits and file numbers depend on it."""
-    order = sorted(range(len(images)), key=lambda i: (images.labels[i], datasets.natural_key(images.keys[i])))
-    return images.subset(order)
+    rows = np.argsort(images.labels, kind="stable").tolist()
+    ends = np.cumsum(np.bincount(images.labels, minlength=len(images.class_names))).tolist()
+    of_class = [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    names = ([images.keys[i] for i in some] for some in of_class)
+    return images.subset([
+        some[j] for some, keys in zip(of_class, names, strict=True) for j in datasets.natural_order(keys)
+    ])  # fmt: skip
 
 
 def choose_real(args, data):

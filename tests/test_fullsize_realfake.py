@@ -47,7 +47,7 @@ PLAIN = "--no-caption --token none".split()
 SETS = {
     "imagenette": (imagenette, 10, []),
     "imagewoof": (imagenet("imagewoof"), 10, PLAIN),
-    "imagenet100": (imagenet("imagenet100"), 100, [*PLAIN, "--gen-steps", "1"]),
+    "imagenet100": (imagenet("imagenet100"), 100, [*PLAIN, "--gen-steps", "1", "--i2i-strength", "1"]),
     "cifar10": (cifar10, 10, PLAIN),
 }
 
