@@ -334,7 +334,8 @@ class Numbers:
         self.places = np.arange(len(self.labels)) - firsts[self.labels]
 
     def of(self, m, copy):
-        return int(copy * self.counts[self.labels[m]] + self.places[m])
+        """m, copy: numbers or arrays of them"""
+        return copy * self.counts[self.labels[m]] + self.places[m]
 
 
 def generated_images(args, run, v, real, versions):
@@ -730,19 +731,19 @@ def generate(args, run, dist, pipe, real, names, sets):
 
 
 def missing_versions(args, run, real, sets):
-    """{folder of a set: [(image, versions that are not there yet)]}. Stops when the images will not fit on the disk."""
+    """{folder of a set: {image: versions that are not there yet}}. Stops when the images will not fit on the disk."""
     todo, suffix = {}, images.SUFFIX[args.gen_format]
     for v in sets.values():
-        numbers, missing = Numbers(real.labels[v.rows], len(real.class_names)), {}
-        there = [
+        numbers = Numbers(real.labels[v.rows], len(real.class_names))
+        there = np.concatenate([  # class by class
             images.existing(run.path(v.folder, name), v.versions * n, suffix)
             for name, n in zip(class_folders(real.class_names), numbers.counts, strict=True)
-        ]
-        for m, i in enumerate(v.rows):
-            ks = [k for k in range(v.versions) if not there[real.labels[i]][numbers.of(m, k)]]
-            if ks:
-                missing[i] = ks
-        todo[v.folder] = missing
+        ])  # fmt: skip
+        first = v.versions * (np.cumsum(numbers.counts) - numbers.counts)[numbers.labels]
+        every = np.arange(len(v.rows))
+        gone = np.stack([~there[first + numbers.of(every, k)] for k in range(v.versions)], 1)  # [image, version]
+        missing = np.flatnonzero(gone.any(1)).tolist()
+        todo[v.folder] = {v.rows[m]: np.flatnonzero(gone[m]).tolist() for m in missing}
     left, n = (
         sum(len(ks) for of in todo.values() for ks in of.values()),
         sum(len(v.rows) * v.versions for v in sets.values()),
