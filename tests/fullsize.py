@@ -12,6 +12,7 @@ import gzip
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -257,8 +258,13 @@ sys.meta_path.insert(0, Finder())
 
 
 def launch(cwd: Path, hub: Path, launcher: str, *flags: str, processes: int = 1) -> None:
-    """shell/<launcher>.sh from cwd, whose archives lie in cwd/data; it must end well."""
-    settings = dict(cwd=cwd, env=environment(cwd, hub, processes), text=True, timeout=1800)
+    """shell/<launcher>.sh from cwd, whose archives lie in cwd/data; it must end well within 30 minutes."""
     command = ["bash", str(ROOT / "shell" / f"{launcher}.sh"), *flags]
-    done = subprocess.run(command, **settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout[-8000:]
+    settings = dict(cwd=cwd, env=environment(cwd, hub, processes), text=True, start_new_session=True)
+    with subprocess.Popen(command, **settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            said, _ = process.communicate(timeout=1800)
+        finally:  # the processes of torchrun too, which a timeout would leave behind
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-8000:]
