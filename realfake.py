@@ -257,8 +257,13 @@ PART = 256  # images in one file of captions or embeddings; an interrupted stage
 
 def in_order(images):
     """The same images class by class, in natural order of their names: seeds, splits and file numbers depend on it."""
-    order = sorted(range(len(images)), key=lambda i: (images.labels[i], datasets.natural_key(images.keys[i])))
-    return images.subset(order)
+    rows = np.argsort(images.labels, kind="stable").tolist()
+    ends = np.cumsum(np.bincount(images.labels, minlength=len(images.class_names))).tolist()
+    of_class = [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    names = ([images.keys[i] for i in some] for some in of_class)
+    return images.subset([
+        some[j] for some, keys in zip(of_class, names, strict=True) for j in datasets.natural_order(keys)
+    ])  # fmt: skip
 
 
 def choose_real(args, data):
@@ -327,7 +332,8 @@ class Numbers:
         self.places = np.arange(len(self.labels)) - firsts[self.labels]
 
     def of(self, m, copy):
-        return int(copy * self.counts[self.labels[m]] + self.places[m])
+        """m, copy: numbers or arrays of them"""
+        return copy * self.counts[self.labels[m]] + self.places[m]
 
 
 def generated_images(args, run, v, real, versions):
@@ -724,19 +730,19 @@ def generate(args, run, dist, pipe, real, names, sets):
 
 
 def missing_versions(args, run, real, sets):
-    """{folder of a set: [(image, versions that are not there yet)]}. Stops when the images will not fit on the disk."""
+    """{folder of a set: {image: versions that are not there yet}}. Stops when the images will not fit on the disk."""
     todo, suffix = {}, images.SUFFIX[args.gen_format]
     for v in sets.values():
-        numbers, missing = Numbers(real.labels[v.rows], len(real.class_names)), {}
-        there = [
+        numbers = Numbers(real.labels[v.rows], len(real.class_names))
+        there = np.concatenate([  # class by class
             images.existing(run.path(v.folder, name), v.versions * n, suffix)
             for name, n in zip(class_folders(real.class_names), numbers.counts, strict=True)
-        ]
-        for m, i in enumerate(v.rows):
-            ks = [k for k in range(v.versions) if not there[real.labels[i]][numbers.of(m, k)]]
-            if ks:
-                missing[i] = ks
-        todo[v.folder] = missing
+        ])  # fmt: skip
+        first = v.versions * (np.cumsum(numbers.counts) - numbers.counts)[numbers.labels]
+        every = np.arange(len(v.rows))
+        gone = np.stack([~there[first + numbers.of(every, k)] for k in range(v.versions)], 1)  # [image, version]
+        missing = np.flatnonzero(gone.any(1)).tolist()
+        todo[v.folder] = {v.rows[m]: np.flatnonzero(gone[m]).tolist() for m in missing}
     left, n = (
         sum(len(ks) for of in todo.values() for ks in of.values()),
         sum(len(v.rows) * v.versions for v in sets.values()),

@@ -28,7 +28,7 @@ ACCELERATORS = {
     "l4": (dict(bf16=121, tf32=60, fp32=30.3), 24e9, 0.35),
     "cpu": (dict(bf16=0.1, tf32=0.1, fp32=0.1), 16e9, 0.3),  # two cores
 }
-LOAD_SECONDS, LOAD_PIXEL = 5e-4, 3.5e-8  # of a core, to decode and augment a picture: 10 ms at 512 pixels (measured)
+DECODE_PIXEL = {"png": 4e-8, "jpeg": 1e-8, "webp": 3e-8}  # seconds of a core (measured), see load_seconds
 PIXEL_BYTES = {"png": 1.53, "jpeg": 0.2, "webp": 1.1}  # of generated photos on the disk
 PROCESS_RAM, WORKER_RAM, PROCESS_GPU = 2.5e9, 0.25e9, 1.5e9  # libraries and buffers, before any model; assumed
 SQUARE = {"digits", "eurosat", "cinic10", *datasets.IN_MEMORY, *datasets.MEDMNIST}  # data sets of square pictures
@@ -47,6 +47,7 @@ class Work:
     disk: float = 0  # bytes
     loads: float = 0  # pictures that the loader's workers read and augment
     load_size: int = 512  # their pixels per side
+    load_format: str = "jpeg"
     ram: float = 0  # bytes of a process, without the libraries
     gpu: float = 0
     precision: str = "bf16"  # or fp32; tf32: float32 in convolutions, where that is what torch computes in
@@ -59,9 +60,14 @@ class Work:
         peak, _, share = ACCELERATORS[args.plan]
         pieces = self.units if shared(self.jobs, self.units, world) else self.jobs
         busy, rate = pieces / math.ceil(pieces / world), share * peak[self.precision]
-        return self.tflop / rate / busy, self.loads * (LOAD_SECONDS + LOAD_PIXEL * self.load_size**2) / max(
-            1, args.workers
-        ) / busy
+        loading = self.loads * load_seconds(self.load_format, self.load_size) / max(1, args.workers)
+        return self.tflop / rate / busy, loading / busy
+
+
+def load_seconds(format: str, size: int) -> float:
+    """Of a core, to decode a picture of size x size pixels, crop it to at most 224 and change its colours; between what
+    the lightest and the heaviest augmentation took (docs/performance.md)."""
+    return 3e-4 + 1.7e-3 * min(size / 224, 1) ** 2 + DECODE_PIXEL[format] * size**2
 
 
 @dataclass
@@ -243,9 +249,10 @@ def print_plan(works: Sequence[Work], needs: Sequence[str], args: Any, world: in
     header = "stage,work,images,passes,TFLOP,disk GB,GPU GB,RAM GB,hours,bound by"
     print_table(header.split(","), rows)
     print("Counted on the real networks: passes of an image, TFLOP (backward twice forward; once over frozen weights).")
-    peaks, load = ", ".join(f"{rate:g} {kind}" for kind, rate in peak.items()), LOAD_SECONDS + LOAD_PIXEL * 512**2
+    peaks = ", ".join(f"{rate:g} {kind}" for kind, rate in peak.items())
+    jpeg, png = (1000 * load_seconds(format, 512) for format in ("jpeg", "png"))
     print(f"Assumed: {share:.0%} of {peaks} TFLOP/s; for loading {max(1, args.workers)} cores a process and")
-    print(f"{1000 * load:.0f} ms for a picture of 512 pixels. GB of GPU and RAM: of a process, estimated.")
+    print(f"{jpeg:.1f} ms for a JPEG of 512 pixels, {png:.0f} for a PNG. GB of GPU and RAM: of a process, estimated.")
     for line in [f"needs: {need}" for need in needs if need] + list(dict.fromkeys(notes)):
         print(line)
     print(summary(works, args, world), flush=True)

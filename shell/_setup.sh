@@ -128,6 +128,8 @@ install() (
 )
 
 set_up() {
+    # Packages are compiled when they are first imported. Containers often forbid to keep that: 25 s more at every start.
+    unset PYTHONDONTWRITEBYTECODE
     if [ -x "$python" ] && wanted | cmp -s - "$venv/cleansynth-requirements.txt"; then
         return
     fi

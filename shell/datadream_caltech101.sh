@@ -3,7 +3,7 @@
 #
 # Expect: top-1 96.9 with --mode dset (default), 97.6 with --mode cls, 96.8 real shots only (the paper's; not run by us)
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         35.1 GPU-hours on 8 x h100 (4.4 h, loading 3 h), 100,000 images, 14,500 PFLOP, 40.1 GB of images, 8.6 GB per GPU
+#         42.1 GPU-hours on 8 x h100 (5.3 h, loading 3.9 h), 100,000 images, 14,500 PFLOP, 40.1 GB of images, 8.6 GB per GPU
 # Data:   downloaded to data/; the paper's split: --split-file split_zhou_Caltech101.json
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 launch datadream.py --preset caltech101 "$@"

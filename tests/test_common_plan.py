@@ -100,7 +100,9 @@ def test_hours_are_those_of_the_last_process():
     assert hours == pytest.approx([8, 2, 8 * 2 / 12, 8 / 12, 8 / 12])
     work = plan.Work("a", "b", tflop=989 * 0.25 * 3600 * 8, units=3)
     assert work.seconds(Flags, 8)[0] / 3600 == pytest.approx(8 / 3)
-    assert plan.Work("a", "b", loads=100).seconds(Flags, 2)[1] == pytest.approx(100 * 0.0097 / 4, rel=0.01)
+    assert plan.Work("a", "b", loads=100).seconds(Flags, 2)[1] == pytest.approx(100 * 0.0046 / 4, rel=0.01)
+    png = plan.Work("a", "b", loads=100, load_format="png", load_size=256)
+    assert png.seconds(Flags, 2)[1] == pytest.approx(100 * 0.0046 / 4, rel=0.01)
 
 
 def test_processes_without_work_are_named_with_the_flag(capsys):

@@ -6,7 +6,6 @@ memory of the real thing on the way from the launcher to the table; the number o
 """
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -52,44 +51,11 @@ def hub(tmp_path_factory):
     shutil.rmtree(home)
 
 
-def environment(cwd, hub, processes=1):
-    """No network, an empty HOME, and torchvision content with other .mat files than those of Flowers-102."""
-    (cwd / "home").mkdir(exist_ok=True)
-    archives.write(cwd / "site" / "sitecustomize.py", SITE)
-    mine = {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "HOME": str(cwd / "home"), "NPROC": str(processes)}
-    mine |= {"PYTHONPATH": str(cwd / "site"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return {**os.environ, **mine, "PYTHONUNBUFFERED": "1"}
-
-
-# A process that the launcher starts cannot be monkeypatched from here. Nothing is imported until torchvision is.
-SITE = """
-import importlib.abc, sys
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "torchvision.datasets.flowers102":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-        def exec_module(module):
-            load(module)
-            module.check_integrity = lambda path, md5=None: True
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder())
-"""
-
-
 def run_launcher(cwd, hub, preset, *flags, processes=1):
     """The launcher of a preset, from cwd with the archive in cwd/data; it must end well."""
     fill, _, more = SETS[preset]
     fill(cwd / "data")
-    command = ["bash", ROOT / "shell" / f"datadream_{preset}.sh", *SHORT, *more, *flags]
-    settings = dict(cwd=cwd, env=environment(cwd, hub, processes), text=True, timeout=1800)
-    done = subprocess.run(list(map(str, command)), **settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert done.returncode == 0, done.stdout[-8000:]
+    fullsize.launch(cwd, hub, f"datadream_{preset}", *SHORT, *more, *flags, processes=processes)
 
 
 def rehearse(cwd, hub, preset, *flags, processes=1):
@@ -155,7 +121,7 @@ def own_folder(root):
 
 def run_readme(cwd, hub, words, *flags):
     words = [sys.executable, str(ROOT / words[1]), *(str(cwd / "DIR") if w == "DIR" else w for w in words[2:]), *flags]
-    settings = dict(cwd=cwd, env=environment(cwd, hub), text=True, timeout=1800)
+    settings = dict(cwd=cwd, env=fullsize.environment(cwd, hub), text=True, timeout=1800)
     done = subprocess.run(words, **settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-8000:]
     (file,) = cwd.rglob("results.json")

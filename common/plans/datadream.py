@@ -40,6 +40,7 @@ def plan(args: Any, runs: Sequence[tuple[str, int]], cache_bytes: float) -> tupl
     name = dict(name=args.clip_model) if clip else dict(name="resnet50", size=224, classes=n)
     clf, todo = Classifier(precision=args.precision, **name), runs
     more = dict(batch=args.clf_micro_batch, load_size=args.gen_save_size or args.sd_resolution)
+    more["load_format"] = args.gen_format
     more |= dict(ram=min(2 * cache_bytes, 3 * clf.pixels() ** 2 * (n_val + n_test)))
     for arm in dict.fromkeys(arm for arm, _ in todo) if "train" in args.stages else ():
         real = (g // args.shots) * shots

@@ -67,6 +67,7 @@ def plan(
     net = Classifier(args.net_model, args.precision, classes, args.net_size)
     units, stored = math.ceil(args.net_batch / args.net_micro_batch), args.gen_save_size or args.gen_resolution
     more = dict(batch=args.net_micro_batch, load_size=stored, flag="--net-micro-batch", units=units)
+    more["load_format"] = args.gen_format
     if "train" in args.stages:
         for row, (_, versions, real) in rows.items():
             seen = args.clf_seeds * args.net_epochs * (n if args.net_equal_updates else n * (versions + real))

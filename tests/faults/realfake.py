@@ -21,8 +21,14 @@ FAULTS = {
         Fault(
             "one token for all images",
             "return self.features[rows]",
-            "return self.features[rows[:1]].expand(len(rows), -1)",
-            tests=TUNING,
+            "return self.features[self.rows[:1]].expand(len(rows), -1)",
+            tests=f"{TUNING} {DRAWING}",
+        ),
+        Fault(
+            "prompt of the next class",
+            "make(names[real.labels[i]], ",
+            "make(names[(real.labels[i] + 1) % len(names)], ",
+            tests=f"{TUNING} {DRAWING}",
         ),
         Fault("token in the wrong slot", "h[:, -1] = g.to(h)", "h[:, -2] = g.to(h)", tests=TUNING),
         # [3] finetune
