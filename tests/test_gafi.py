@@ -943,16 +943,17 @@ def plain_augmentation(image, flip, top, left, noise, box, pad):
 def test_classifier_training_equals_a_plain_loop_over_stock_parts(flip, tmp_path, monkeypatch):
     """torch's SGD with Nesterov momentum, decay by hand; after a drop of the rate the velocity lives on."""
     args = gf.Args(image_size=8, resnet_width=4, resnet_blocks=1, resnet_batch=5, resnet_lr=0.05, resnet_wd=0.01)
-    args = dataclasses.replace(args, resnet_drops=(2, 4), random_flip=flip)
+    args = dataclasses.replace(args, resnet_momentum=0.8, resnet_drops=(2, 4), random_flip=flip)
     data, figures = tiny_data(), iter(range(100))
     monkeypatch.setattr(gf, "accuracy", lambda *_: float(next(figures)))  # the last epoch is the best
     monkeypatch.setattr(gf, "AT_ONCE", 2)
     how = 4, 9, tmp_path, {}, "val"
     gf.train_classifier(args, SimpleNamespace(dir=tmp_path), ONE, data, gf.RealSet(data.train), *how)
+    assert next(figures) == 4, "the validation images after every epoch, and no others"
 
     torch.manual_seed(distributed.seed_of(9, "classifier"))
     net = gf.ResNet(3, 1, 4, 1).train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.8, nesterov=True)
     x, y = data.train[0] / 127.5 - 1, data.train[1]
     for epoch, rate in enumerate((0.05, 0.005, 0.005, 0.0005), 1):
         before, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], rate
