@@ -1335,9 +1335,10 @@ def check_args(args):
     for flag in ("ckpt_grid", "sigma_grid", "threshold_grid"):
         first, last, step = getattr(args, flag)
         name = f"--{flag.replace('_', '-')} {first} {last} {step}"
+        wrong, many = last < first or step < 0.001, (last - first) / max(step, 0.001) > MOST_VALUES
         refuse([
-            (last < first or step < 0.001, f"{name}: first, last and step, the last not before the first, step >= 0.001"),
-            ((last - first) / max(step, 0.001) > MOST_VALUES, f"{name}: more than {MOST_VALUES} values, each a training"),
+            (wrong, f"{name}: first, last and step, the last not before the first, the step >= 0.001"),
+            (many, f"{name}: more than {MOST_VALUES} values, each a training"),
         ])  # fmt: skip
     for flag in ("rows", "gan_seeds"):
         given = getattr(args, flag)

@@ -34,8 +34,8 @@ FAULTS = {
         Fault("mirror for digits", "val_per_class=20, random_flip=False,", "val_per_class=20,", tests=PRESETS),
         Fault(
             "grids without limit",
-            "((last - first) / max(step, 0.001) > MOST_VALUES, f",
-            "(False, f",
+            "(last - first) / max(step, 0.001) > MOST_VALUES",
+            "False",
             tests="test_bad_flags_are_refused_by_name",
         ),
         Fault(
