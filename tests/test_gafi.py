@@ -1448,3 +1448,51 @@ def test_digits_run_to_the_end_above_a_floor(launch, tmp_path):
     assert result["baselines"]["real"]["mean"] > 94
     means = {row: found["mean"] for row, found in (result["baselines"] | result["metrics"]).items() if "mean" in found}
     assert means["multi"] > 75 and means["expansion"] > means["baseline"], means  # as docs/gafi.md reports
+
+
+# ---- the paper's presets at full size, on a few random pictures --------------------------------------------------
+
+# preset: classes, sides and channels of its pictures, has it a validation split
+FULL_SIZE = {
+    "cifar10": (10, 32, 3, False),
+    "cifar100": (100, 32, 3, False),
+    "cinic10": (10, 32, 3, True),
+    "fashionmnist": (10, 28, 1, False),
+    "dermamnist": (7, 28, 3, True),
+}
+FEW = dict(
+    real_epochs=1, resnet_epochs=2, resnet_batch=64, gan_epochs=1, gan_monitor=1, ckpt_grid=(1, 1, 1), clf_seeds=1,
+    sigma_grid=(1.0, 1.5, 0.5), threshold_grid=(0.0, 0.5, 0.5), attempts=2, search_period=1, rows=("real", "multi"),
+    export_images=1, gen_micro_batch=16, device="cpu", workers=0,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", FULL_SIZE)
+def test_preset_at_full_size(preset, tmp_path, monkeypatch):
+    """Networks, shapes, splits and stages of the paper's runs, two pictures of each class and one step of each GAN."""
+    classes, side, channels, has_val = FULL_SIZE[preset]
+    names, rng = [f"class {c}" for c in range(classes)], np.random.default_rng(0)
+
+    def split(name, per_class):
+        labels = np.arange(per_class * classes) % classes
+        shape = (len(labels), side, side) + (3,) * (channels == 3)
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+        return datasets.Images(labels, [f"{name}/{i}" for i in range(len(labels))], names, pixels=pixels)
+
+    made = datasets.ImageDataset(
+        preset, names, split("train", 3), split("val", 1) if has_val else None, split("test", 1)
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
+    values = gf.PRESETS[preset]
+    seeds = values.get("gan_seeds", gf.Args().gan_seeds)[: 1 if classes == 100 else 2]
+    flags = dict(val_per_class=1, gan_seeds=seeds, gan_batch=2 * classes, class_samples=len(seeds))
+    gf.main(gf.Args(preset=preset, **values | FEW | flags, output_dir=str(tmp_path / "run")))
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert result["images"] == classes and {"multi", "search"} <= set(result["metrics"])
+    for seed in seeds:
+        generator = load_tensors(tmp_path / "run" / "gan" / f"seed{seed}" / "epoch1.safetensors")
+        assert generator["last.weight"].shape == (channels, 512, 3, 3)
+        assert generator["embed.weight"].shape == (classes, 128)
+    figures = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(v) for row in figures for v in row.values())
