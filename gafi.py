@@ -864,12 +864,12 @@ def train_gan(args, run, team, data, classifier, seed, inception):
         loop.log(d=of_d, g=of_g)
         epoch, rest = divmod(step + 1, per_epoch)
         if rest == 0 and team.main:
+            if epoch in wanted:
+                save_tensors(gan_file(run, seed, epoch), dict(gan.ema.state_dict()))
             if epoch % args.gan_monitor == 0 or epoch == args.gan_epochs:
                 found = measured(args, gan.ema, classifier, data.val, seed, inception)
                 run.log(step + 1, **{f"{loop.chart}/{k}": v for k, v in found.items()})
-                loop.save()
-            if epoch in wanted:
-                save_tensors(gan_file(run, seed, epoch), dict(gan.ema.state_dict()))
+                loop.save()  # last: what an attempt that goes on from here will not make again is written
     loop.finish()
 
 
