@@ -419,6 +419,8 @@ def test_layers_of_one_shape_are_normed_as_each_alone():
     torch.manual_seed(0)
     several = nn.ModuleList([gf.SNConv(5, 7, 3), gf.SNLinear(4, 6), gf.SNConv(5, 7, 3), gf.SNConv(7, 5, 1)])
     several = several.to(memory_format=torch.channels_last)
+    for layer in several:
+        nn.init.normal_(layer.weight)  # at their start all are orthogonal and have the norm 1
     before = [(layer.weight.detach().clone(), layer.u.clone()) for layer in several]
     assert [len(group) for group in gf.spectral_groups(several)] == [2, 1, 1]
     normed(several.train())
@@ -923,6 +925,35 @@ def test_gan_training_equals_a_plain_loop_over_stock_parts(flip, images, tmp_pat
                 close(found[name], expected[name], 2e-4)
     raw = g.state_dict()
     assert max((raw[name] - found[name]).abs().max() for name in found if name.endswith("weight")) > 1e-3, "not raw"
+
+
+@pytest.mark.parametrize("at", ["save_tensors", "measured"])
+def test_stopped_gan_goes_on_with_the_same_bits(at, tmp_path, monkeypatch):
+    """Stopped in the second epoch, before its generator is written or after, with the checkpoint of the first."""
+    args = gf.Args(gan_width=2, gan_latent=4, image_size=8, gan_batch=10, gan_epochs=3, ckpt_grid=(1, 3, 1))
+    args = dataclasses.replace(args, gan_ema=0.8, gan_ema_start=1, gan_monitor=1, gan_d_steps=1)
+    monkeypatch.setattr(gf, "measured", lambda *_: {})
+
+    def train(name):
+        run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(name, *parts), log=lambda *_, **__: None)
+        gf.train_gan(args, run, ONE, tiny_data(), None, 7, None)
+        return [load_tensors(gf.gan_file(run, 7, epoch)) for epoch in (1, 2, 3)]
+
+    whole, original, calls = train("whole"), getattr(gf, at), []
+
+    def stop(*a):
+        calls.append(1)
+        if len(calls) == 2:
+            raise InterruptedError
+        return original(*a)
+
+    monkeypatch.setattr(gf, at, stop)
+    with pytest.raises(InterruptedError):
+        train("stopped")
+    assert (tmp_path / "stopped" / "gan" / "seed7" / "checkpoint.safetensors").exists()
+    for a, b in zip(whole, train("stopped"), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [p.name for p in (tmp_path / "stopped" / "gan" / "seed7").glob("check*")] == []
 
 
 def plain_augmentation(image, flip, top, left, noise, box, pad):
