@@ -869,12 +869,12 @@ def train_gan(args, run, team, data, classifier, seed, inception):
         loop.log(d=of_d, g=of_g)
         epoch, rest = divmod(step + 1, per_epoch)
         if rest == 0 and team.main:
+            if epoch in wanted:
+                save_tensors(gan_file(run, seed, epoch), dict(gan.ema.state_dict()))
             if epoch % args.gan_monitor == 0 or epoch == args.gan_epochs:
                 found = measured(args, gan.ema, classifier, data.val, seed, inception)
                 run.log(step + 1, **{f"{loop.chart}/{k}": v for k, v in found.items()})
-                loop.save()
-            if epoch in wanted:
-                save_tensors(gan_file(run, seed, epoch), dict(gan.ema.state_dict()))
+                loop.save()  # last: what an attempt that goes on from here will not make again is written
     loop.finish()
 
 
@@ -1320,42 +1320,48 @@ LATER = {
 }
 
 
+def refuse(problems):
+    """UserError for the first of (is it so, what to say)."""
+    for found, text in problems:
+        if found:
+            raise UserError(text)
+
+
 def check_args(args):
     """What ranges of single numbers do not tell."""
     check(args)
-    if args.image_size % 8:
-        raise UserError(f"--image-size {args.image_size}: a multiple of 8 is needed")
-    if args.dataset == "fashionmnist" and args.image_size < 28:
-        raise UserError(f"--image-size {args.image_size}: FashionMNIST is padded from 28 pixels, not shrunk")
-    if args.attempts == 0:
-        raise UserError("--attempts is 0; it must be at least 1, or -1 for no limit")
-    for name in ("ckpt_grid", "sigma_grid", "threshold_grid"):
-        first, last, step = getattr(args, name)
-        given = f"--{name.replace('_', '-')} {first} {last} {step}"
-        if last < first or step < 0.001:
-            raise UserError(f"{given}: first, last and step, the last not before the first, the step >= 0.001")
-        if (last - first) / step > MOST_VALUES:
-            raise UserError(f"{given}: {int((last - first) / step)} values, each a training; at most {MOST_VALUES}")
-    if not checkpoints(args):
-        raise UserError(f"--ckpt-grid: begins at epoch {args.ckpt_grid[0]}, after the last of {args.gan_epochs}")
-    for name in ("rows", "gan_seeds"):
-        given = getattr(args, name)
-        if not given or len(set(given)) < len(given):
-            raise UserError(f"--{name.replace('_', '-')} {' '.join(map(str, given))}: one or more, each once")
-    if args.rows[-1] == "real":
-        raise UserError("--rows: the classifier of the last row is saved, so real cannot be the last")
-    if args.gan_micro_batch == 1:
-        raise UserError("--gan-micro-batch 1: BatchNorm needs at least two images; 0 means the whole batch")
+    padded = args.dataset == "fashionmnist" and args.image_size < 28
+    refuse([
+        (args.image_size % 8, f"--image-size {args.image_size}: a multiple of 8 is needed"),
+        (padded, f"--image-size {args.image_size}: FashionMNIST is padded from 28 pixels, not shrunk"),
+        (args.attempts == 0, "--attempts is 0; it must be at least 1, or -1 for no limit"),
+        (args.gan_micro_batch == 1, "--gan-micro-batch 1: BatchNorm needs two images or more; 0 is the whole batch"),
+    ])  # fmt: skip
+    for flag in ("ckpt_grid", "sigma_grid", "threshold_grid"):
+        first, last, step = getattr(args, flag)
+        name = f"--{flag.replace('_', '-')} {first} {last} {step}"
+        wrong, many = last < first or step < 0.001, (last - first) / max(step, 0.001) > MOST_VALUES
+        refuse([
+            (wrong, f"{name}: first, last and step, the last not before the first, the step >= 0.001"),
+            (many, f"{name}: more than {MOST_VALUES} values, each a training"),
+        ])  # fmt: skip
+    for flag in ("rows", "gan_seeds"):
+        given = getattr(args, flag)
+        wrong = not given or len(set(given)) < len(given)
+        refuse([(wrong, f"--{flag.replace('_', '-')} {' '.join(map(str, given))}: one or more, each once")])
+    late = f"--ckpt-grid: begins at epoch {args.ckpt_grid[0]}, after the last of {args.gan_epochs}"
+    saved = "--rows: the classifier of the last row is saved, so real cannot be the last"
+    refuse([(not checkpoints(args), late), (args.rows[-1] == "real", saved)])
 
 
 def check_data(args, data):
     """Is there enough of it?"""
-    seen = len(data.train[1]) + (len(data.val[1]) if args.gan_images == "train+val" else 0)
-    if args.gan_batch > seen:
-        raise UserError(f"--gan-batch {args.gan_batch}: there are only {seen} images to train the GAN on")
+    seen = len(data.train[1]) + len(data.val[1]) * (args.gan_images == "train+val")
     n, least = n_samples(args, data), len(args.gan_seeds) if "multi" in args.rows else 1
-    if n < least:
-        raise UserError(f"--class-samples: {n} images per class; at least {least} are needed, one of every GAN")
+    refuse([
+        (args.gan_batch > seen, f"--gan-batch {args.gan_batch}: there are only {seen} images to train the GAN on"),
+        (n < least, f"--class-samples: {n} images per class; at least {least} are needed, one of every GAN"),
+    ])  # fmt: skip
 
 
 def check_order(args, run, todo):

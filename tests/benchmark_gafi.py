@@ -5,10 +5,13 @@
 
 Not a test: it asserts no time. Random weights and images; the loops are those of the script. --peak: the device's
 TFLOP/s in this precision, for the share of it that is reached. FLOPs are counted by PyTorch, 2 per multiply-add.
+On the CPU first: the operations of a GAN step of the paper's depth and, at a size where nothing is left to compute, the
+processor's time for them.
 """
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -16,12 +19,56 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from types import SimpleNamespace  # noqa: E402
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import gafi as gf  # noqa: E402
-from common import run as runs  # noqa: E402
+from common.distributed import Dist  # noqa: E402
+from common.report import print_table  # noqa: E402
+
+VIEWS = """view _unsafe_view expand permute t transpose slice detach alias unbind select split split_with_sizes
+as_strided unsqueeze squeeze _reshape_alias chunk empty empty_like""".split()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what computes or copies something."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func.__name__.split(".")[0] not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+def gan_step(args, data, device):
+    """-> the GAN, a function that does its next step on (x, y, z)"""
+    gan = gf.BigGAN(args, data, 0, device)
+    run, team = SimpleNamespace(log=lambda *_, **__: None), Dist(0, 0, 1, device)
+    loop = gan.loop(run, "gan", 10**9, team, Path("never written.safetensors"), 10**9)
+    numbers = itertools.count()
+
+    def step(x, y, z):
+        loop._phases = 0  # as at the start of each step of `for step in loop`, which shows a bar
+        return gan.step(loop, next(numbers), x, y, z)
+
+    return gan, step
+
+
+def host_costs():
+    args = gf.Args(image_size=8, gan_width=2, gan_latent=4, gan_batch=4)
+    _, step = gan_step(args, SimpleNamespace(n_classes=10, channels=3), torch.device("cpu"))
+    batch = torch.randn(4, 3, 8, 8), torch.randint(10, (4,)), torch.randn(4, 4, 4)
+    step(*batch), step(*batch)
+    with Operations() as operations:
+        step(*batch)
+    start = time.process_time()
+    for _ in range(20):
+        step(*batch)
+    print(f"a GAN step: {operations.number} operations, {(time.process_time() - start) * 50:.0f} ms of the processor")
 
 
 def flops(function):
@@ -67,15 +114,17 @@ def main():
         shape = (b, channels, args.image_size, args.image_size)
         return torch.rand(shape, device=device) * 2 - 1, torch.randint(10, (b,), device=device)
 
-    gan = gf.BigGAN(args, 10, channels, 0, device)
-    net = gf.make_classifier(args, 10, channels, 0).to(device, memory_format=torch.channels_last)
-    frozen = gf.make_classifier(args, 10, channels, 0).to(device, memory_format=torch.channels_last).eval()
-    frozen.requires_grad_(False)
+    if device.type == "cpu":
+        host_costs()
+    data = SimpleNamespace(n_classes=10, channels=channels)
+    gan, step = gan_step(args, data, device)
+    net, frozen = (gf.make_classifier(args, data, 0).to(device, memory_format=torch.channels_last) for _ in range(2))
+    frozen.eval().requires_grad_(False)
     fast = torch.compile(net, dynamic=True) if args.compile else net
     optimizer = gf.SGDW(net.parameters(), args.resnet_lr, args.resnet_wd)
     g = torch.Generator(device).manual_seed(0)
     x, y = batch(args.gan_batch)
-    zs = list(torch.randn(args.gan_d_steps + 1, args.gan_batch, args.gan_latent, device=device))
+    zs = torch.randn(args.gan_d_steps + 1, args.gan_batch, args.gan_latent, device=device)
     real, label = batch(args.resnet_batch)
 
     def classifier_step():
@@ -87,8 +136,8 @@ def main():
         loss.backward()
         optimizer.step()
 
-    plain = gf.BigGAN(dataclasses.replace(args, compile=False), 10, channels, 0, device)
-    count = {"GAN training (real images)": flops(lambda: plain.step(x, y, zs, 1))}
+    plain, plain_step = gan_step(dataclasses.replace(args, compile=False), data, device)
+    count = {"GAN training (real images)": flops(lambda: plain_step(x, y, zs))}
     count["classifier training"] = flops(lambda: net(real).sum().backward())
     sampler = gf.ScoredGenerator(args, gan.ema, frozen)
     m = args.gen_micro_batch
@@ -100,7 +149,7 @@ def main():
         return images[confidence > 0.5]
 
     loops = {
-        "GAN training (real images)": (lambda: gan.step(x, y, zs, 1), args.gan_batch),
+        "GAN training (real images)": (lambda: step(x, y, zs), args.gan_batch),
         "sampling + filtering": (filtered, m),
         "classifier training": (classifier_step, args.resnet_batch),
     }
@@ -112,7 +161,7 @@ def main():
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     precision = f"{asked.precision}, GAN {asked.gan_precision}"
     print(f"{asked.preset}, {precision}, compile {asked.compile}; {where}; torch {torch.__version__}")
-    runs.print_table(["loop", "images/s", "GFLOP/image", "TFLOP/s", "share of peak"], rows)
+    print_table(["loop", "images/s", "GFLOP/image", "TFLOP/s", "share of peak"], rows)
 
 
 if __name__ == "__main__":

@@ -419,6 +419,8 @@ def test_layers_of_one_shape_are_normed_as_each_alone():
     torch.manual_seed(0)
     several = nn.ModuleList([gf.SNConv(5, 7, 3), gf.SNLinear(4, 6), gf.SNConv(5, 7, 3), gf.SNConv(7, 5, 1)])
     several = several.to(memory_format=torch.channels_last)
+    for layer in several:
+        nn.init.normal_(layer.weight)  # at their start all are orthogonal and have the norm 1
     before = [(layer.weight.detach().clone(), layer.u.clone()) for layer in several]
     assert [len(group) for group in gf.spectral_groups(several)] == [2, 1, 1]
     normed(several.train())
@@ -925,6 +927,35 @@ def test_gan_training_equals_a_plain_loop_over_stock_parts(flip, images, tmp_pat
     assert max((raw[name] - found[name]).abs().max() for name in found if name.endswith("weight")) > 1e-3, "not raw"
 
 
+@pytest.mark.parametrize("at", ["save_tensors", "measured"])
+def test_stopped_gan_goes_on_with_the_same_bits(at, tmp_path, monkeypatch):
+    """Stopped in the second epoch, before its generator is written or after, with the checkpoint of the first."""
+    args = gf.Args(gan_width=2, gan_latent=4, image_size=8, gan_batch=10, gan_epochs=3, ckpt_grid=(1, 3, 1))
+    args = dataclasses.replace(args, gan_ema=0.8, gan_ema_start=1, gan_monitor=1, gan_d_steps=1)
+    monkeypatch.setattr(gf, "measured", lambda *_: {})
+
+    def train(name):
+        run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(name, *parts), log=lambda *_, **__: None)
+        gf.train_gan(args, run, ONE, tiny_data(), None, 7, None)
+        return [load_tensors(gf.gan_file(run, 7, epoch)) for epoch in (1, 2, 3)]
+
+    whole, original, calls = train("whole"), getattr(gf, at), []
+
+    def stop(*a):
+        calls.append(1)
+        if len(calls) == 2:
+            raise InterruptedError
+        return original(*a)
+
+    monkeypatch.setattr(gf, at, stop)
+    with pytest.raises(InterruptedError):
+        train("stopped")
+    assert (tmp_path / "stopped" / "gan" / "seed7" / "checkpoint.safetensors").exists()
+    for a, b in zip(whole, train("stopped"), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert [p.name for p in (tmp_path / "stopped" / "gan" / "seed7").glob("check*")] == []
+
+
 def plain_augmentation(image, flip, top, left, noise, box, pad):
     """One image [1, S, S]: flip, crop after padding with 0, a box of rescaled noise"""
     size = image.shape[-1]
@@ -943,16 +974,17 @@ def plain_augmentation(image, flip, top, left, noise, box, pad):
 def test_classifier_training_equals_a_plain_loop_over_stock_parts(flip, tmp_path, monkeypatch):
     """torch's SGD with Nesterov momentum, decay by hand; after a drop of the rate the velocity lives on."""
     args = gf.Args(image_size=8, resnet_width=4, resnet_blocks=1, resnet_batch=5, resnet_lr=0.05, resnet_wd=0.01)
-    args = dataclasses.replace(args, resnet_drops=(2, 4), random_flip=flip)
+    args = dataclasses.replace(args, resnet_momentum=0.8, resnet_drops=(2, 4), random_flip=flip)
     data, figures = tiny_data(), iter(range(100))
     monkeypatch.setattr(gf, "accuracy", lambda *_: float(next(figures)))  # the last epoch is the best
     monkeypatch.setattr(gf, "AT_ONCE", 2)
     how = 4, 9, tmp_path, {}, "val"
     gf.train_classifier(args, SimpleNamespace(dir=tmp_path), ONE, data, gf.RealSet(data.train), *how)
+    assert next(figures) == 4, "the validation images after every epoch, and no others"
 
     torch.manual_seed(distributed.seed_of(9, "classifier"))
     net = gf.ResNet(3, 1, 4, 1).train()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.8, nesterov=True)
     x, y = data.train[0] / 127.5 - 1, data.train[1]
     for epoch, rate in enumerate((0.05, 0.005, 0.005, 0.0005), 1):
         before, optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"], rate
@@ -1447,3 +1479,51 @@ def test_digits_run_to_the_end_above_a_floor(launch, tmp_path):
     assert result["baselines"]["real"]["mean"] > 94
     means = {row: found["mean"] for row, found in (result["baselines"] | result["metrics"]).items() if "mean" in found}
     assert means["multi"] > 75 and means["expansion"] > means["baseline"], means  # as docs/gafi.md reports
+
+
+# ---- the paper's presets at full size, on a few random pictures --------------------------------------------------
+
+# preset: classes, sides and channels of its pictures, has it a validation split
+FULL_SIZE = {
+    "cifar10": (10, 32, 3, False),
+    "cifar100": (100, 32, 3, False),
+    "cinic10": (10, 32, 3, True),
+    "fashionmnist": (10, 28, 1, False),
+    "dermamnist": (7, 28, 3, True),
+}
+FEW = dict(
+    real_epochs=1, resnet_epochs=2, resnet_batch=64, gan_epochs=1, gan_monitor=1, ckpt_grid=(1, 1, 1), clf_seeds=1,
+    sigma_grid=(1.0, 1.5, 0.5), threshold_grid=(0.0, 0.5, 0.5), attempts=2, search_period=1, rows=("real", "multi"),
+    export_images=1, gen_micro_batch=16, device="cpu", workers=0,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", FULL_SIZE)
+def test_preset_at_full_size(preset, tmp_path, monkeypatch):
+    """Networks, shapes, splits and stages of the paper's runs, two pictures of each class and one step of each GAN."""
+    classes, side, channels, has_val = FULL_SIZE[preset]
+    names, rng = [f"class {c}" for c in range(classes)], np.random.default_rng(0)
+
+    def split(name, per_class):
+        labels = np.arange(per_class * classes) % classes
+        shape = (len(labels), side, side) + (3,) * (channels == 3)
+        pixels = rng.integers(0, 256, shape, dtype=np.uint8)
+        return datasets.Images(labels, [f"{name}/{i}" for i in range(len(labels))], names, pixels=pixels)
+
+    made = datasets.ImageDataset(
+        preset, names, split("train", 3), split("val", 1) if has_val else None, split("test", 1)
+    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: made)
+    values = gf.PRESETS[preset]
+    seeds = values.get("gan_seeds", gf.Args().gan_seeds)[: 1 if classes == 100 else 2]
+    flags = dict(val_per_class=1, gan_seeds=seeds, gan_batch=2 * classes, class_samples=len(seeds))
+    gf.main(gf.Args(preset=preset, **values | FEW | flags, output_dir=str(tmp_path / "run")))
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert result["images"] == classes and {"multi", "search"} <= set(result["metrics"])
+    for seed in seeds:
+        generator = load_tensors(tmp_path / "run" / "gan" / f"seed{seed}" / "epoch1.safetensors")
+        assert generator["last.weight"].shape == (channels, 512, 3, 3)
+        assert generator["embed.weight"].shape == (classes, 128)
+    figures = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(math.isfinite(v) for row in figures for v in row.values())

@@ -76,9 +76,7 @@ def plan(args: Any, networks: Any, grids: Sequence[int]) -> tuple[list[Work], li
     if "search" in args.stages:
         sets, tests = math.ceil(args.resnet_epochs / args.search_period), args.select_on == "test"
         # What a later step tries again is not trained again.
-        for name, values in zip(
-            ("checkpoint", "sigma", "threshold"), (grids[0], grids[1] - 1, grids[2] - 1), strict=True
-        ):
+        for name, values in dict(checkpoint=grids[0], sigma=grids[1] - 1, threshold=grids[2] - 1).items():
             runs = values * len(args.gan_seeds)
             classifiers("search", runs, sets, n_set, args.resnet_epochs, tests, f"{name}: ")
     if "final" in args.stages:

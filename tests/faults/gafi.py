@@ -5,6 +5,8 @@ CLASSIFIER = "test_classifier_training_equals_a_plain_loop_over_stock_parts"
 SETS = "test_sets_equal_a_plain_filter_loop"
 SEARCH = "test_search_and_rows_train_on_what_they_record"
 PRESETS = "test_presets_are_the_methods_table"
+DATA = "test_run_does_not_go_on_with_other_data"
+STREAM = "test_stream_is_a_function_of_class_and_index_and_expansion_scales_it"
 PRECISION = "test_precision_of_the_gan_is_its_own_and_fp32_as_in_the_paper"
 
 FAULTS = {
@@ -32,8 +34,8 @@ FAULTS = {
         Fault("mirror for digits", "val_per_class=20, random_flip=False,", "val_per_class=20,", tests=PRESETS),
         Fault(
             "grids without limit",
-            "if (last - first) / step > MOST_VALUES:",
-            "if False:",
+            "(last - first) / max(step, 0.001) > MOST_VALUES",
+            "False",
             tests="test_bad_flags_are_refused_by_name",
         ),
         Fault(
@@ -44,53 +46,83 @@ FAULTS = {
         ),
         Fault(
             "data not looked at first",
-            "    check_data(args, data, n)\n",
+            "    check_data(args, data)\n",
             "",
             tests="test_what_cannot_work_is_told_before_the_first_stage",
         ),
+        Fault("other data unnoticed", ", data_dir=data.hash())", ")", tests=DATA),
+        # classifiers
         Fault(
-            "other data unnoticed",
-            ", data_dir=data_hash(data, class_names))",
-            ")",
-            tests="test_run_does_not_go_on_with_other_data",
+            "no augmentation", "augmented(x[rows].float(), args, g).contig", "x[rows].float().contig", tests=CLASSIFIER
         ),
         Fault(
-            "hash of the sizes only",
-            "found.update(np.ascontiguousarray(x.cpu().numpy())), found.update",
-            "found.update",
-            tests="test_run_does_not_go_on_with_other_data",
+            "crop padded with black",
+            "x = F.pad(x, (pad,) * 4)\n",
+            "x = F.pad(x, (pad,) * 4, value=-1)\n",
+            tests=f"{CLASSIFIER} test_golden_augmentation",
         ),
+        Fault(
+            "drops ignored",
+            "lr_at(epoch, args.resnet_lr, args.resnet_drops)",
+            "lr_at(epoch, args.resnet_lr, ())",
+            tests=CLASSIFIER,
+        ),
+        Fault("weight decay 0", "args.resnet_lr, args.resnet_wd, args", "args.resnet_lr, 0.0, args", tests=CLASSIFIER),
+        Fault(
+            "weight decay scaled by the rate",
+            'torch._foreach_mul_(params, 1 - group["wd"])',
+            'torch._foreach_mul_(params, 1 - group["wd"] * lr)',
+            tests=CLASSIFIER,
+        ),
+        Fault("momentum ignored", "args.resnet_wd, args.resnet_momentum)", "args.resnet_wd)", tests=CLASSIFIER),
+        Fault(
+            "test split scored in the search",
+            'if "row" in about or select_on == "test" else',
+            "if True else",
+            CLASSIFIER,
+        ),
+        Fault(
+            "epoch chosen on test",
+            "if row[select_on] > best",
+            'if row["test"] > best',
+            tests="test_epoch_is_chosen_on_the_split_that_is_named",
+        ),
+        Fault("F chosen on test", '*how, "val")', "*how, args.select_on)", tests=SEARCH),
         # [2] gan
         Fault(
             "validation images missing from the GAN's set",
-            'if args.gan_images == "train+val" else [data["train"]]\n    images',
-            'if False else [data["train"]]\n    images',
+            'splits = [data.train, data.val] if args.gan_images == "train+val" else',
+            "splits = [data.train, data.val] if False else",
             tests=GAN,
         ),
         Fault(
             "mirror whatever the flag",
-            "            if args.random_flip:\n                coin = torch.rand(b,",
-            "            if True:\n                coin = torch.rand(b,",
+            "x = mirrored(x, coins[rows]) if args.random_flip else x",
+            "x = mirrored(x, coins[rows])",
             tests=GAN,
         ),
+        Fault("every step the same images", "order[i * b : (i + 1) * b]", "order[:b]", tests=GAN),
+        Fault("every step the same latents", "z[i % DRAWN_STEPS]", "z[0]", tests=GAN),
         Fault(
             "fake labels random",
             "fake = self.g(z, y)  # the fake",
             "fake = self.g(z, y[torch.randperm(len(y))])  # the fake",
             tests=GAN,
         ),
-        Fault("D steps 1", "for i, z in enumerate(zs[:-1], 1):", "for i, z in enumerate(zs[:1], 1):", tests=GAN),
+        Fault("D steps 1", "for i, z_d in enumerate(z_of_d, 1):", "for i, z_d in enumerate(z_of_d[:1], 1):", tests=GAN),
+        Fault("G never trained", "for u in loop.units(b, of=self.g_adam):", "for u in loop.units(b):", tests=GAN),
+        Fault("D at G's rate", "lr=args.gan_d_lr or args.gan_lr", "lr=args.gan_lr", tests=GAN),
         Fault(
             "raw G saved",
-            "for k, v in gan.ema.state_dict().items()}",
-            "for k, v in gan.g.state_dict().items()}",
+            "dict(gan.ema.state_dict()))",
+            "dict(gan.g.state_dict()))",
             tests=GAN,
         ),
         Fault("start of the average ignored", "    if step <= start:\n", "    if step <= 0:\n", tests=GAN),
         Fault(
             "decay of the average ignored",
-            "self.args.gan_ema_start, self.args.gan_ema)",
-            "self.args.gan_ema_start, 0.9999)",
+            "args.gan_ema_start, args.gan_ema)",
+            "args.gan_ema_start, 0.9999)",
             tests=GAN,
         ),
         Fault(
@@ -111,6 +143,24 @@ FAULTS = {
             "if precision else nullcontext()",
             tests=f"{GAN} {CLASSIFIER}",
         ),
+        Fault(
+            "layers of one shape share the first one's norm",
+            "w / sigma[:, None, None]",
+            "w / sigma[:1, None, None]",
+            tests="test_layers_of_one_shape_are_normed_as_each_alone",
+        ),
+        Fault(
+            "spectral-norm vectors stand still",
+            "        if layers[0].training:\n",
+            "        if False:\n",
+            tests=f"test_golden_spectral_norm {GAN}",
+        ),
+        Fault(
+            "parts of a batch are added, not averaged",
+            "loop.backward(self.loss_of_d(z_d[u], x[u], y[u]) * (len(y[u]) / b))",
+            "loop.backward(self.loss_of_d(z_d[u], x[u], y[u]))",
+            tests="test_a_batch_in_parts_is_the_mean_of_its_parts",
+        ),
         # samples and sets
         Fault(
             "filter keeps what it should drop",
@@ -118,16 +168,18 @@ FAULTS = {
             "return confidence(probs, label) <= threshold",
             tests="test_golden_mask",
         ),
+        Fault("set not filtered", "passed = x[conf > threshold]", "passed = x", tests=f"{SETS} test_golden_filter"),
         Fault(
-            "sigma does not reach the sampler",
-            "return self.sigma * z[start",
-            "return z[start",
-            tests=f"{SETS} test_stream_is_a_function_of_class_and_index_and_expansion_scales_it",
+            "a draw begins again",
+            "self.used |= {c: self.used.get(c, 0) + q for c, q in sizes.items()}",
+            "pass",
+            tests=f"{SETS} {STREAM}",
         ),
+        Fault("sigma does not reach the sampler", "return self.sigma * z[start", "return z[start", f"{SETS} {STREAM}"),
         Fault(
             "sigma of the source ignored",
-            "SampleStream(source.sampler, source.sigma, self.n,",
-            "SampleStream(source.sampler, 1.0, self.n,",
+            "Samples(source.sampler, source.sigma, self.n,",
+            "Samples(source.sampler, 1.0, self.n,",
             tests=SETS,
         ),
         Fault(
@@ -142,12 +194,7 @@ FAULTS = {
             "source.threshold",
             tests=SETS,
         ),
-        Fault(
-            "baseline filtered",
-            'filtered = row != "baseline"',
-            "filtered = True",
-            tests="test_rows_of_the_table",
-        ),
+        Fault("baseline filtered", 'filtered = row != "baseline"', "filtered = True", tests="test_rows_of_the_table"),
         Fault("recycle keeps the old set", "        if self.k != k:\n", "        if self.k is None:\n", tests=SETS),
         Fault(
             "set of MultiGAN from one generator",
@@ -161,64 +208,49 @@ FAULTS = {
             "seeds = args.gan_seeds[:1] if row else",
             tests="test_rows_of_the_table",
         ),
+        # [3] search
         Fault(
-            "rejected samples kept",
-            "more_x = more_x[more_conf > self.floor]",
-            "pass",
-            tests="test_rejected_samples_are_not_kept_and_change_nothing",
+            "test split in the search", "threshold), about, args.select_on", 'threshold), about, "test"', tests=SEARCH
         ),
-        Fault(
-            "floor of the set's own threshold in the threshold step",
-            "floor = threshold if self.shared is None else",
-            "floor = threshold if True else",
-            tests="test_sets_keep_what_some_threshold_accepts",
-        ),
-        # classifiers
-        Fault("no augmentation", "augmented(x[rows].float(), args, g)", "x[rows].float()", tests=CLASSIFIER),
-        Fault(
-            "crop padded with black",
-            "x = F.pad(x, (pad,) * 4)\n",
-            "x = F.pad(x, (pad,) * 4, value=-1)\n",
-            tests=f"{CLASSIFIER} test_golden_augmentation",
-        ),
-        Fault(
-            "drops ignored",
-            "lr_at(epoch, args.resnet_lr, args.resnet_drops)",
-            "lr_at(epoch, args.resnet_lr, ())",
-            tests=CLASSIFIER,
-        ),
-        Fault("weight decay 0", "args.resnet_lr, args.resnet_wd, args", "args.resnet_lr, 0.0, args", tests=CLASSIFIER),
-        Fault(
-            "weight decay scaled by the rate",
-            'if group["wd_mode"] == "lr_scaled" else 1)',
-            'if group["wd_mode"] else 1)',
-            tests=CLASSIFIER,
-        ),
-        # [3] search, [4] final, [5] evaluate
-        Fault(
-            "test split in the search",
-            "how = args.resnet_epochs, args.seed, folder, about, args.select_on",
-            'how = args.resnet_epochs, args.seed, folder, about, "test"',
-            tests=SEARCH,
-        ),
-        Fault(
-            "epoch chosen on test",
-            "if row[select_on] > best",
-            'if row["test"] > best',
-            tests="test_epoch_is_chosen_on_the_split_that_is_named",
-        ),
-        Fault("F chosen on test", 'seed, folder, about, "val")', "seed, folder, about, args.select_on)", tests=SEARCH),
         Fault(
             "sigma of the search not sampled",
-            "source = Source(seed, samplers[e], sigma, t)",
-            "source = Source(seed, samplers[e], 1.0, t)",
+            "source = Source(seed, sampler, sigma, threshold)",
+            "source = Source(seed, sampler, 1.0, threshold)",
             tests=SEARCH,
         ),
         Fault(
             "threshold of the search not applied",
-            "source = Source(seed, samplers[e], sigma, t)",
-            "source = Source(seed, samplers[e], sigma)",
+            "source = Source(seed, sampler, sigma, threshold)",
+            "source = Source(seed, sampler, sigma)",
             tests=SEARCH,
+        ),
+        Fault(
+            "search that forgets its choices",
+            "(seed, *b[:i], value, *b[i + 1 :])",
+            "(seed, *(150, 1.0, 0.0)[:i], value, *b[i + 1 :])",
+            tests="test_search_visits_the_grids_in_order_and_ties_go_to_the_first",
+        ),
+    ],
+    "common/pixels.py": [
+        Fault(
+            "hash of the sizes only",
+            "found.update(np.ascontiguousarray(x.cpu().numpy())), found.update",
+            "found.update",
+            tests=f"tests/test_gafi.py::{DATA}",
+        ),
+    ],
+    "common/plans/gafi.py": [
+        Fault(
+            "repeated configurations counted",
+            "sigma=grids[1] - 1",
+            "sigma=grids[1]",
+            tests="tests/test_common_plan.py::test_gafi_counts_its_networks_and_the_runs_of_the_search",
+        ),
+        Fault(
+            "one update of D counted",
+            "one = args.gan_d_steps * (",
+            "one = (",
+            tests="tests/test_common_plan.py::test_gafi_counts_its_networks_and_the_runs_of_the_search",
         ),
     ],
 }
