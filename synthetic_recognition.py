@@ -186,7 +186,7 @@ PRE = dict(
 )  # fmt: skip
 DEIT = PRE | dict(
     ladder=("scratch", "synthetic", "real-init"), backbone="deit_small_patch16_224", recipe="deit", pre_epochs=300,
-    pre_batch=1024, pre_lr=1e-3, transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000,
+    pre_batch=1024, pre_micro_batch=32, pre_lr=1e-3, transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000,
 )  # fmt: skip
 AGNOSTIC = PRE | dict(
     label_space="imagenet-1k", gen_images_per_class=2400, pre_amounts=(1200, 2400), pre_lr_real=1e-3, pre_wd=1e-4,
@@ -252,7 +252,7 @@ PRESETS = {
     # Pre-training of Tables 10 and 11; the paper judges it by detection, not here
     "cifar100-agnostic": paper("cifar100", **AGNOSTIC, recipe="sgd", pre_lr=0.2),
     "cifar100-moco": paper(
-        "cifar100", **AGNOSTIC | dict(recipe="moco", pre_lr=0.03, pre_lr_real=3e-3, pre_batch=256, pre_epochs=200),
+        "cifar100", **AGNOSTIC | dict(recipe="moco", pre_lr=0.03, pre_lr_real=3e-3, pre_batch=256, pre_micro_batch=32, pre_epochs=200),
     ),
 }  # fmt: skip
 
