@@ -995,7 +995,7 @@ def train_head(args, run, team, clip, row, m, seed, data):
 
     def source(name, rows, f, y, which):
         """rows of these -> features, labels; from pixels where the tower is tuned too"""
-        if tower is None:
+        if tower is None or not len(rows):
             return lambda i: (f[i], y[i])
         batches = (rows[pair[which]].tolist() for pair in map(pair_at, loop.steps) if len(pair[which]))
         stream = pictures(args, [clip], data.sets[name].source, args.train_lowres, team.device)(batches)
@@ -1011,8 +1011,9 @@ def train_head(args, run, team, clip, row, m, seed, data):
     for step, _ in steps:
         i, s = place(step)
         if (s + 1) % phases[i].per_epoch == 0:  # the end of an epoch, where the official code looks
-            test = data.sets["test"].source
-            x = data.test if tower is None else seen_by(args, clip, tower, test, range(len(test)), team.device)
+            x = data.test
+            if tower is not None:
+                x = seen_by(args, clip, tower, data.sets["test"].source, range(len(x)), team.device)
             with torch.no_grad():
                 score = top1(head_logits(x, W, b), data.y_test)
             loop.extra = best = max(best, score)

@@ -1335,7 +1335,6 @@ def test_pretrain_end_to_end_with_two_processes(launch, tmp_path, tree_hash):
 @pytest.mark.parametrize("recipe", ["deit", "moco"])
 def test_interrupted_pretraining_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
     flags = dict(recipe=recipe, pre_batch=8, pre_micro_batch=4, pre_epochs=2, moco_queue=20)
-    flags |= dict(backbone="test_vit.r160_in1k", pre_size=160) if recipe == "deit" else {}
     args, source, update = sr.Args(**{**sr.PRESETS["digits-pretrain"], **flags}), Pixels(21), Loop.update
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     sr.pretrain(args, Log(), ONE, whole, source, 10, 0)
