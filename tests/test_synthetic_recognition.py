@@ -803,10 +803,10 @@ def test_an_interrupted_head_goes_on_to_the_same_bits(row, problem, tmp_path, mo
     update, calls = Loop.update, []
 
     def stopped(self, **more):
+        calls.append(update(self, **more))
         if len(calls) == 16:  # syn-real: in the second phase
             self.save()
             raise Interrupted
-        calls.append(update(self, **more))
         return calls[-1]
 
     monkeypatch.setattr(Loop, "update", stopped)
@@ -873,7 +873,8 @@ SMALL_VIT |= dict(
 ONE_K = dict(label_space="imagenet-1k", gen_images_per_class=2400, pre_amounts=(1200, 2400))
 PAGE = {
     "zero-shot": ALL | HEAD | dict(head_lr=2e-3, setting="zero-shot"),
-    "few-shot": ALL | HEAD | dict(head_lr=1e-3, setting="few-shot", rg_images=800, shot_counts=(1, 2, 4, 8, 16), rg_steps=0),
+    "few-shot": ALL | HEAD | dict(
+        head_lr=1e-3, setting="few-shot", rg_images=800, shot_counts=(1, 2, 4, 8, 16), rg_steps=0),
     "cifar100-pretrain": ALL | RN50 | dict(
         recipe="adamw", pre_wd=0.9, pre_lr=1e-4, pre_lr_real=1e-5, label_space="dataset", gen_images_per_class=36000,
         pre_amounts=(12000, 24000, 36000)),
@@ -1168,6 +1169,7 @@ def test_glide_paints_what_a_plain_loop_over_the_stock_scheduler_does(glide_fold
     wanted = plain_glide(painter.glide, "a seven", 3, 3.0, steps, reference)
     assert ours.shape == (3, 64, 64) and (ours.int() - wanted.int()).abs().float().mean() < 0.5
     other = painter.latent(sr.square(Image.effect_noise((16, 16), 90).convert("RGB"), 16))
+    again = [other, other]
     with_other = painter.paint(
         ["a two", "a seven"], [5, 3], kept(painter, 15), sr.noised_reference, [other, other]
     )  # another slot, another company
