@@ -252,7 +252,8 @@ PRESETS = {
     # Pre-training of Tables 10 and 11; the paper judges it by detection, not here
     "cifar100-agnostic": paper("cifar100", **AGNOSTIC, recipe="sgd", pre_lr=0.2),
     "cifar100-moco": paper(
-        "cifar100", **AGNOSTIC | dict(recipe="moco", pre_lr=0.03, pre_lr_real=3e-3, pre_batch=256, pre_micro_batch=32, pre_epochs=200),
+        "cifar100", **AGNOSTIC | dict(pre_lr_real=3e-3), recipe="moco", pre_lr=0.03, pre_batch=256, pre_micro_batch=32,
+        pre_epochs=200,
     ),
 }  # fmt: skip
 

@@ -1169,7 +1169,6 @@ def test_glide_paints_what_a_plain_loop_over_the_stock_scheduler_does(glide_fold
     wanted = plain_glide(painter.glide, "a seven", 3, 3.0, steps, reference)
     assert ours.shape == (3, 64, 64) and (ours.int() - wanted.int()).abs().float().mean() < 0.5
     other = painter.latent(sr.square(Image.effect_noise((16, 16), 90).convert("RGB"), 16))
-    again = [other, other]
     with_other = painter.paint(
         ["a two", "a seven"], [5, 3], kept(painter, 15), sr.noised_reference, [other, other]
     )  # another slot, another company
