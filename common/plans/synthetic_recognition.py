@@ -13,6 +13,11 @@ GLIDE_BASE, GLIDE_UPSAMPLER, GLIDE_NUMBERS = 0.238, 27 * 1.281, 783e6
 # T5-base: 110 M numbers in the decoder, about 20 tokens a sentence.
 SENTENCE_TFLOP, WRITER_NUMBERS = 2 * 110e6 * 20 / 1e12, 223e6
 GLIDE_HELD = 0.1e9  # bytes of activations for an image of the upsampler in float32; assumed
+# Classes, training, validation and test images of the sets that are given as folders, by preset, until they are there.
+FOLDERS = {
+    "caltech256": (257, 15_420, 0, 15_187), "birdsnap": (500, 47_386, 0, 2_443), "cub": (200, 5_994, 0, 5_794),
+    "imagenet-sketch": (1000, 0, 0, 50_889), "imagenet-r": (200, 0, 0, 30_000),
+}  # fmt: skip
 NAMES = {"imagenet-1k": 998, "imagenet-2k": 1998}
 
 
@@ -22,7 +27,9 @@ def plan(
 ) -> tuple[list[Work], list[str]]:  # fmt: skip
     """-> the work of the planned stages, what must be there. lines: (Line, row, shots or images) to train; sets: images
     of each class; the rest is the script's."""
-    classes, n_train, _, n_test = sizes(args.dataset, args.data_dir)
+    there = args.dataset != "folder" or Path(args.data_dir or "", "test").is_dir()
+    known = None if there else FOLDERS.get(args.preset)
+    classes, n_train, _, n_test = known or sizes(args.dataset, args.data_dir)
     names, works, needs = classes, [], [dataset_needs(args)]
     if args.label_space != "dataset":
         names = NAMES.get(args.label_space) or len(Path(args.label_space).read_text().split("\n"))
