@@ -182,6 +182,9 @@ def test_launchers_quote_the_plan_of_their_own_flags(launcher: Path, capsys):
     idle = [line for line in out.splitlines() if "have no work" in line]
     # GaFi's F must be there before the GANs are measured with it: minutes for three classifiers, on six processes too.
     assert not idle or script == "gafi" and all(line.startswith("note: real:") for line in idle), idle
+    one_network = ("guide", "prototypes", "evaluate") if script == "distdiff" else ()  # a process's work, minutes of it
+    idle = set(re.findall(r"note: (\w+): \d+ of 8 processes have no work", out))
+    assert idle <= set(one_network), "no launcher leaves processes idle"
 
 
 # ---- DataDream --------------------------------------------------------------------------------------
@@ -247,3 +250,39 @@ def test_gafi_shares_a_gan_that_is_cut_into_micro_batches():
     assert hours["24"] == pytest.approx(hours["0"] * 3 / 8)
     official = planned("gafi", "--preset", "cinic10", "--plan", "--gan-images", "train")[1][1]
     assert official.what == f"3 x {500 * (170_000 // 192):,} steps"
+
+
+# ---- DistDiff ---------------------------------------------------------------------------------------
+
+
+def test_distdiff_counts_the_whole_default_run():
+    args, works, needs = planned("distdiff", "--preset", "caltech101", "--plan", "--plan-processes", "8")
+    rows = {w.what: w for w in works if w.stage == "expand"}
+    assert {name: w.images for name, w in rows.items()} == {"distdiff": 15_000, "sd": 15_000, "rho0": 15_000}
+    # 25 pairs of network evaluations and one decoding; guidance adds two pairs and decodings, forward and backward, the
+    # forward pass twice with checkpointing; 8 images of the last micro-batch are void
+    plain, guided = (rows[name].tflop / 15_008 for name in ("sd", "distdiff"))
+    assert plain == pytest.approx(42.7, rel=0.01) and guided - plain == pytest.approx(2 * 3 * (1.606 + 2.51), rel=0.01)
+    assert rows["sd"].disk == pytest.approx(15_000 * 256**2 * 1.53, rel=0.01)
+    assert rows["distdiff"].gpu - rows["sd"].gpu == pytest.approx(31.6 * 2**30, rel=0.01)
+    trained = {w.what.split(",")[0]: w.passes for w in works if w.stage == "train"}
+    seen = {name: 3 * 100 * 3000 * k for name, k in (("real", 1), ("real-repeated", 6), ("sd", 6), ("distdiff", 6))}
+    assert all(trained[name] == n + 3 * 20 * 5242 for name, n in seen.items()) and len(trained) == 5
+    assert any("stable-diffusion-v1-4" in n for n in needs) and any("caltech101 in data" in n for n in needs)
+
+
+def test_distdiff_counts_what_the_flags_ask_for():
+    def works(*words):
+        return {w.what.split(",")[0]: w for w in planned("distdiff", "--plan", *words)[1]}
+
+    path = works("--preset", "pathmnist", "--rows", "zero-shot", "sd", "distdiff")
+    assert (
+        path["sd"].tflop / 4512 == pytest.approx(10 * 2 * 0.803 + 2.51, rel=0.01) and path["zero-shot"].passes == 7180
+    )
+    assert path["distdiff"].images == 4_500 and "rho0" not in path
+    merged = works("--preset", "dtd")["sd"].images, works("--preset", "dtd", "--no-merge-val")["sd"].images
+    assert merged == (18_800, 9_400)
+    small = works("--preset", "pets", "--gen-micro-batch", "4", "--no-clf-equal-k", "--clf-copies", "1", "5")
+    assert small["distdiff"].gpu < works("--preset", "pets")["distdiff"].gpu / 2
+    kept = works("--preset", "pets", "--no-grad-checkpoint")["distdiff"]
+    assert kept.gpu > 136 * 2**30 and kept.tflop < works("--preset", "pets")["distdiff"].tflop

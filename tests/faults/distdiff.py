@@ -153,7 +153,7 @@ FAULTS = {
         Fault(
             "prototypes of the next class",
             "self.p, self.q = sampler.class_unit[labels], sampler.group_unit[labels]",
-            "labels = (labels + 1) % len(sampler.text)\n        self.p, self.q = sampler.class_unit[labels], sampler.group_unit[labels]",
+            "self.p, self.q = sampler.class_unit.roll(-1, 0)[labels], sampler.group_unit.roll(-1, 0)[labels]",
             SAMPLER,
         ),
         Fault(
