@@ -3,7 +3,7 @@
 #
 # Expect: top-1 real 99.4, SD 98.5, DistDiff 99.3 (the paper's, learning rate not published; not run by us)
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured; the paper, DistDiff alone: 173 hours of one RTX 3090):
-#         22.3 GPU-hours on 8 x h100 (2.8 h, loading 1.4 h), 193,410 images, 12,300 PFLOP, 19.4 GB of images, 41 GB per GPU
+#         16.6 GPU-hours on 8 x h100 (2.1 h, loading 1.1 h), 142,035 images, 9,020 PFLOP, 14.2 GB of images, 41 GB per GPU
 # Data:   downloaded to data/
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 launch distdiff.py --preset imagenette "$@"

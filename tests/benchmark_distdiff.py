@@ -23,20 +23,23 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import distdiff as dd  # noqa: E402
-from common import datasets  # noqa: E402
-from common import run as runs  # noqa: E402
+from common import datasets, distributed, images, models  # noqa: E402
+from common.diffusion import latent_shape  # noqa: E402
+from common.files import chunks  # noqa: E402
+from common.report import print_table  # noqa: E402
 
 
 def world(**flags):
     """Sampler, latents, labels of the first real digits; a guide with random weights costs what a trained one does."""
     args = dd.Args(**{**dd.PRESETS["digits"], "gen_steps": 50, "gen_step_from_end": 20, **flags})
-    pipe, data = dd.load_pipeline(args, torch.device("cpu")), datasets.load_dataset("digits")
+    pipe = dd.generator_of(args, models.resolve("tiny", "generator"), torch.device("cpu"))
+    data = datasets.load_dataset("digits")
     prompts = dd.prompts_of_classes(args, data.class_names)
-    dd.seed_global(0)
-    guide = dd.Net(args.guide, False, prompts).requires_grad_(False).eval()
+    distributed.seed_global(0)
+    guide = dd.Net(args.guide, prompts).requires_grad_(False).eval()
     labels = torch.arange(60) % 10
     found = dd.prototypes(torch.rand(60, guide.net.num_features), labels, 10, args.groups)
-    latents = list(torch.randn(60, *dd.latent_shape(pipe, args.gen_resolution)))
+    latents = list(torch.randn(60, *latent_shape(pipe, args.gen_resolution)))
     return dd.Sampler(args, pipe, guide, found, prompts), latents, data.train.labels
 
 
@@ -47,7 +50,7 @@ def official_way(folder, sources, copies, row):
     for i in range(sources):
         for j in range(copies):
             (image,) = sampler.draw(row, [latents[i]], [labels[i]], [1000 * i + j])
-            runs.to_pil(image).save(folder / f"{i}_expand_{j}.png")
+            images.to_pil(image).save(folder / f"{i}_expand_{j}.png")
     return since(start)
 
 
@@ -56,11 +59,11 @@ def our_way(folder, sources, copies, row, batch):
     sampler, latents, labels = world(gen_micro_batch=batch)
     start = clock()
     items = [(i, j) for j in range(copies) for i in range(sources)]
-    with runs.ImageWriter() as writer:
-        for part in dd.chunks(items, batch):
+    with images.ImageWriter() as writer:
+        for part in chunks(items, batch):
             seeds = [1000 * i + j for i, j in part]
-            images = sampler.draw(row, [latents[i] for i, _ in part], [labels[i] for i, _ in part], seeds)
-            for (i, j), image in zip(part, images, strict=True):
+            drawn = sampler.draw(row, [latents[i] for i, _ in part], [labels[i] for i, _ in part], seeds)
+            for (i, j), image in zip(part, drawn, strict=True):
                 writer.save(folder / f"{i}-{j}.png", image)
     return since(start)
 
@@ -88,7 +91,7 @@ def main():
             rows.append([f"{row}, {name}", f"{n / wall:.2f}", f"{1000 * cpu / n:.0f} ms"])
         rows.append([f"{row}, ratio", f"{slow[0] / fast[0]:.2f}", f"{slow[1] / fast[1]:.2f}"])
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    runs.print_table(["50 DDIM steps, strength 0.5, P = 2", "images/s", "CPU time per image"], rows)
+    print_table(["50 DDIM steps, strength 0.5, P = 2", "images/s", "CPU time per image"], rows)
 
 
 if __name__ == "__main__":

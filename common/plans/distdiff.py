@@ -12,6 +12,7 @@ from common.plan import PIXEL_BYTES, Classifier, Generator, Work, dataset_needs,
 OFFICIAL = {
     "caltech101": (100, 3_000, 0, 5_242), "cars": (196, 8_144, 0, 8_041), "dtd": (47, 1_880, 1_880, 1_880),
     "flowers102": (102, 1_020, 1_020, 6_149), "pets": (37, 3_680, 0, 3_669),
+    "imagenette": (10, 9_469, 0, 3_925),  # fast.ai's split, which the paper used
 }  # fmt: skip
 # GiB of the gradient step on Stable Diffusion 1.x for an image of 512 pixels and P = 2, bf16: of U-Net and guide, and
 # of the decoder, which takes no more than 8 images at a time. Without checkpointing all of it is kept.
