@@ -439,7 +439,7 @@ def test_torchrun_errors_are_told_once(start, tmp_path):
     early, flag = start("--do", "early"), start("--nope", "1")
     for process, line in [
         (early, "error: no such folder\n"),
-        (flag, "error: Unrecognized options: --nope, 1; see --help"),
+        (flag, "error: Unrecognized options: --nope, 1"),
     ]:
         out, said = process.communicate(timeout=LIMIT)
         text = out + said

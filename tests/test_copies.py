@@ -17,8 +17,13 @@ ALL = ("realfake", "synthetic_recognition", "gafi", "datadream", "distdiff")
 SCRIPTS = [name for name in ALL if (ROOT / f"{name}.py").is_file()]
 # Their help names what the script has.
 OWN_WORDS = (
-    "stages output_dir dataset seed gen_seed rows sd_model sd_batch sd_micro_batch gen_resolution gen_format".split()
+    "stages output_dir dataset seed gen_seed rows sd_model sd_batch sd_micro_batch gen_resolution gen_format "
+    "gen_steps".split()
 )
+
+
+# One name, another thing or another form of it in each script: none is a copy that could drift.
+OWN_NAMES = set("in_order Numbers write_report pictures seen_by top1 mixed sources_of choose mixup".split())
 
 
 def functions_that_are_copies(source: str) -> dict[str, str]:
@@ -29,7 +34,7 @@ def functions_that_are_copies(source: str) -> dict[str, str]:
     if "main" in top:
         calls = [node.func for node in ast.walk(top["main"]) if isinstance(node, ast.Call)]
         stages |= {call.id for call in calls if isinstance(call, ast.Name)}
-    return {name: ast.dump(node) for name, node in top.items() if name not in stages}
+    return {name: ast.dump(node) for name, node in top.items() if name not in stages | OWN_NAMES}
 
 
 # Types that declare a range: what a script that does not use them calls int and float.

@@ -19,6 +19,7 @@ import distdiff as dd
 from common import distributed, models
 from common.datasets import Images, load_dataset
 from common.launch import UserError
+from common.loader import normalised
 
 CPU = torch.device("cpu")
 ALONE = distributed.Dist(0, 0, 1, CPU)
@@ -491,7 +492,8 @@ def test_resized_sides_are_those_of_torchvision():
 def fake_run(folder):
     """A run folder as the stages use it."""
     names = dict(timed=lambda *_: nullcontext(), done=lambda *_, **__: None, log=lambda *_, **__: None)
-    return SimpleNamespace(path=lambda *parts: folder.joinpath(*map(str, parts)), **names)
+    names |= dict(path=lambda *parts: folder.joinpath(*map(str, parts)), under=lambda *names: list(names))
+    return SimpleNamespace(**names)
 
 
 def jobs_of(monkeypatch, stage):
@@ -652,24 +654,24 @@ TINY = dict(clf_resize=36, clf_size=32, clf_flip=True, workers=0, sgd_batch=3, c
 @pytest.mark.parametrize("extra", ["none", "erasing", "mixup", "cutmix"])
 def test_training_equals_a_plain_loop_of_sgd(extra, tmp_path):
     """Two epochs of two steps: order, views, rate, momentum, Nesterov and decay written out, without an optimizer."""
-    args, real = dd.Args(**TINY, sgd_wd=0.02), photos(*[(36, 36)] * 5, labels=[0, 1, 2, 0, 1])
-    job = dd.Training(tmp_path / "one", "test_resnet", None, 2, 0.05, [real], 6, 7, extra)
+    args, real = dd.Args(**TINY, sgd_wd=0.2), photos(*[(36, 36)] * 5, labels=[0, 1, 2, 0, 1])
+    job = dd.Training(tmp_path / "one", "test_resnet", None, 2, 0.01, [real], 6, 7, extra)
     scored = dict(test=real)
     dd.fit(args, fake_run(tmp_path), ALONE, job, scored, ["a", "b", "c"])
     ours = dd.load_tensors(tmp_path / "one" / "weights.safetensors")
 
     distributed.seed_global(distributed.seed_of(7, "weights"))
-    net = timm.create_model("test_resnet", num_classes=3).train()
+    net = timm.create_model("test_resnet", num_classes=3).to(memory_format=torch.channels_last).train()
     passes = [torch.randperm(5, generator=distributed.generator(7, "order", k)).tolist() for k in range(3)]
     stream, speed = passes[0] + passes[1] + passes[2], [torch.zeros_like(p) for p in net.parameters()]
-    norm = v2.Normalize(dd.IMAGENET_MEAN, dd.IMAGENET_STD)
     for step in range(4):
         x, y = [], torch.tensor([real.labels[i] for i in stream[3 * step : 3 * step + 3]])
         for position in range(3 * step, 3 * step + 3):
             distributed.seed_global(distributed.seed_of(7, "augment", position))
             turned = v2.RandomCrop(32)(v2.RandomRotation(15)(real.open(stream[position])))
-            pixels = v2.functional.pil_to_tensor(v2.RandomHorizontalFlip(0.5)(turned)).float() / 255
-            pixels = norm(pixels)
+            pixels = v2.functional.pil_to_tensor(v2.RandomHorizontalFlip(0.5)(turned))
+            # As the script rounds it: three images share BatchNorm here, which makes any other rounding large.
+            pixels = normalised(pixels[None], dd.IMAGENET_MEAN, dd.IMAGENET_STD)[0]
             x.append(v2.RandomErasing(0.5)(pixels) if extra == "erasing" else pixels)
         x, y = torch.stack(x), F.one_hot(y, 3).float()
         if extra == "mixup":
@@ -679,15 +681,16 @@ def test_training_equals_a_plain_loop_of_sgd(extra, tmp_path):
         if extra == "cutmix":
             distributed.seed_global(distributed.seed_of(7, "mix", step))
             x, y = v2.CutMix(num_classes=3)(x, y.argmax(1))
+        x = x.contiguous(memory_format=torch.channels_last)
         loss = -(y * net(x).log_softmax(1)).sum(1).mean()
-        rate = 0.05 if step < 2 else 0.025  # half a cosine over two epochs
+        rate = 0.01 if step < 2 else 0.005  # half a cosine over two epochs
         for p, v, grad in zip(net.parameters(), speed, torch.autograd.grad(loss, list(net.parameters())), strict=True):
             with torch.no_grad():
-                grad = grad + 0.02 * p
+                grad = grad + 0.2 * p
                 v.mul_(0.9).add_(grad)
                 p -= rate * (grad + 0.9 * v)
     for name, tensor in net.state_dict().items():
-        close(ours[f"net.{name}"].float(), tensor.float(), 2e-4)
+        close(ours[f"net.{name}"].float(), tensor.float(), 1e-3)
     metrics = json.loads((tmp_path / "one" / "metrics.json").read_text())
     assert (metrics["updates"], metrics["images"], metrics["best_step"], metrics["val"]) == (4, 5, 4, None)
     assert [row["step"] for row in metrics["history"]] == [2, 4] and not (
@@ -786,7 +789,7 @@ def test_models_of_a_run_are_looked_through_before_the_first_stage(tmp_path):
         ("guide", "clip:/nowhere", {}), ("guide", f"clip:{tmp_path / 'clip'}", {}),
         ("guide", f"clip:{TINY_WEIGHTS / 'sd'}", {}), ("guide", "clip:ViT-B-32/laion2b_s34b_b79k", {}),
         ("classifier", "resnet5o", {}), ("classifier", "resnet50", dict(classifier_pretrained=True)),
-        ("guide", "resnet50", dict(guide_pretrained=True)), ("classifier", "test_resnet.none", {}),
+        ("guide", "resnet50", dict(guide_pretrained=True)),
         ("zeroshot_clip", "/nowhere", {}),
     ):  # fmt: skip
         with pytest.raises(UserError, match="^--" + field.replace("_", "-")):
@@ -816,9 +819,9 @@ def test_prompts_of_the_data_sets():
     }
     for (name, label), prompt in cases.items():
         assert dd.prompts_of_classes(dd.Args(dataset=name), [label]) == [prompt]
-    assert dd.prompts_of_classes(dd.Args(dataset="pathmnist"), ["x"] * 9)[5] == (
+    assert dd.prompts_of_classes(dd.Args(dataset="pathmnist"), ["smooth muscle"]) == [
         "a colon pathological image of smooth muscle."
-    )
+    ]
     assert len(dd.prompts_of_classes(dd.Args(dataset="imagenette"), ["x"] * 10)) == 10
     assert dd.prompts_of_classes(dd.Args(dataset="cars", gen_prompt="a photo of a {} car."), ["B C 2000"]) == [
         "a photo of a 2000 B C car."

@@ -752,6 +752,7 @@ def test_search_and_rows_train_on_what_they_record(select_on, monkeypatch, tmp_p
 
     class Run:
         dir, path, done = tmp_path, staticmethod(lambda *parts: tmp_path.joinpath(*parts)), lambda *_, **__: None
+        under = staticmethod(lambda *_, **__: [])
         timed = staticmethod(lambda *_, **__: nullcontext())
 
     monkeypatch.setattr(gf, "train_classifier", train)
@@ -1136,7 +1137,7 @@ def test_run_does_not_go_on_with_other_data(tmp_path):
     gf.main(args)
     image = tmp_path / "train" / "cat" / "0.png"
     Image.fromarray(255 - np.asarray(Image.open(image))).save(image)
-    with pytest.raises(UserError, match="data-dir"):
+    with pytest.raises(UserError, match="data set has changed"):
         gf.main(args)
 
 

@@ -50,7 +50,6 @@ FAULTS = {
             "",
             tests="test_what_cannot_work_is_told_before_the_first_stage",
         ),
-        Fault("other data unnoticed", ", data_dir=data.hash())", ")", tests=DATA),
         # classifiers
         Fault(
             "no augmentation", "augmented(x[rows].float(), args, g).contig", "x[rows].float().contig", tests=CLASSIFIER

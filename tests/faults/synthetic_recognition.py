@@ -177,26 +177,26 @@ FAULTS = {
             "range of stage II doubled again",
             'output_type="pt", **text).images.float()',
             'output_type="pt", **text).images.float() * 2 - 1',
-            tests="test_synthetic_recognition.py::test_upsampler_equals_the_stock_pipeline",
+            tests="tests/test_synthetic_recognition.py::test_upsampler_equals_the_stock_pipeline",
         ),
         Fault(
             "any prediction of the network taken for noise",
             'if kind not in ("epsilon", "v_prediction"):',
             "if False:",
-            tests="test_synthetic_recognition.py::"
+            tests="tests/test_synthetic_recognition.py::"
             "test_models_that_the_sampler_cannot_use_are_refused_before_the_first_stage",
         ),
         Fault(
             "v taken for noise",
             'if self.predicts == "v_prediction":',
             "if False:",
-            tests="test_synthetic_recognition.py::test_v_prediction_gives_the_clean_image_of_the_stock_scheduler",
+            tests="tests/test_synthetic_recognition.py::test_v_prediction_gives_the_clean_image_of_the_stock_scheduler",
         ),
         Fault(
             "Real Guidance ignores the image in GLIDE",
             "begin = lambda noise, abar: start(ref, noise, abar)",
             "begin = lambda noise, abar: noise",
-            tests="test_synthetic_recognition.py::test_glide_paints_what_a_plain_loop_over_the_stock_scheduler_does",
+            tests="tests/test_synthetic_recognition.py::test_glide_paints_what_a_plain_loop_over_the_stock_scheduler_does",
         ),
     ],
     "common/names.py": [
@@ -204,7 +204,7 @@ FAULTS = {
             "raw names in prompts",
             'return [" ".join(name.replace("_", " ").split()) for name in names]',
             "return list(names)",
-            tests="test_synthetic_recognition.py::test_every_preset_says_the_names_that_the_authors_do",
+            tests="tests/test_synthetic_recognition.py::test_every_preset_says_the_names_that_the_authors_do",
         ),
     ],
 }
