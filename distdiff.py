@@ -192,6 +192,7 @@ from torchvision.transforms import v2
 from common import datasets, diffusion, distributed, images, models
 from common import run as runs
 from common.clip import encode_images, encode_texts, load_clip, save_clip
+from common.datasets import Numbers, in_order
 from common.diffusion import DECODED_PIXELS, autocast, encode_prompts, latent_shape, noise_schedule
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
 from common.launch import UserError
@@ -218,12 +219,6 @@ HELD_BYTES = 256e6  # of a list of images that a process keeps in memory as pixe
 
 # ---------------------------------------------------------------------------------------------
 # [1] select: the real images that are multiplied, the validation and the test images. Writes real.json.
-
-
-def in_order(images):
-    """The same images class by class, in natural order of their names: seeds, splits and file numbers depend on it."""
-    order = sorted(range(len(images)), key=lambda i: (images.labels[i], datasets.natural_key(images.keys[i])))
-    return images.subset(order)
 
 
 def load_real(args):
@@ -918,22 +913,6 @@ class Sampler:
         after, shifted = affine(z, info["e"], info["b"]), project(affine(z, e, b), z, args.gen_radius)
         found = [info["energy"], *(nets.energy(v, i) for v in (after, shifted, moved))]
         return [x[: len(seeds)].tolist() for x in found]
-
-
-class Numbers:
-    """Which file is which: copy k of the set's m-th image is number k n_c + its place among the n_c of its class.
-
-    A set of fewer copies is then a part of each set of more.
-    """
-
-    def __init__(self, labels, n_classes):
-        self.labels = np.asarray(labels)
-        self.counts = np.bincount(self.labels, minlength=n_classes)
-        firsts = np.cumsum(self.counts) - self.counts  # the images lie class by class
-        self.places = np.arange(len(self.labels)) - firsts[self.labels]
-
-    def of(self, m, copy):
-        return int(copy * self.counts[self.labels[m]] + self.places[m])
 
 
 def copy_seed(args, key, copy):

@@ -218,6 +218,7 @@ from torchvision.transforms import v2
 from common import captions, datasets, distributed, images, models
 from common import run as runs
 from common.clip import encode_images, load_clip, zero_shot_weights
+from common.datasets import Numbers, in_order
 from common.diffusion import (
     Adapter,
     autocast,
@@ -253,17 +254,6 @@ PART = 256  # images in one file of captions or embeddings; an interrupted stage
 
 # ---------------------------------------------------------------------------------------------
 # The data: real images in one fixed order, and the sets that are generated from them.
-
-
-def in_order(images):
-    """The same images class by class, in natural order of their names: seeds, splits and file numbers depend on it."""
-    rows = np.argsort(images.labels, kind="stable").tolist()
-    ends = np.cumsum(np.bincount(images.labels, minlength=len(images.class_names))).tolist()
-    of_class = [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    names = ([images.keys[i] for i in some] for some in of_class)
-    return images.subset([
-        some[j] for some, keys in zip(of_class, names, strict=True) for j in datasets.natural_order(keys)
-    ])  # fmt: skip
 
 
 def choose_real(args, data):
@@ -317,23 +307,6 @@ def generated_sets(args, n):
         shadow.adapter = full.adapter and f"shadow-{m}"
         sets[shadow.folder] = shadow
     return sets
-
-
-class Numbers:
-    """Which file is which: copy k of the set's m-th image is number k n_c + its place among the n_c of its class.
-
-    A set of fewer copies is then a part of each set of more.
-    """
-
-    def __init__(self, labels, n_classes):
-        self.labels = np.asarray(labels)
-        self.counts = np.bincount(self.labels, minlength=n_classes)
-        firsts = np.cumsum(self.counts) - self.counts  # the images lie class by class
-        self.places = np.arange(len(self.labels)) - firsts[self.labels]
-
-    def of(self, m, copy):
-        """m, copy: numbers or arrays of them"""
-        return copy * self.counts[self.labels[m]] + self.places[m]
 
 
 def generated_images(args, run, v, real, versions):

@@ -408,6 +408,34 @@ def natural_order(names: Sequence[str]) -> list[int]:
     return sorted(range(len(names)), key=lambda i: natural_key(names[i]))
 
 
+def in_order(images: Images) -> Images:
+    """The same images class by class, in natural order of their names: seeds, splits and file numbers depend on it."""
+    rows = np.argsort(images.labels, kind="stable").tolist()
+    ends = np.cumsum(np.bincount(images.labels, minlength=len(images.class_names))).tolist()
+    of_class = [rows[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    names = ([images.keys[i] for i in some] for some in of_class)
+    return images.subset([
+        some[j] for some, keys in zip(of_class, names, strict=True) for j in natural_order(keys)
+    ])  # fmt: skip
+
+
+class Numbers:
+    """Which file is which: copy k of the set's m-th image is number k n_c + its place among the n_c of its class.
+
+    A set of fewer copies is then a part of each set of more.
+    """
+
+    def __init__(self, labels: Sequence[int], n_classes: int):
+        self.labels = np.asarray(labels)
+        self.counts = np.bincount(self.labels, minlength=n_classes)
+        firsts = np.cumsum(self.counts) - self.counts  # the images lie class by class
+        self.places = np.arange(len(self.labels)) - firsts[self.labels]
+
+    def of(self, m: Any, copy: Any) -> Any:
+        """m, copy: numbers or arrays of them"""
+        return copy * self.counts[self.labels[m]] + self.places[m]
+
+
 def few_shot(images: Images, dataset_name: str, shots: int, seed: int, class_count: int) -> list[int]:
     """Positions of `shots` images of each class, class by class, in natural order of their keys.
 

@@ -23,7 +23,7 @@ OWN_WORDS = (
 
 
 # One name, another thing or another form of it in each script: none is a copy that could drift.
-OWN_NAMES = set("in_order Numbers write_report pictures seen_by top1 mixed sources_of choose mixup".split())
+OWN_NAMES = set("write_report pictures seen_by top1 mixed sources_of choose mixup".split())
 
 
 def functions_that_are_copies(source: str) -> dict[str, str]:

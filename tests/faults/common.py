@@ -1,6 +1,20 @@
 from faults.fault import Fault
 
 FAULTS = {
+    "common/datasets.py": [
+        Fault(
+            "classes in the reverse order",
+            'rows = np.argsort(images.labels, kind="stable").tolist()',
+            'rows = np.argsort(-images.labels, kind="stable").tolist()',
+            "tests/test_distdiff.py::test_real_images_lie_class_by_class_in_natural_order",
+        ),
+        Fault(
+            "copies that are not nested",
+            "return copy * self.counts[self.labels[m]] + self.places[m]",
+            "return self.places[m] * 5 + copy",
+            "tests/test_distdiff.py::test_places_of_the_copies_are_unique_and_nested",
+        ),
+    ],
     "common/diffusion.py": [
         Fault(
             "scaling factor forgotten in decoding",
