@@ -197,7 +197,7 @@ from common.loader import Loader, normalised, to_unit
 from common.loop import Loop, gather_units, units_of
 from common.plan import print_plan
 from common.plans import datadream as planned
-from common.report import mean_std, spread
+from common.report import mean_std, print_table, report, spread
 
 # Sec. 4: the word in front of "photo". "a aircraft photo" is what the code writes; the article is not corrected.
 PREFIX = {
@@ -1161,8 +1161,8 @@ def write_results(args, run, shots, class_names, predicted, labels, saved):
     header = ["training set", "test top-1", "last epoch", "best test epoch (official selection)", "images"]
     summary = f"{args.dataset}, {args.shots} shots, {args.gen_images_per_class} images per class, mode {args.mode}"
     tables = {"Top-1 on the test split": (header, table)}
-    runs.report(run, f"DataDream on {args.dataset}", summary, tables, None, confusion.tolist(), class_names)
-    runs.print_table(header, table)
+    report(run, f"DataDream on {args.dataset}", summary, tables, None, confusion.tolist(), class_names)
+    print_table(header, table)
     print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
 
 
@@ -1234,7 +1234,7 @@ def main(args):
     if data.note:
         distributed.say(dist, data.note)
     found = planned_models(args)
-    ids = {name[2:].replace("-", "_"): models.fingerprint(where) for name, where in found.items()}
+    ids = models.fingerprints(found)
 
     read = dict(shots=shots, validation=val, test=data.test)
     run = runs.open_run("datadream", args, dist, ["gen_micro_batch"], models=ids, later=LATER, pictures=read)

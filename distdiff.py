@@ -233,7 +233,7 @@ def load_real(args):
     return data
 
 
-def choose(args, data):
+def choose_images(args, data):
     """-> (real images, validation images or None); a function of the flags and the data set alone"""
     train, val, n = data.train, data.val, len(data.class_names)
     if args.merge_val and val is not None:
@@ -252,7 +252,7 @@ def select(run, dist, real, val):
         if dist.main:
             write_json(run.path("real.json"), chosen)
         run.done("select", run.under("real.json"), real=len(real), validation=len(chosen["validation"]))
-    elif dist.main and read_json(run.path("real.json")) != chosen:
+    elif distributed.on_rank_0(lambda: read_json(run.path("real.json")), dist) != chosen:
         raise UserError(f"{run.path('real.json')}: the images have changed since the run began; use a new --output-dir")
 
 
@@ -328,7 +328,7 @@ def random_grid_mask(size, share):
     return grid_mask(size, d, math.ceil(0.6 * d), row, col, int(torch.randint(360, ())))
 
 
-def mixup(x, y, index, lam):
+def mixup_with(x, y, index, lam):
     """MixUp: lam x + (1 - lam) x[index], and the same of the one-hot labels. [B, 3, H, W], [B, C], [B] -> both
 
     Trap: the official loss takes lam = 1, so that its images are mixed and its labels are not.
@@ -336,12 +336,12 @@ def mixup(x, y, index, lam):
     return lam * x + (1 - lam) * x[index], lam * y + (1 - lam) * y[index]
 
 
-def mixed(x, labels, extra, n_classes, *seed):
+def mix_batch(x, labels, extra, n_classes, *seed):
     """A batch under MixUp or CutMix, lam ~ U(0, 1) = Beta(1, 1), else as it is. -> x, labels [B] or shares [B, C]"""
     if extra == "mixup":
         g = distributed.generator(*seed)
         lam, index = float(torch.rand((), generator=g)), torch.randperm(len(x), generator=g).to(x.device)
-        return mixup(x, F.one_hot(labels, n_classes).float(), index, lam)
+        return mixup_with(x, F.one_hot(labels, n_classes).float(), index, lam)
     if extra == "cutmix":  # one box for the whole batch; officially up to two for each image, from the whole set
         distributed.seed_global(distributed.seed_of(*seed))
         return v2.CutMix(num_classes=n_classes)(x, labels)
@@ -479,7 +479,7 @@ def fit(args, run, team, job, scored, prompts):
         for u in loop.units(len(batch)):  # one: BatchNorm sees the whole batch
             x, keep = found if isinstance(found := next(stream), tuple) else (found, 1)
             x, y = seen_by(net, x) * keep, target[u].to(team.device, non_blocking=True)
-            x, y = mixed(x, y, job.extra, len(prompts), job.seed, "mix", step)
+            x, y = mix_batch(x, y, job.extra, len(prompts), job.seed, "mix", step)
             with autocast(args.precision, team.device):
                 logits = net(x)
             loop.backward(F.cross_entropy(logits.float(), y) * len(y) / len(batch))
@@ -938,7 +938,7 @@ def expand(args, run, dist, pipe, real, class_names, prompts):
             mine = distributed.my_items(chunks(todo[row], args.gen_micro_batch), dist)
             bar = distributed.progress(sum(map(len, mine)), f"expand {row}", dist)
             for batch in mine:
-                drawn = sampler.draw(row, *sources_of(args, real, latents, batch))
+                drawn = sampler.draw(row, *inputs_of(args, real, latents, batch))
                 for (i, j), image in zip(batch, drawn, strict=True):
                     name = run.path(GENERATED[row], folders[real.labels[i]], f"{numbers.of(i, j)}.png")
                     writer.save(name, stored(image, args.gen_save_size))
@@ -964,7 +964,7 @@ def missing_copies(args, run, real, rows):
     return todo
 
 
-def sources_of(args, real, latents, batch):
+def inputs_of(args, real, latents, batch):
     """[(real image, copy)] -> latents, labels and seeds, as Sampler takes them"""
     seeds = [copy_seed(args, real.keys[i], j) for i, j in batch]
     return [latents[i : i + 1][0] for i, _ in batch], [int(real.labels[i]) for i, _ in batch], seeds
@@ -975,7 +975,7 @@ def probe_energy(args, run, dist, sampler, real, latents):
     n = min(args.energy_probe, len(real))
     chosen, found = [(i * len(real) // n, 0) for i in range(n)], []
     for batch in distributed.my_items(chunks(chosen, args.gen_micro_batch), dist):
-        values = sampler.probe(*sources_of(args, real, latents, batch))
+        values = sampler.probe(*inputs_of(args, real, latents, batch))
         found += list(zip([i for i, _ in batch], *values, strict=True))
     table = sorted(row for part in distributed.all_gather_object(found, dist) for row in part)
     names = ("before", "after", "before_projected", "after_projected")
@@ -1231,11 +1231,11 @@ def main(args):
     names, test = data.class_names, data.test
     if data.note:
         distributed.say(dist, data.note)
-    real, val = distributed.on_rank_0(partial(choose, args, data), dist)
+    real, val = distributed.on_rank_0(partial(choose_images, args, data), dist)
     prompts, found = prompts_of_classes(args, names), planned_models(args)
     guide_weights = found["--guide"] if args.guide_pretrained else None
     weights = found["--classifier"] if args.classifier_pretrained else None
-    ids = dict(sd_model=models.fingerprint(found["--sd-model"]))
+    ids = models.fingerprints(found)
 
     free, read = ["gen_micro_batch", "grad_checkpoint"], dict(real=real, validation=val, test=test)
     run = runs.open_run("distdiff", args, dist, free, models=ids, later=LATER, pictures=read)

@@ -198,6 +198,7 @@ from torch import nn
 
 from common import datasets, distributed, images, inputs
 from common import run as runs
+from common.diffusion import autocast
 from common.distances import (
     frechet_distance,
     inception_figures,
@@ -211,7 +212,7 @@ from common.loop import Loop
 from common.pixels import Pixels, as_picture, in_unit_range, load_split
 from common.plan import print_plan
 from common.plans import gafi as planned
-from common.report import mean_std, spread
+from common.report import mean_std, print_table, report, spread
 
 # ---------------------------------------------------------------------------------------------
 # The data: every split as one tensor of bytes on the device.
@@ -244,11 +245,6 @@ def load_data(args, dist, splits=None):
 def device_generator(device, *parts):
     """Generator on the device, seeded by what it is for: random numbers are drawn where they are used."""
     return torch.Generator(device).manual_seed(distributed.seed_of(*parts))
-
-
-def mixed(precision, device):
-    """Mixed precision for the forward passes of training and evaluation."""
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def unmixed(device):
@@ -437,14 +433,15 @@ def train_classifier(args, run, dist, data, sets, epochs, seed, folder, about, s
             net.train()
         batch, labels = next(batches)
         for _ in loop.units(len(labels)):  # one unit: the whole batch
-            with mixed(args.precision, dist.device):
+            with autocast(args.precision, dist.device):
                 logits = fast(batch)
             loop.backward(F.cross_entropy(logits.float(), labels))
         lost += loop.update(lr=lr_at(epoch, args.resnet_lr, args.resnet_drops)) * len(labels)
         if i < per_epoch - 1:
             continue
         row = dict(epoch=epoch, loss=float(lost) / sets.size) | {k: accuracy(net, s, args) for k, s in splits.items()}
-        runs.check_finite(row["loss"], f"{chart}, epoch {epoch}")
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"{chart}, epoch {epoch}: the loss is {row['loss']}; stopped. Try a lower --resnet-lr")
         history.append(row)
         if row[select_on] > best["score"]:
             best = dict(score=row[select_on], epoch=epoch, val=row["val"])
@@ -471,7 +468,7 @@ def train_classifier(args, run, dist, data, sets, epochs, seed, folder, about, s
 def predictions(net, x, args):
     """uint8 [N, C, 32, 32] -> predicted classes [N]"""
     net.eval()
-    with mixed(args.precision, x.device):
+    with autocast(args.precision, x.device):
         return torch.cat([net(in_unit_range(part)).argmax(1) for part in x.split(1000)])
 
 
@@ -781,14 +778,14 @@ class BigGAN:
             self.loss_of_d, self.loss_of_g = torch.compile(self.loss_of_d), torch.compile(self.loss_of_g)
 
     def loss_of_d(self, z, x, y):
-        with mixed(self.args.gan_precision, x.device):
+        with autocast(self.args.gan_precision, x.device):
             with torch.no_grad():
                 fake = self.g(z, y)  # the fake labels are those of the real batch
             on_fake, on_real = self.d(torch.cat([fake, x]), torch.cat([y, y])).chunk(2)  # one forward for both
         return sum(d_loss(on_real, on_fake, self.args.gan_loss))
 
     def loss_of_g(self, z, y):
-        with mixed(self.args.gan_precision, z.device):
+        with autocast(self.args.gan_precision, z.device):
             return g_loss(self.d(self.g(z, y), y), self.args.gan_loss)
 
     def loop(self, run, chart, total, team, file, log_every):
@@ -965,7 +962,7 @@ class ScoredGenerator:
         self.score = torch.compile(self._score, dynamic=True) if args.compile else self._score
 
     def _score(self, z, y):
-        with mixed(self.args.precision, z.device):
+        with autocast(self.args.precision, z.device):
             x = self.generator(z, y)
             if self.args.precision == "bf16":
                 x = x.bfloat16()  # a set of 40,000 images then takes 246 MB
@@ -1231,12 +1228,12 @@ def evaluate(args, run, dist, data, classifier):
         if abs(top1 - recorded) > 0.5:
             raise RuntimeError(f"classifier/ scores {top1:.2f} after loading, {recorded:.2f} when it was trained")
         if dist.main:
-            n_images = pictures(args, run, data, classifier, saved)
+            n_images = show_samples(args, run, data, classifier, saved)
             tables(args, run, data, predicted, labels, top1, n_images)
     run.done("evaluate", run.under("images", *runs.RESULTS), top1=top1)
 
 
-def pictures(args, run, data, classifier, saved):
+def show_samples(args, run, data, classifier, saved):
     """images/: from the first set that the saved classifier saw (a PNG is rounded to 8 bits; the training was not), the
     GANs in turn. samples.png: real images, those beside the baseline's. -> number of images"""
     folders, names, shown = class_folders(data.class_names), data.class_names, {}
@@ -1299,9 +1296,9 @@ def tables(args, run, data, predicted, labels, top1, n_images):
         "What the search chose": (["GAN", "epoch", "sigma", "t"], chosen),
     }
     summary = f"{args.dataset}: {len(args.gan_seeds)} GANs of {args.gan_epochs} epochs, chosen on {args.select_on}"
-    runs.report(run, f"GaFi on {args.dataset}", summary, shown, None, confusion.tolist(), names)
+    report(run, f"GaFi on {args.dataset}", summary, shown, None, confusion.tolist(), names)
     for table in reversed(shown.values()):
-        runs.print_table(*table)
+        print_table(*table)
     print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
 
 

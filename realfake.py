@@ -239,7 +239,7 @@ from common.loop import Loop
 from common.ood import ood_sets, restricted_top1
 from common.plan import print_plan
 from common.plans import realfake as planned
-from common.report import mean_std, roc_chart, spread
+from common.report import mean_std, print_table, report, roc_chart, spread
 
 # The replacements that the official code makes in open_clip's list of class names.
 IMAGENET_NAMES = {
@@ -1146,12 +1146,10 @@ def write_report(args, run, data, real, sets, found, splits, clip_top1):
     n_images = run.manifest("generate").get("images", {})
     run.results(paper="arXiv:2310.10402", metrics=metrics, baselines=baselines, orderings=claims, images=n_images)
     samples(args, run, real, sets)
-    runs.report(
-        run, f"Real-Fake on {args.dataset}", summary_of(args, real), tables, pictures, confusion.tolist(), names
-    )
+    report(run, f"Real-Fake on {args.dataset}", summary_of(args, real), tables, pictures, confusion.tolist(), names)
     save_classifier(args, run, best, names)
     for head, rows in tables.values():
-        runs.print_table(head, rows)
+        print_table(head, rows)
     print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
 
 
@@ -1269,8 +1267,7 @@ def main(args):
         distributed.on_rank_0(lambda: captions.read_captions(args.captions_file, real) and None, dist)
     names, sets = prompt_names(args.dataset, data.class_names), generated_sets(args, len(real))
     found = planned_models(args, sets)
-    hashed = {flag: where for flag, where in found.items() if flag != "--net-model"}
-    ids = {flag[2:].replace("-", "_"): models.fingerprint(where) for flag, where in hashed.items()}
+    ids = models.fingerprints(found)
     ids |= {"real": keys_hash(real)}
 
     free, read = ["gen_micro_batch", "gen_split"], dict(real=real, test=data.test)

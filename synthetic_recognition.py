@@ -292,7 +292,7 @@ from common.loop import Loop, gather_units
 from common.names import imagenet_names, spoken
 from common.plan import print_plan
 from common.plans import synthetic_recognition as planned
-from common.report import mean_std, spread
+from common.report import mean_std, print_table, report, spread
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PART = 1024  # images in one file of features; an interrupted filter loses at most that many
@@ -875,6 +875,44 @@ class Phase:
         return list(zip(real[:steps], syn, strict=True))
 
 
+class Course:
+    """The phases of a row, one after the other: the rows of every step, and its rate.
+
+    real: when the real images come (ROWS), n_real, n_syn: images. Seeds name neither row nor set: rows of equal length
+    see the same order.
+    """
+
+    def __init__(self, args, real, n_real, n_syn, seed):
+        sizes = (args.head_batch_real, args.head_batch, args.head_epochs)
+        self.phases, self.lr = [Phase(n_real, n_syn, *sizes)], args.head_lr
+        if real in ("after", "before"):
+            self.phases, self.lr = [Phase(0, n_syn, *sizes), Phase(n_real, 0, *sizes)], args.phase_lr
+            self.phases = self.phases[::-1] if real == "before" else self.phases
+        self.real, self.warmup = real, args.head_warmup
+        self.starts = np.cumsum([0, *(p.epochs * p.per_epoch for p in self.phases)]).tolist()
+        self.drawn = lru_cache(2)(lambda i, epoch: self.phases[i].pairs(epoch, seed))
+
+    def place(self, step):
+        """Number of the phase, step in it"""
+        i = sum(step >= s for s in self.starts[1:-1])
+        return i, step - self.starts[i]
+
+    def pair(self, step):
+        """Real and synthetic rows of a step"""
+        i, s = self.place(step)
+        per_epoch = self.phases[i].per_epoch
+        rows_real, rows_syn = self.drawn(i, s // per_epoch)[s % per_epoch]
+        return rows_real, () if self.real == "alone" else rows_syn
+
+    def rate(self, step):
+        i, s = self.place(step)
+        return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr, self.warmup)
+
+    def ends_epoch(self, step):
+        i, s = self.place(step)
+        return (s + 1) % self.phases[i].per_epoch == 0
+
+
 def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(1.0, 1.0), smoothing=0.0, fresh=()):
     """Tune W, b and all else in the loop's optimizer, one AdamW step per pair of batches; yields step and loss.
 
@@ -964,66 +1002,44 @@ def train_head(args, run, team, clip, row, m, seed, data):
     real = data.real(m) if line.real else empty
     syn = data.synthetic(row, m) if line.data else empty
 
-    # Seeds name neither row nor set: rows of equal length see the same order.
-    sizes = (args.head_batch_real, args.head_batch, args.head_epochs)
-    n_syn = len(syn[0]) or args.rg_images * data.n_classes  # real only: as many updates as in mix training
-    phases, lr = [Phase(len(real[0]), n_syn, *sizes)], args.head_lr
-    if line.real in ("after", "before"):
-        phases, lr = [Phase(0, n_syn, *sizes), Phase(len(real[0]), 0, *sizes)], args.phase_lr
-        phases = phases[::-1] if line.real == "before" else phases
-    starts = np.cumsum([0, *(p.epochs * p.per_epoch for p in phases)]).tolist()
-    drawn = lru_cache(2)(lambda i, epoch: phases[i].pairs(epoch, seed))
-
-    def place(step):
-        """Number of the phase, step in it"""
-        i = sum(step >= s for s in starts[1:-1])
-        return i, step - starts[i]
-
-    def pair_at(step):
-        i, s = place(step)
-        rows_real, rows_syn = drawn(i, s // phases[i].per_epoch)[s % phases[i].per_epoch]
-        return rows_real, () if line.real == "alone" else rows_syn
-
-    def rate_at(step):
-        i, s = place(step)
-        return head_rate(s, starts[i + 1] - starts[i], lr, args.head_warmup)
-
+    # Real only: as many updates as in mix training.
+    course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
     W, b = data.W0.clone().requires_grad_(), torch.zeros(data.n_classes, device=team.device, requires_grad=True)
     tower = tower_to_tune(args, clip) if args.tune_share or not args.freeze_bn else None
     params = [W, b, *(p for p in (tower.parameters() if tower else ()) if p.requires_grad)]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.head_wd)
+    optimizer = torch.optim.AdamW(params, lr=course.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.head_wd)
     state = {} if tower is None else dict(tower.named_buffers())
     chart, file = f"train/{folder.name}", folder / "checkpoint.safetensors"
-    loop = Loop(run, chart, starts[-1], optimizer, team, 1, file=file, state=state, log_every=max(1, starts[-1] // 10))
+    total = course.starts[-1]
+    loop = Loop(run, chart, total, optimizer, team, 1, file=file, state=state, log_every=max(1, total // 10))
 
     def source(name, rows, f, y, which):
         """rows of these -> features, labels; from pixels where the tower is tuned too"""
         if tower is None or not len(rows):
             return lambda i: (f[i], y[i])
-        batches = (rows[pair[which]].tolist() for pair in map(pair_at, loop.steps) if len(pair[which]))
+        batches = (rows[pair[which]].tolist() for pair in map(course.pair, loop.steps) if len(pair[which]))
         stream = pictures(args, [clip], data.sets[name].source, args.train_lowres, team.device)(batches)
         return lambda i: (tower(normalised(next(stream), clip.mean, clip.std)).float(), y[i])
 
     name_syn = f"rg{m}" if line.data == "rg" else line.data
     steps = tune_head(
-        loop, W, b, pair_at, rate_at, source("shots", *real, 0), source(name_syn, *syn, 1),
+        loop, W, b, course.pair, course.rate, source("shots", *real, 0), source(name_syn, *syn, 1),
         lambda i: head_logits(syn[1][i], data.W0, 0.0), args.sl if line.sce else 0.0, args.sl_temperature,
-        (args.real_weight, args.syn_weight), args.label_smoothing, fresh=starts[1:-1],
+        (args.real_weight, args.syn_weight), args.label_smoothing, fresh=course.starts[1:-1],
     )  # fmt: skip
     best = loop.extra or 0.0
     for step, _ in steps:
-        i, s = place(step)
-        if (s + 1) % phases[i].per_epoch == 0:  # the end of an epoch, where the official code looks
+        if course.ends_epoch(step):  # where the official code looks
             x = data.test
             if tower is not None:
-                x = seen_by(args, clip, tower, data.sets["test"].source, range(len(x)), team.device)
+                x = tower_features(args, clip, tower, data.sets["test"].source, range(len(x)), team.device)
             with torch.no_grad():
                 score = top1(head_logits(x, W, b), data.y_test)
             loop.extra = best = max(best, score)
     tensors = {"weight": W.detach(), "bias": b.detach()}
     tensors |= {f"visual.{k}": v for k, v in (tower.state_dict() if tower else {}).items()}
     save_tensors(folder / "weights.safetensors", tensors)
-    about = dict(row=row, n=m, seed=seed, test=score, test_selected=best, images=len(syn[0]), updates=starts[-1])
+    about = dict(row=row, n=m, seed=seed, test=score, test_selected=best, images=len(syn[0]), updates=total)
     write_json(folder / "metrics.json", about | dict(real=len(real[0])))
     loop.finish()
 
@@ -1045,7 +1061,7 @@ def last_share(tower, share):
     return chosen
 
 
-def seen_by(args, clip, tower, source, rows, device):
+def tower_features(args, clip, tower, source, rows, device):
     """Features [N, D] of these test images by this image tower, in eval mode meanwhile"""
     mode, b = tower.training, args.gen_micro_batch
     stream = pictures(args, [clip], source, 0, device)(chunks(rows, b))
@@ -1057,7 +1073,7 @@ def seen_by(args, clip, tower, source, rows, device):
 
 def top1(logits, labels):
     """Percent of rows whose largest logit is the label's. [N, C], [N]"""
-    return 100 * (logits.argmax(1) == labels).float().mean().item()
+    return 100 * (logits.argmax(1) == torch.as_tensor(labels)).float().mean().item()
 
 
 def main_row(args):
@@ -1421,7 +1437,7 @@ def saved_predictions(args, run, dist, test):
         logits = predictions_of(args, dist.device, net, test, rows)
     else:
         clip, head = load_clip(str(folder), dist.device), load_tensors(folder / "head.safetensors")
-        f = seen_by(args, clip, clip.model.visual, test, rows, dist.device).cpu()
+        f = tower_features(args, clip, clip.model.visual, test, rows, dist.device).cpu()
         logits = head_logits(f, head["weight"], head["bias"])
     return distributed.gather_rows(logits.argmax(1), dist)
 
@@ -1443,11 +1459,11 @@ def evaluate(args, run, dist, names, gen_names, shots, test):
         if abs(score - trained) > 0.5:
             distributed.say(dist, f"warning: classifier/ scores {score:.2f} after loading, {trained:.2f} in training")
         if dist.main:
-            write_report(args, run, names, gen_names, shots, predicted, labels, score)
+            report_results(args, run, names, gen_names, shots, predicted, labels, score)
     run.done("evaluate", run.under(*runs.RESULTS), top1=score)
 
 
-def write_report(args, run, names, gen_names, shots, predicted, labels, score):
+def report_results(args, run, names, gen_names, shots, predicted, labels, score):
     metrics, table = {}, []
     for row, n in table_rows(args):
         found = metrics_of(args, run, row, n)
@@ -1482,8 +1498,8 @@ def write_report(args, run, names, gen_names, shots, predicted, labels, score):
     shown = {caption: f for caption, f in shown.items() if run.path(f).exists()}
     title = f"Synthetic data on {args.dataset}, {args.setting}"
     summary = f"{args.gen_images_per_class} images per class, {args.gen_steps} steps, guidance {args.gen_guidance}"
-    runs.report(run, title, summary, {"Top-1 on the test split": (header, table)}, shown, confusion.tolist(), names)
-    runs.print_table(header, table)
+    report(run, title, summary, {"Top-1 on the test split": (header, table)}, shown, confusion.tolist(), names)
+    print_table(header, table)
     print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
 
 
@@ -1569,15 +1585,9 @@ def planned_models(args):
 
 
 def fingerprints(args, found):
-    """{field: hash of the weights that it names}; a file stands for its folder, a network alone has no weights"""
-    ids = {}
-    for flag, where in found.items():
-        if flag == "--sd-model":
-            ids["sd_model"] = painter.fingerprint(args.sd_model, where)
-        elif not timm.is_model(where):
-            where = str(Path(where).parent) if Path(where).is_file() else where
-            ids[flag[2:].replace("-", "_")] = models.fingerprint(where)
-    return ids
+    """{field: hash of the weights that it names}"""
+    painted = {"sd_model": painter.fingerprint(args.sd_model, found["--sd-model"])} if "--sd-model" in found else {}
+    return painted | models.fingerprints({flag: where for flag, where in found.items() if flag != "--sd-model"})
 
 
 # Flags that no stage before this one leaves a trace of: they may change while it has not begun.

@@ -52,21 +52,32 @@ def damaged(file: Path, root: Path, expected: int) -> list[str]:
     """Listed files that are missing, cut, or edited since; the list itself when it is not whole."""
     itself = [os.path.relpath(file, root)]
     try:
-        raw, written = file.read_bytes(), os.stat(file).st_mtime_ns
+        written = os.stat(file).st_mtime_ns
+
+        def bad(some: tuple[str, ...]) -> tuple[int, list[str | None]]:
+            found = [row and row.groups() for row in map(LINE.fullmatch, some)]
+            return len(some), [
+                row and row[2] for row in found if not (row and _good(f"{root}/{row[2]}", int(row[0]), row[1], written))
+            ]
+
+        count, names = 0, []
+        for n, some in _in_threads(bad, _lines(file)):
+            count += n
+            names += some
     except OSError:
         return itself
-    if raw.count(b"\0") != expected or (raw and raw[-1]):
-        return itself
+    return itself if count != expected or None in names else names
 
-    def bad(some: tuple[re.Match | None, ...]) -> list[str | None]:
-        found = (None if line is None else line.groups() for line in some)
-        return [
-            row and row[2] for row in found if not (row and _good(f"{root}/{row[2]}", int(row[0]), row[1], written))
-        ]
 
-    text = (raw[m.start() : m.end() - 1].decode(errors="surrogateescape") for m in re.finditer(rb"[^\0]*\0", raw))
-    names = [name for some in _in_threads(bad, map(LINE.fullmatch, text)) for name in some]
-    return itself if None in names else names
+def _lines(file: Path) -> Iterator[str]:
+    """The lines of a list, which end with a zero byte, read block by block; "" for a last one without its end."""
+    rest = b""
+    with open(file, "rb") as source:
+        while block := source.read(1 << 20):
+            *whole, rest = (rest + block).split(b"\0")
+            yield from (line.decode(errors="surrogateescape") for line in whole)
+    if rest:
+        yield ""
 
 
 def _in_threads(work: Callable[[tuple], T], items: Iterable) -> Iterator[T]:

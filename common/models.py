@@ -164,6 +164,18 @@ def check_size(flag: str, size: int, folder: str) -> None:
         raise UserError(f"{flag} {size}: the VAE of this generator needs a multiple of {factor}")
 
 
+def fingerprints(found: dict[str, str]) -> dict[str, str]:
+    """{field: fingerprint} of what check_models found, for open_run. A file stands for its folder; a timm network that
+    starts from random weights has none."""
+    import timm
+
+    places = {flag[2:].replace("-", "_"): where for flag, where in found.items() if not timm.is_model(where)}
+    return {
+        field: fingerprint(str(Path(where).parent) if Path(where).is_file() else where)
+        for field, where in places.items()
+    }
+
+
 def fingerprint(where: str, only: Collection[str] = ()) -> str:
     """A short name for the exact weights, for args.json.
 

@@ -1,7 +1,5 @@
 """Data sets of small pictures as tensors: whole splits at one size, bytes on the device; nothing is read twice."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,15 +31,6 @@ class Pixels:
     @property
     def channels(self) -> int:
         return self.train[0].shape[1]
-
-    def hash(self) -> str:
-        """Of every pixel, label and class name in their order: a run does not go on with other data than it began
-        with."""
-        found = hashlib.sha256(json.dumps(self.class_names).encode())
-        for x, y in (self.train, self.val, self.test):
-            found.update(str(tuple(x.shape)).encode())
-            found.update(np.ascontiguousarray(x.cpu().numpy())), found.update(y.cpu().numpy())
-        return found.hexdigest()[:16]
 
 
 def prepared(image: Image.Image, channels: int, size: int, pad: bool = False) -> torch.Tensor:

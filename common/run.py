@@ -348,6 +348,3 @@ def _compare(run: Run, old: dict[str, Any], new: dict[str, Any], free: set[str],
     if refused:
         raise UserError(f"{run.dir}: made with {_some(refused, '; ')}; use the same again or choose a new --output-dir")
     return changed
-
-
-from common.oldnames import *  # noqa: E402, F403  for scripts that have not moved

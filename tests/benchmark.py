@@ -21,8 +21,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import datadream as dd  # noqa: E402
-from common import distributed, models  # noqa: E402
-from common import run as runs  # noqa: E402
+from common import distributed, images, models  # noqa: E402
+from common.diffusion import Adapter, encode_prompts, load_pipeline  # noqa: E402
+from common.files import chunks  # noqa: E402
+from common.report import print_table  # noqa: E402
 
 
 def stages(folder, flags):
@@ -70,13 +72,13 @@ def our_way(adapters, class_names, per_class, out, steps):
     """As datadream.py: one pipeline, adapters folded in, full micro-batches, PNGs written behind the model's back."""
     flags = {**dd.PRESETS["digits"], "mode": "cls", "gen_steps": steps, "gen_images_per_class": per_class}
     args, dist = dd.Args(**flags), distributed.Dist(0, 0, 1, torch.device("cpu"))
-    pipe = dd.load_generator("tiny", dist.device, "fp32")
-    merged = dd.Merged(pipe)
+    pipe = load_pipeline(models.resolve("tiny", "generator"), dist.device, "fp32")
+    adapter = Adapter(pipe)
     for c, (file, name) in enumerate(zip(adapters, class_names, strict=True)):
-        merged.swap(file)
-        text = dd.encode_prompts(pipe, ["", f"a photo of a {name}"])
-        with runs.ImageWriter() as writer:
-            for batch in dd.chunks(list(range(per_class)), args.gen_micro_batch):
+        adapter.use(file)
+        text = encode_prompts(pipe, ["", f"a photo of a {name}"])
+        with images.ImageWriter() as writer:
+            for batch in chunks(list(range(per_class)), args.gen_micro_batch):
                 prompts = [text[f"a photo of a {name}"]] * len(batch)
                 seeds = [dd.image_seed(args, c, k) for k in batch]
                 for k, image in zip(batch, dd.sample(args, pipe, pipe.unet, prompts, text[""], seeds), strict=True):
@@ -114,7 +116,7 @@ def main():
         rows = stages(Path(folder) / "run", flags)
         rows += compare(Path(folder), 50, 5 if short else 15)  # 50: a full micro-batch, nothing is padded
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    runs.print_table(["figure", "value"], rows)
+    print_table(["figure", "value"], rows)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def main():
 
     def classifier_step():
         images = gf.augmented(real, args, g).contiguous(memory_format=torch.channels_last)
-        with gf.mixed(args.precision, device):
+        with gf.autocast(args.precision, device):
             logits = fast(images)
         loss = F.cross_entropy(logits.float(), label)
         optimizer.zero_grad()

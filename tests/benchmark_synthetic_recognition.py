@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 import synthetic_recognition as sr  # noqa: E402
-from common import run as runs  # noqa: E402
 from common.clip import encode_images, encode_texts, load_clip, save_clip, zero_shot_weights  # noqa: E402
+from common.report import print_table  # noqa: E402
 
 WORDS = "zero one two three four five six seven eight nine".split()
 NAMES = [f"{a} {b}" for a in WORDS for b in WORDS]
@@ -63,7 +63,7 @@ def full_size(device, n, peak):
         rate = n / (time.perf_counter() - start)
         rows.append([f"batch {batch}", f"{rate:.1f}", f"{100 * rate * tflop / peak:.0f} %" if peak else ""])
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, {1e3 * tflop:.1f} GFLOP an image")
-    runs.print_table(["ViT-B/16, bfloat16", "images/s", "share of peak"], rows)
+    print_table(["ViT-B/16, bfloat16", "images/s", "share of peak"], rows)
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def main():
             seconds.append(time.process_time() - start)
         rates[name] = len(some) / min(seconds)
     rows = [[name, f"{rate:.1f} images per CPU second"] for name, rate in rates.items()]
-    runs.print_table(["figure", "value"], [*rows, ["ratio", f"{rates['filter'] / rates['official way']:.0f}"]])
+    print_table(["figure", "value"], [*rows, ["ratio", f"{rates['filter'] / rates['official way']:.0f}"]])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Draw:
 
     def __init__(self, draw, pipe, data, folder):
         self.args, self.pipe, self.data, self.draw = flags(draw), pipe, data, draw
-        self.real, _ = dd.choose(self.args, data)
+        self.real, _ = dd.choose_images(self.args, data)
         self.run = SimpleNamespace(log=lambda *_, **__: None, path=lambda *parts: folder.joinpath(*parts))
         self.alone = distributed.Dist(0, 0, 1, CPU)
         self.prompts = dd.prompts_of_classes(self.args, data.class_names)
@@ -72,7 +72,7 @@ class Draw:
         return dd.Sampler(flags(self.draw, **more), self.pipe, self.guide, self.found, self.prompts)
 
     def sources(self, pairs):
-        return dd.sources_of(self.args, self.real, self.latents, pairs)
+        return dd.inputs_of(self.args, self.real, self.latents, pairs)
 
     def chosen(self, kind):
         """(share of images whose projected energy falls, mean relative fall, rho, radius) of each setting, the best."""

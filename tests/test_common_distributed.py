@@ -334,7 +334,9 @@ SCRIPT = '''
 """A script for the launchers."""
 import dataclasses, os, sys, time
 sys.path.insert(0, {root!r})
+from common import cli
 from common import run as runs
+from common.launch import UserError
 
 @dataclasses.dataclass
 class Args:
@@ -348,14 +350,14 @@ class Args:
 def main(args):
     if args.do == "early":
         time.sleep(12 * (os.environ["RANK"] == "0"))  # as on a busy machine
-        raise runs.UserError("no such folder")
+        raise UserError("no such folder")
     from common import distributed as D
     import torch
     dist = D.setup_distributed("cpu")
     run = runs.open_run("s", args, dist, ("do",))
     if args.do == "one":
         if dist.rank == 1:
-            raise runs.UserError("a.jpg: cannot be read")
+            raise UserError("a.jpg: cannot be read")
         D.barrier(dist)
     if args.do == "crash" and dist.rank == 1:
         raise ZeroDivisionError("bug")
@@ -383,7 +385,7 @@ def main(args):
     D.cleanup(dist)
 
 if __name__ == "__main__":
-    runs.cli(main, Args, {{"p": {{}}}}, __doc__)
+    cli.start(main, cli.parse(Args, {{"p": {{}}}}, __doc__))
 '''
 
 

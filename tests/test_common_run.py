@@ -278,8 +278,7 @@ def test_metadata_lines_are_written_as_they_come(tmp_path):
 
 def test_importing_run_needs_no_torch():
     code = "import sys, common.run; assert not {'torch', 'tyro', 'numpy'} & set(sys.modules)"
-    if "common.oldnames" not in Path(runs.__file__).read_text():
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_args_json(tmp_path, monkeypatch):

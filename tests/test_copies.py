@@ -22,10 +22,6 @@ OWN_WORDS = (
 )
 
 
-# One name, another thing or another form of it in each script: none is a copy that could drift.
-OWN_NAMES = set("write_report pictures seen_by top1 mixed sources_of choose mixup".split())
-
-
 def functions_that_are_copies(source: str) -> dict[str, str]:
     """Top-level functions and classes of a script, without Args, main and its stages: name -> normalised code."""
     tree = ast.parse(source)
@@ -34,7 +30,7 @@ def functions_that_are_copies(source: str) -> dict[str, str]:
     if "main" in top:
         calls = [node.func for node in ast.walk(top["main"]) if isinstance(node, ast.Call)]
         stages |= {call.id for call in calls if isinstance(call, ast.Name)}
-    return {name: ast.dump(node) for name, node in top.items() if name not in stages | OWN_NAMES}
+    return {name: ast.dump(node) for name, node in top.items() if name not in stages}
 
 
 # Types that declare a range: what a script that does not use them calls int and float.

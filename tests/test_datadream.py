@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 import datadream as dd
 from common import diffusion as dd_diffusion
-from common import distributed
+from common import distributed, metrics
 from common.clip import load_clip
 from common.datasets import Images, load_dataset, natural_key
 from common.files import chunks, class_range
@@ -465,7 +465,7 @@ def test_tuning_equals_a_plain_loop_over_stock_parts(tmp_path, digits, mode):
         schedule.step()
         losses.append(loss.item())
     assert clipped and per_epoch * 2 > 1
-    logged = dd.runs.read_metrics(tmp_path)
+    logged = metrics.read(tmp_path)
     line = "finetune/loss" if mode == "dset" else f"finetune/0{c}_{shots.class_names[c]}/loss"
     assert np.mean(losses) == pytest.approx(list(logged[line].values())[-1], rel=1e-4)
     saved = dd_diffusion.read_lora(tmp_path / unit / "pytorch_lora_weights.safetensors")

@@ -191,7 +191,7 @@ def test_golden_learning_rates(g):
 
 def test_golden_mixup(g):
     lam, index, logits, y = g["mixup.lam"].item(), g["mixup.index"], g["mixup.logits"], g["mixup.y"]
-    x, shares = dd.mixup(g["mixup.x"], F.one_hot(y, logits.shape[1]).float(), index, lam)
+    x, shares = dd.mixup_with(g["mixup.x"], F.one_hot(y, logits.shape[1]).float(), index, lam)
     close(x, g["mixup.mixed"])
     close(F.cross_entropy(logits, shares), g["mixup.loss_correct"])
     close(F.cross_entropy(logits, y), g["mixup.loss_released"])
@@ -428,10 +428,10 @@ def test_copies_have_seeds_of_their_own_and_rows_share_them():
     args = dd.Args()
     real = Images([0, 0], ["a/1", "a/2"], ["a"], root=Path("."))
     pairs = [(i, j) for i in (0, 1) for j in range(3)]
-    latents, labels, seeds = dd.sources_of(args, real, torch.arange(8.0).view(2, 4), pairs)
+    latents, labels, seeds = dd.inputs_of(args, real, torch.arange(8.0).view(2, 4), pairs)
     assert len(set(seeds)) == 6 and seeds[4] == distributed.seed_of(0, "a/2", 1)
     assert [z[0].item() for z in latents] == [0, 0, 0, 4, 4, 4] and labels == [0] * 6
-    other = dd.sources_of(dd.Args(gen_seed=1), real, torch.zeros(2, 4), pairs)[2]
+    other = dd.inputs_of(dd.Args(gen_seed=1), real, torch.zeros(2, 4), pairs)[2]
     assert not set(seeds) & set(other)
 
 
@@ -557,13 +557,16 @@ def test_guided_images_equal_a_plain_loop_over_stock_parts(world):
     """One image at a time with diffusers' scheduler and autograd: noise, e, b, prototypes of its class, one step."""
     from diffusers import DDIMScheduler
 
+    # Prototypes far apart and a wide box: the class of the prototypes shows in the pixels.
+    g = torch.Generator().manual_seed(0)
+    world = world | dict(found=dd.prototypes(torch.randn(60, 96, generator=g), torch.arange(60) % 10, 10, 3))
     args, pipe, guide, found = (world[name] for name in ("args", "pipe", "guide", "found"))
     kinds = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="leading")
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **kinds)
     scheduler.set_timesteps(10)
-    times, rho, radius = scheduler.timesteps[5:], 0.5, 0.2
-    ours = draw(world, "distdiff", gen_rho=rho)
-    changed = (ours.float() - draw(world, "rho0").float()).abs().max()
+    times, rho, radius = scheduler.timesteps[5:], 3.0, 0.5
+    ours = draw(world, "distdiff", gen_rho=rho, gen_radius=radius)
+    changed = (ours.float() - draw(world, "rho0", gen_radius=radius).float()).abs().max()
     for n, (label, seed) in enumerate(zip(LABELS, SEEDS, strict=True)):
         g = torch.Generator().manual_seed(seed)
         noise, e, b = torch.randn(1, 4, 8, 8, generator=g), torch.rand(4, 1, 1, generator=g), None
@@ -858,13 +861,13 @@ def test_cutmix_labels_follow_the_area():
     x = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 16, 16).clone()
     boxes = []
     for seed in range(6):
-        pixels, shares = dd.mixed(x, torch.arange(8), "cutmix", 8, seed)
+        pixels, shares = dd.mix_batch(x, torch.arange(8), "cutmix", 8, seed)
         assert torch.allclose(shares.sum(1), torch.ones(8))
         for i in range(8):
             own = (pixels[i, 0] == i).float().mean().item()
             assert shares[i, i].item() == pytest.approx(own, abs=1e-5)
         boxes.append(shares[0, 0].item())
-    assert len(set(boxes)) > 3 and torch.equal(dd.mixed(x, torch.arange(8), "none", 8, 0)[0], x)
+    assert len(set(boxes)) > 3 and torch.equal(dd.mix_batch(x, torch.arange(8), "none", 8, 0)[0], x)
 
 
 def test_networks_and_their_features():

@@ -526,8 +526,10 @@ def test_a_batch_in_parts_is_the_mean_of_its_parts(tmp_path):
 
 
 def test_precision_of_the_gan_is_its_own_and_fp32_as_in_the_paper(tmp_path, monkeypatch):
-    asked, original = [], gf.mixed
-    monkeypatch.setattr(gf, "mixed", lambda precision, device: asked.append(precision) or original(precision, device))
+    asked, original = [], gf.autocast
+    monkeypatch.setattr(
+        gf, "autocast", lambda precision, device: asked.append(precision) or original(precision, device)
+    )
     for name in gf.PRESETS:
         made = gf.Args(**gf.PRESETS[name])
         assert (made.gan_precision, made.precision) == ("fp32", "bf16" if name == "cinic10" else "fp32")
@@ -1116,22 +1118,11 @@ def test_cinic10_pools_train_and_valid(tmp_path):
 
 
 def test_run_does_not_go_on_with_other_data(tmp_path):
-    """A pixel, a label, the place of an image, a class name: each alone is noticed, at the start, by main."""
+    """Other pixels under the same name are noticed at the start, by main."""
     write_folder(tmp_path, ("train", "test"), n=4)
     args = gf.Args(dataset="folder", data_dir=str(tmp_path), output_dir=str(tmp_path / "run"), val_per_class=1)
     args = dataclasses.replace(args, gan_batch=4, class_samples=3, stages=(), device="cpu", workers=0)
     gf.main(args)  # no stages: opens the folder, and that is all
-    data, seen = gf.load_data(args, ONE), []
-    seen = [data.hash(), dataclasses.replace(data, class_names=["cat", "dag"]).hash()]
-    assert gf.load_data(args, ONE).hash() == seen[0]
-    for split in ("train", "val", "test"):
-        for part in (0, 1):
-            changed = copy.deepcopy(data)
-            getattr(changed, split)[part].view(-1)[-1] ^= 1
-            seen.append(changed.hash())
-    seen.append(dataclasses.replace(data, train=(data.train[0].flip(0), data.train[1])).hash())
-    assert len(set(seen)) == len(seen) == 9
-
     (tmp_path / "run" / "stages").mkdir()
     (tmp_path / "run" / "stages" / "real.json").write_text("{}")  # work
     gf.main(args)

@@ -1,7 +1,7 @@
 """The work of realfake.py, stage by stage. Reads no data set and no weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import costs
@@ -16,6 +16,23 @@ def images_of(args: Any) -> int:
     """Real images that are replaced."""
     classes, train, _, _ = sizes(args.dataset, args.data_dir)
     return train if args.real_per_class is None else min(train, classes * args.real_per_class)
+
+
+def drawing(args: Any, sd: Generator, name: str, some: Sequence[Any], kept_steps: Callable) -> Work:
+    """The work of drawing these sets; micro-batches that are not full cost as much as full ones."""
+    side, micro = args.gen_save_size or args.gen_resolution, args.gen_micro_batch
+    passes, decoded, encoded = 0, 0, 0
+    for v in some:
+        m = math.ceil(len(v.rows) / micro) * micro
+        steps = args.gen_steps if v.prior == "noise" else kept_steps(args.i2i_strength, args.gen_steps)
+        passes, decoded = passes + 2 * steps * m * v.versions, decoded + m * v.versions
+        encoded += m * (v.prior == "image")
+    n_images = sum(len(v.rows) * v.versions for v in some)
+    return sd.work(
+        "generate", name, micro, encoded=encoded, evaluated=passes, decoded=decoded, loads=encoded, load_size=sd.size,
+        prompts=encoded, images=n_images, flag="--gen-micro-batch",
+        jobs=sum(math.ceil(len(v.rows) / micro) for v in some), disk=n_images * PIXEL_BYTES[args.gen_format] * side**2,
+    )  # fmt: skip
 
 
 def plan(
@@ -45,25 +62,9 @@ def plan(
         )  # fmt: skip
         works.append(work)
     if "generate" in args.stages:
-        side, micro = args.gen_save_size or args.gen_resolution, args.gen_micro_batch
-        for name, some in (
-            ("images/", [sets["images"]]),
-            ("others", [v for v in sets.values() if v.folder != "images"]),
-        ):
-            passes, decoded, encoded = 0, 0, 0
-            for v in some:
-                m = math.ceil(len(v.rows) / micro) * micro
-                steps = args.gen_steps if v.prior == "noise" else kept_steps(args.i2i_strength, args.gen_steps)
-                passes, decoded = passes + 2 * steps * m * v.versions, decoded + m * v.versions
-                encoded += m * (v.prior == "image")
-            if some:
-                n_images = sum(len(v.rows) * v.versions for v in some)
-                works.append(sd.work(
-                    "generate", name, micro, encoded=encoded, evaluated=passes, decoded=decoded, loads=encoded,
-                    load_size=sd.size, prompts=encoded, images=n_images, flag="--gen-micro-batch",
-                    jobs=sum(math.ceil(len(v.rows) / micro) for v in some),
-                    disk=n_images * PIXEL_BYTES[args.gen_format] * side**2,
-                ))  # fmt: skip
+        others = [v for v in sets.values() if v.folder != "images"]
+        works.append(drawing(args, sd, "images/", [sets["images"]], kept_steps))
+        works += [drawing(args, sd, "others", others, kept_steps)] if others else []
     net = Classifier(args.net_model, args.precision, classes, args.net_size)
     units, stored = math.ceil(args.net_batch / args.net_micro_batch), args.gen_save_size or args.gen_resolution
     more = dict(batch=args.net_micro_batch, load_size=stored, flag="--net-micro-batch", units=units)

@@ -17,6 +17,12 @@ FAULTS = {
     ],
     "common/diffusion.py": [
         Fault(
+            "bf16 where fp32 is said",
+            'if precision == "bf16" else nullcontext()',
+            "if precision else nullcontext()",
+            "tests/test_gafi.py::test_gan_training_equals_a_plain_loop_over_stock_parts",
+        ),
+        Fault(
             "scaling factor forgotten in decoding",
             "part / pipe.vae.config.scaling_factor",
             "part",

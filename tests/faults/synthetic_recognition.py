@@ -83,14 +83,14 @@ FAULTS = {
         ),
         Fault(
             "no weight decay on the bias",
-            "AdamW(params, lr=lr, betas=",
-            "AdamW([dict(params=W), dict(params=b, weight_decay=0.0)], lr=lr, betas=",
+            "AdamW(params, lr=course.lr, betas=",
+            "AdamW([dict(params=W), dict(params=b, weight_decay=0.0)], lr=course.lr, betas=",
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
         Fault(
             "rate constant",
-            "return head_rate(s, starts[i + 1] - starts[i], lr, args.head_warmup)",
-            "return lr",
+            "return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr, self.warmup)",
+            "return self.lr",
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
         Fault(
@@ -101,8 +101,8 @@ FAULTS = {
         ),
         Fault(
             "phases swapped",
-            'if line.real == "before" else phases',
-            'if line.real == "after" else phases',
+            'if real == "before" else self.phases',
+            'if real == "after" else self.phases',
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
         Fault(
@@ -167,7 +167,7 @@ FAULTS = {
         ),
         Fault(
             "real only has the synthetic rows too",
-            'return rows_real, () if line.real == "alone" else rows_syn',
+            'return rows_real, () if self.real == "alone" else rows_syn',
             "return rows_real, rows_syn",
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
