@@ -7,7 +7,7 @@ Adapt Stable Diffusion with LoRA to a few real images per class, draw a large la
     of each class  and text encoder           adapters swapped         0.8 real + 0.2 synthetic      real test set
 
 Run:
-    python datadream.py  # 10 digits, 4 shots, tiny models, 2 CPU cores: about 3 minutes
+    python datadream.py  # 10 digits, 4 shots, tiny models, 2 CPU cores: 3 to 4 minutes
     torchrun --standalone --nproc-per-node 8 datadream.py --preset pets
     python datadream.py --preset pets --plan h100  # what that run will do and cost; nothing is done
 
