@@ -218,6 +218,7 @@ from torchvision.transforms import v2
 from common import captions, datasets, distributed, images, models
 from common import run as runs
 from common.clip import encode_images, load_clip, zero_shot_weights
+from common.compiling import compiled
 from common.datasets import Numbers, in_order
 from common.diffusion import (
     Adapter,
@@ -236,10 +237,11 @@ from common.files import chunks, class_folders, class_range, load_tensors, read_
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Loop
+from common.near_copies import near_copies
 from common.ood import ood_sets, restricted_top1
 from common.plan import print_plan
 from common.plans import realfake as planned
-from common.report import mean_std, print_table, report, roc_chart, spread
+from common.report import conclude, mean_std, roc_chart, spread
 
 # The replacements that the official code makes in open_clip's list of class names.
 IMAGENET_NAMES = {
@@ -337,9 +339,8 @@ def in_parts(run, dist, name, suffix, real, work):
     """work(Images, file) for each part of PART images that has no file yet, dealt out. -> the files, for rank 0"""
     parts = [(range(i, min(i + PART, len(real))), i // PART) for i in range(0, len(real), PART)]
     files = [run.path("parts", f"{name}-{j:05d}{suffix}") for _, j in parts]
-    mine = distributed.my_items(list(zip(parts, files, strict=True)), dist)
-    with distributed.progress(len(mine), name, dist, unit="parts") as bar:
-        for (rows, _), file in mine:
+    with distributed.progress(len(parts), name, dist, unit="parts", together=True) as bar:
+        for (rows, _), file in distributed.my_items(list(zip(parts, files, strict=True)), dist):
             if not file.exists():
                 work(real.subset(rows), file)
             bar.update(1)
@@ -685,7 +686,7 @@ def my_batches(args, dist, batches):
 def generate(args, run, dist, pipe, real, names, sets):
     todo = distributed.on_rank_0(partial(missing_versions, args, run, real, sets), dist)
     adapter = Adapter(pipe)
-    unet = torch.compile(pipe.unet) if args.compile else pipe.unet
+    unet = compiled(pipe.unet, args.compile, "U-Net")
     quality = args.gen_quality if args.gen_format == "jpeg" else 100
     with run.timed("generate", "--gen-micro-batch"), images.ImageWriter(
         args.gen_format, quality, args.gen_save_size
@@ -740,7 +741,7 @@ def draw_versions(args, run, dist, pipe, unet, writer, v, real, condition, todo)
     # Both sides forced to the size; Pillow's default is bicubic. The proportions are not kept.
     view = lambda image: v2.functional.pil_to_tensor(image.resize((args.gen_resolution,) * 2))  # noqa: E731
     stream = Loader(real, view, dist.device, args.workers)(mine if v.prior == "image" else [])
-    bar = distributed.progress(sum(len(todo[i]) for rows in mine for i in rows), f"generate {v.folder}", dist)
+    bar = distributed.progress(sum(map(len, todo.values())), f"generate {v.folder}", dist, together=True)
     for rows in mine:
         posterior = posterior_of(args, pipe, next(stream)) if v.prior == "image" else None
         h = guidance_states(args, pipe, condition, rows)
@@ -1139,24 +1140,17 @@ def write_report(args, run, data, real, sets, found, splits, clip_top1):
         pictures["Membership inference"] = "attack.png"
 
     best, names = f"synthetic-{args.net_versions[-1]}x", data.class_names
-    confusion = torch.zeros(len(names), len(names), dtype=torch.long)
-    predicted, labels = found[best, args.seed][1], torch.tensor(data.test.labels)
-    confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+    drawn = {"images": generated_images(args, run, sets["images"], real, args.gen_versions)}
+    near = near_copies(run, drawn, real, data.test, args.workers)
     baselines = {k: metrics.pop(k) for k in ("zero-shot", "real")}
     n_images = run.manifest("generate").get("images", {})
-    run.results(paper="arXiv:2310.10402", metrics=metrics, baselines=baselines, orderings=claims, images=n_images)
+    found_here = dict(metrics=metrics, baselines=baselines, orderings=claims, images=n_images, near_copies=near)
+    run.results(paper="arXiv:2310.10402", **found_here)
     samples(args, run, real, sets)
-    report(run, f"Real-Fake on {args.dataset}", summary_of(args, real), tables, pictures, confusion.tolist(), names)
     save_classifier(args, run, best, names)
-    for head, rows in tables.values():
-        print_table(head, rows)
-    print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
-
-
-def summary_of(args, real):
-    return (
-        f"{args.dataset}, {len(real)} real images, {args.gen_versions} generated for each; every network from scratch"
-    )
+    summary = f"{len(real)} real images, {args.gen_versions} generated for each; every network from scratch"
+    predicted = found[best, args.seed][1]
+    conclude(run, f"Real-Fake on {args.dataset}", summary, tables, data.test.labels, predicted, names, pictures)
 
 
 def samples(args, run, real, sets):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ from common.meeting import PATIENCE, leave, meet, watch
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0  # progress without a terminal: one line per so many seconds
+_meeting = SimpleNamespace(store=None, bars=0)  # where the processes met; progress bars that they have filled together
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,10 @@ def setup_distributed(device: str = "auto") -> Dist:
     if launch.world > 1 and not td.is_initialized():
         # gloo beside nccl: objects and barriers then never touch the GPU
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store = meet(launch)
-        watch(store, launch)
-        td.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=PATIENCE)
+        _meeting.store = meet(launch)
+        watch(_meeting.store, launch)
+        settings = dict(store=_meeting.store, rank=launch.rank, world_size=launch.world, timeout=PATIENCE)
+        td.init_process_group(backend, **settings)
     return Dist(launch.rank, launch.local_rank, launch.world, chosen)
 
 
@@ -316,14 +319,19 @@ class _Lines(tqdm):
             self.display()
 
 
-def progress(total: int, desc: str, dist: Dist, initial: int = 0, unit: str = "images") -> tqdm:
+def progress(total: int, desc: str, dist: Dist, initial: int = 0, unit: str = "images", together: bool = False) -> tqdm:
     """tqdm bar with rate and time left on rank 0, nothing elsewhere; without a terminal one line every ten seconds.
 
-    initial: what earlier attempts finished; it counts in the bar, not in the rate. Use update(n), set_postfix(...),
-    close(), or `with`.
+    initial: what earlier attempts finished; it counts in the bar, not in the rate. together: total and bar count what
+    all processes do; all must call. Use update(n), set_postfix(...), close(), or `with`.
     """
     hidden = not dist.main or launched_as().rank != 0  # a process that works for itself calls itself rank 0
     terminal = sys.stderr.isatty()
     kind = tqdm if terminal else _Lines
     pace = {} if terminal else dict(mininterval=LINE_SECONDS, maxinterval=LINE_SECONDS, delay=LINE_SECONDS, ncols=100)
-    return kind(total=total, desc=desc, initial=initial, unit=f" {unit}", disable=hidden, smoothing=0.1, **pace)
+    bar = kind(total=total, desc=desc, initial=initial, unit=f" {unit}", disable=hidden, smoothing=0.1, **pace)
+    if together and dist.world > 1:
+        _meeting.bars += 1
+        own, key = bar.update, f"progress {_meeting.bars}"
+        bar.update = lambda n=1: own(_meeting.store.add(key, n) - bar.n)  # a hidden bar counts nothing itself
+    return bar

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common import models
+from common.compiling import compiled
 from common.distributed import seed_of
 from common.files import read_json
 from common.glide import load_glide, weights_file
@@ -63,7 +64,7 @@ class Painter:
         self.pipe.set_progress_bar_config(disable=True)
         self.pipe.unet.to(memory_format=torch.channels_last)  # the layout that convolutions are fastest in
         self.pixel, config = self.kind == "IFPipeline", self.pipe.unet.config
-        self.unet = torch.compile(self.pipe.unet) if compile else self.pipe.unet
+        self.unet = compiled(self.pipe.unet, compile, "U-Net")
         if self.pixel:
             self.side, self.stage2 = config.sample_size, self.load_upsampler(upsampler)
         else:
@@ -175,8 +176,8 @@ class GlidePainter:
     ):  # fmt: skip
         self.glide = load_glide(folder, device, precision, side=size // 4)
         self.side, self.guidance, self.micro_batch = self.glide.side, guidance, micro_batch
-        for net in (self.glide.base, self.glide.upsampler) if compile else ():
-            net.unet.compile()
+        for name, net in (("base", self.glide.base), ("upsampler", self.glide.upsampler)):
+            net.unet.forward = compiled(net.unet.forward, compile, f"{name} U-Net")
 
     def latent(self, x: Tensor) -> Tensor:
         """uint8 [3, side, side] -> float [3, side, side] in [-1, 1]"""

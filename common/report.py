@@ -52,6 +52,41 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     print("\n" + format_table(header, rows) + "\n", flush=True)
 
 
+def compare_saved(run: "Run", accuracy: float, trained: float, n: int) -> None:
+    """A note of the run if the classifier in its folder scores otherwise (percent of n images) than it did in training.
+
+    Rounding (bf16, merged weights) flips an image or two: half a point, or three images, are not worth a word.
+    """
+    if abs(accuracy - trained) > max(0.5, 300 / n):
+        run.notes.append(f"warning: classifier/ scores {accuracy:.2f} after loading, {trained:.2f} in its training")
+
+
+def conclude(
+    run: "Run",
+    title: str,
+    summary: str,
+    tables: dict[str, Table],
+    labels: Any,
+    predicted: Any,
+    class_names: Sequence[str],
+    pictures: dict[str, str] | None = None,
+) -> None:
+    """The last lines of a run: report.html, then its tables and notes on the terminal. Call it on rank 0.
+
+    labels, predicted: classes [N] of the test split and of the saved classifier, for the confusion matrix. The rest as
+    in `report`.
+    """
+    from sklearn.metrics import confusion_matrix
+
+    counts = confusion_matrix(labels, predicted, labels=range(len(class_names)))
+    report(run, title, summary, tables, pictures, counts.tolist(), class_names)
+    for header, rows, *_ in tables.values():
+        print_table(header, rows)
+    for note in run.notes:
+        print(f"note: {note}")
+    print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------
 # The page
 

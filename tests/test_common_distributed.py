@@ -185,6 +185,15 @@ def collectives(rank, world, port, out):
     D.barrier(dist)
     assert Path(out, "written").exists()
 
+    for size in (10, 7):  # a bar that all fill together, and the next one
+        bar = D.progress(size * world, "together", dist, together=True)
+        for _ in range(size):
+            bar.update(1)
+        D.barrier(dist)
+        bar.update(0)
+        assert bar.n == (size * world if dist.main else 0)
+        bar.close()
+
     # A rank that works for itself calls itself rank 0; it still shows no bar.
     alone = D.Dist(0, rank, 1, CPU)
     assert D.progress(10, "x", alone).disable == (rank != 0)

@@ -194,7 +194,7 @@ FAULTS = {
         ),
         Fault(
             "shots repeated once",
-            'repeats = repeat_shots(g, args.shots) if arm in ("real", "pooled") else 0',
+            'repeats = repeat_shots(args.gen_images_per_class, args.shots) if arm in ("real", "pooled") else 0',
             'repeats = int(arm in ("real", "pooled"))',
             tests="test_training_list_length_and_order",
         ),

@@ -254,8 +254,8 @@ FAULTS = {
         ),
         Fault(
             "all copies for every k",
-            "class_names, k * counts)\n        return held",
-            "class_names, 5 * counts)\n        return held",
+            "real, k), args.clf_resize)",
+            "real, 5), args.clf_resize)",
             ROWS,
         ),
         # Presets
