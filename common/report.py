@@ -58,7 +58,7 @@ def compare_saved(run: "Run", accuracy: float, trained: float, n: int) -> None:
     Rounding (bf16, merged weights) flips an image or two: half a point, or three images, are not worth a word.
     """
     if abs(accuracy - trained) > max(0.5, 300 / n):
-        run.notes.append(f"warning: classifier/ scores {accuracy:.2f} after loading, {trained:.2f} in its training")
+        run.notes.append(f"classifier/ scores {accuracy:.2f} after loading, {trained:.2f} in its training")
 
 
 def conclude(
