@@ -193,6 +193,7 @@ from common.diffusion import (
     token_ids,
 )  # fmt: skip
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
+from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Loop, gather_units, units_of
@@ -388,9 +389,8 @@ def finetune(args, run, dist, pipe, shots, class_names):
         (file, shots.of_class(c)) for c, file in enumerate(files)
     ]  # fmt: skip
     units = math.ceil(min(args.sd_batch, len(jobs[0][1])) / args.sd_micro_batch)
-    team, mine = distributed.deal(jobs, units, dist)
     smaller = f"--sd-micro-batch {max(1, args.sd_batch // dist.world)}"
-    distributed.say_idle(dist, "finetune", len(jobs), units, smaller)
+    team, mine = distributed.deal(jobs, units, dist, "finetune", smaller)
     with run.timed("finetune", "--sd-micro-batch"):
         for file, rows in mine:
             tune_adapter(args, run, team, pipe, shots, file, [int(i) for i in rows], class_names)
@@ -529,21 +529,13 @@ def generate(args, run, dist, pipe, class_names):
     run.done("generate", run.under(*sets), images=dict.fromkeys(sets, n))
 
 
-def missing_images(n_images, existing):
-    """Numbers k in 0..n_images-1 of one class that are not there yet, in order."""
-    return [k for k in range(n_images) if k not in existing]
-
-
 def draw_set(args, run, dist, pipe, unet, adapter, writer, folder, files, class_names):
     """All missing images of one folder: files[c] is the adapter of class c, None for none."""
     prompts, suffix, n = all_prompts(args, class_names), images.SUFFIX[args.gen_format], args.gen_images_per_class
     places = [run.path(folder, name) for name in class_folders(class_names)]
 
-    def missing():
-        there = [images.existing(place, n, suffix).nonzero()[0].tolist() for place in places]
-        return [missing_images(n, set(of_class)) for of_class in there]
-
-    todo = distributed.on_rank_0(missing, dist)  # one listing, so that all processes cut the same lists
+    # Missing images of each class; one listing, so that all processes cut the same lists.
+    todo = distributed.on_rank_0(lambda: [images.missing(place, n, suffix) for place in places], dist)
     jobs = []  # (adapter, micro-batch), dealt out one by one: a change of adapters costs less than a process that waits
     for file in dict.fromkeys(files):
         items = [(c, k) for c in range(len(files)) if files[c] == file for k in todo[c]]
@@ -566,9 +558,7 @@ def write_image_list(args, run, folder, class_names):
     """images/metadata.jsonl: what each image is and the seed that draws it again. Fails if an image is missing."""
     suffix, n = images.SUFFIX[args.gen_format], args.gen_images_per_class
     folders, prompts = class_folders(class_names), all_prompts(args, class_names)
-    for name in folders:
-        if not images.existing(run.path(folder, name), n, suffix).all():
-            raise UserError(f"{run.path(folder, name)}: images are missing; run the same command again")
+    images.check_all_there(run.path(folder), folders, [n] * len(folders), suffix)
     runs.write_metadata(run.path(folder), (
         dict(file_name=f"{folders[c]}/{k}{suffix}", label=c, class_name=class_names[c],
              prompt=prompts[c][template_of(k, args.n_templates)], seed=image_seed(args, c, k))
@@ -859,9 +849,8 @@ def train(args, run, dist, shots, val, test, class_names):
     model = load_classifier(args, class_names, dist.device)
     scored = {name: Split(data, model, args, dist.device) for name, data in (("val", val), ("test", test)) if data}
     jobs, units = training_runs(args), math.ceil(args.clf_batch / args.clf_micro_batch)
-    team, mine = distributed.deal(jobs, units, dist)
     smaller = f"--clf-micro-batch {max(1, args.clf_batch // dist.world)}"
-    distributed.say_idle(dist, "train", len(jobs), units, smaller)
+    team, mine = distributed.deal(jobs, units, dist, "train", smaller)
     with run.timed("train", "--clf-micro-batch"):
         for arm, seed in mine:
             train_one(args, run, team, model, arm, seed, shots, scored)
@@ -1182,31 +1171,13 @@ def planned_models(args):
     if args.clf_model == "clip":
         wanted.append(("--clip-model", args.clip_model, "clip"))
     found = models.check_models(wanted)
-    models.check_size("--sd-resolution", args.sd_resolution, found["--sd-model"])
-    kind = models.scheduler_config(found["--sd-model"])["prediction_type"]
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"--sd-model {args.sd_model}: predicts {kind!r}; the loss is defined for epsilon and v_prediction"
-        )
+    size = "--sd-resolution", args.sd_resolution
+    models.check_generator(args.sd_model, found["--sd-model"], size, ("epsilon", "v_prediction"))
     return found
-
-
-def check_order(args, run, todo):
-    """A stage named by --stages needs the files of the one before it."""
-    needs = {"generate": "finetune", "train": "generate", "evaluate": "train"}
-    if args.mode == "zeroshot":
-        del needs["generate"]
-    for stage in todo:
-        before = needs.get(stage)
-        if before and before not in todo and run.todo(before):
-            raise UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
 
 
 # Flags that no stage before this one reads: they may change while it has not begun.
 LATER = {"generate": "gen_ arms", "train": "clf_ clip_model"}
-
-
-# ---------------------------------------------------------------------------------------------
 
 
 def plan(args):
@@ -1229,7 +1200,8 @@ def main(args):
     run = runs.open_run("datadream", args, dist, ["gen_micro_batch"], models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots, val)
-    check_order(args, run, todo)
+    before = {"train": "generate", "evaluate": "train"} | ({"generate": "finetune"} if args.mode != "zeroshot" else {})
+    check_order(run, todo, before)
     if "finetune" in todo or "generate" in todo:
         path = found["--sd-model"]
         pipe = load_pipeline(path, dist.device, args.precision, **models.load_kwargs(path))

@@ -196,6 +196,7 @@ from common.compiling import compiled
 from common.datasets import Numbers, in_order
 from common.diffusion import DECODED_PIXELS, autocast, encode_prompts, latent_shape, noise_schedule
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
+from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Loop
@@ -995,6 +996,7 @@ def probe_energy(args, run, dist, sampler, real, latents):
 def list_copies(args, run, folder, real, class_names, prompts):
     """metadata.jsonl: from which real image a file is, which copy of it, and the seed that draws it again."""
     numbers, folders = Numbers(real.labels, len(class_names)), class_folders(class_names)
+    images.check_all_there(run.path(folder), folders, args.gen_copies * numbers.counts)
 
     def about(copy, i):
         c, source = int(real.labels[i]), real.keys[i]
@@ -1028,9 +1030,8 @@ def run_folder(run, row, k, seed):
 
 def train(args, run, dist, real, val, test, class_names, prompts, weights):
     jobs = classifiers_to_train(args)
-    team, mine = distributed.deal(jobs, 1, dist)
     more = f"--clf-seeds {math.ceil(dist.world * args.clf_seeds / len(jobs))}"
-    distributed.say_idle(dist, "train", len(jobs), 1, more)
+    team, mine = distributed.deal(jobs, 1, dist, "train", more)
 
     @lru_cache(1)
     def copies(row, k):
@@ -1195,29 +1196,16 @@ def planned_models(args):
     if "zero-shot" in args.rows:
         wanted.append(("--zeroshot-clip", args.zeroshot_clip, "clip"))
     found = models.check_models(wanted)
-    config = models.scheduler_config(found["--sd-model"])
-    models.check_size("--gen-resolution", args.gen_resolution, found["--sd-model"])
-    if (kind := config.get("prediction_type", "epsilon")) != "epsilon":
-        raise UserError(f"--sd-model {args.sd_model}: predicts {kind!r}; DistDiff needs epsilon")
-    if (schedule := config.get("beta_schedule")) != "scaled_linear":
-        raise UserError(f"--sd-model {args.sd_model}: its noise schedule is {schedule!r}, not scaled_linear")
+    models.check_generator(args.sd_model, found["--sd-model"], ("--gen-resolution", args.gen_resolution))
     return found
 
 
+NEEDS = dict(prototypes="guide", encode="select", expand="prototypes encode", train="expand", evaluate="train")
 # Flags that no stage before this one reads: they may change while it has not begun.
 LATER = {
     "train": "clf_copies clf_seeds clf_epochs clf_equal_k clf_transform sgd_lr classifier classifier_pretrained "
     "zeroshot_clip"
 }
-
-
-def check_order(args, run, todo):
-    """A stage named by --stages needs the files of the ones before it."""
-    needs = dict(prototypes="guide", encode="select", expand="prototypes encode", train="expand", evaluate="train")
-    for stage in todo:
-        for before in needs.get(stage, "").split():
-            if before not in todo and run.todo(before):
-                raise UserError(f"--stages {stage}: the stage {before} has not been run in {run.dir}; add it")
 
 
 def plan(args):
@@ -1243,7 +1231,7 @@ def main(args):
     run = runs.open_run("distdiff", args, dist, free, models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, dist, real, val)
-    check_order(args, run, [stage for stage in todo if stage != "select"])
+    check_order(run, todo, NEEDS)
     if "guide" in todo:
         train_guide(args, run, dist, real, val, test, prompts, guide_weights)
     if "prototypes" in todo:

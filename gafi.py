@@ -207,12 +207,14 @@ from common.distances import (
     kernel_distance,
 )  # fmt: skip
 from common.files import class_folders, load_tensors, read_json, save_tensors, write_json
+from common.inputs import check_order
 from common.launch import UserError
 from common.loop import Loop
-from common.pixels import Pixels, as_picture, in_unit_range, load_split
+from common.near_copies import near_copies
+from common.pixels import Pixels, as_images, as_picture, in_unit_range, load_split
 from common.plan import print_plan
 from common.plans import gafi as planned
-from common.report import mean_std, print_table, report, spread
+from common.report import compare_saved, conclude, mean_std, spread
 
 # ---------------------------------------------------------------------------------------------
 # The data: every split as one tensor of bytes on the device.
@@ -842,9 +844,8 @@ def gan_batches(args, images, labels, seed, steps):
 
 def train_gans(args, run, dist, data, classifier, inception):
     units = math.ceil(args.gan_batch / (args.gan_micro_batch or args.gan_batch))
-    team, seeds = distributed.deal(args.gan_seeds, units, dist)
     smaller = f"--gan-micro-batch {max(2, args.gan_batch // dist.world)}"
-    distributed.say_idle(dist, "gan", len(args.gan_seeds), units, smaller)
+    team, seeds = distributed.deal(args.gan_seeds, units, dist, "gan", smaller)
     with run.timed("gan", "--gan-batch"):
         for seed in seeds:
             train_gan(args, run, team, data, classifier, seed, inception)
@@ -1225,17 +1226,16 @@ def evaluate(args, run, dist, data, classifier):
         predicted, labels = predictions(net, data.test[0], args).cpu(), data.test[1].cpu()
         top1 = 100 * (predicted == labels).float().mean().item()
         recorded = read_json(row_folder(run, saved["row"], saved["seed"]) / "metrics.json")["test"]
-        if abs(top1 - recorded) > 0.5:
-            raise RuntimeError(f"classifier/ scores {top1:.2f} after loading, {recorded:.2f} when it was trained")
+        compare_saved(run, top1, recorded, len(labels))
         if dist.main:
-            n_images = show_samples(args, run, data, classifier, saved)
-            tables(args, run, data, predicted, labels, top1, n_images)
+            n_images, near = show_samples(args, run, data, classifier, saved)
+            tables(args, run, data, predicted, labels, top1, dict(images=n_images, near_copies=near))
     run.done("evaluate", run.under("images", *runs.RESULTS), top1=top1)
 
 
 def show_samples(args, run, data, classifier, saved):
     """images/: from the first set that the saved classifier saw (a PNG is rounded to 8 bits; the training was not), the
-    GANs in turn. samples.png: real images, those beside the baseline's. -> number of images"""
+    GANs in turn. samples.png: real images, those beside the baseline's. -> number of images, near-copies in that set"""
     folders, names, shown = class_folders(data.class_names), data.class_names, {}
     sampler = partial(load_sampler, args, run, data, classifier)
     x, y = data.train
@@ -1259,10 +1259,11 @@ def show_samples(args, run, data, classifier, saved):
                 writer.save(run.path("images", file), as_picture(image))
     runs.write_metadata(run.path("images"), rows)
     images.samples_grid(run.path("samples.png"), list(shown.values()), list(shown), names, size=64)
-    return len(rows)
+    known, test = (as_images(*split, names) for split in (data.train, data.test))
+    return len(rows), near_copies(run, {saved["row"]: as_images(x, y, names)}, known, test, args.workers)
 
 
-def tables(args, run, data, predicted, labels, top1, n_images):
+def tables(args, run, data, predicted, labels, top1, about):
     metrics, rows = {}, []
     for row in args.rows:
         found = row_metrics(args, run, row)
@@ -1285,9 +1286,7 @@ def tables(args, run, data, predicted, labels, top1, n_images):
     per_class = {name: 100 * (predicted[labels == c] == c).float().mean().item() for c, name in enumerate(names)}
     baselines = {row: metrics.pop(row) for row in ("real", "baseline") if row in metrics}
     metrics |= dict(saved_classifier=dict(top1=top1, per_class=per_class), search=choices, selected_on=args.select_on)
-    run.results(paper="arXiv:2305.10118", metrics=metrics, baselines=baselines, images=n_images)
-    confusion = torch.zeros(len(names), len(names), dtype=torch.long)
-    confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+    run.results(paper="arXiv:2305.10118", metrics=metrics, baselines=baselines, **about)
     top = "test top-1" if args.select_on == "val" else "test top-1 (official selection: on test)"
     header = ["training set", top, "below real", "validation", "its best test epoch", "accepted"]
     chosen = [[seed, c["epoch"], f"{c['sigma']:.2f}", f"{c['threshold']:.1f}"] for seed, c in choices.items()]
@@ -1296,10 +1295,7 @@ def tables(args, run, data, predicted, labels, top1, n_images):
         "What the search chose": (["GAN", "epoch", "sigma", "t"], chosen),
     }
     summary = f"{args.dataset}: {len(args.gan_seeds)} GANs of {args.gan_epochs} epochs, chosen on {args.select_on}"
-    report(run, f"GaFi on {args.dataset}", summary, shown, None, confusion.tolist(), names)
-    for table in reversed(shown.values()):
-        print_table(*table)
-    print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
+    conclude(run, f"GaFi on {args.dataset}", summary, shown, labels, predicted, names)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1361,14 +1357,6 @@ def check_data(args, data):
     ])  # fmt: skip
 
 
-def check_order(args, run, todo):
-    """A stage named by --stages needs the files of those before it."""
-    for stage in todo:
-        for before in Args.stages[: Args.stages.index(stage)]:
-            if before not in todo and run.todo(before):
-                raise UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
-
-
 def networks(args, data):
     """Of which --plan counts the cost."""
     discriminator = Discriminator(data.n_classes, data.channels, args.gan_width)
@@ -1392,7 +1380,7 @@ def main(args):
     used = dict(device=dist.device.type)
     run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER, pictures=splits)
     todo = [stage for stage in args.stages if run.todo(stage)]
-    check_order(args, run, todo)
+    check_order(run, todo, dict(gan="real", search="gan", final="search", evaluate="final"))
     inception = None
     if args.gan_inception and "gan" in todo:  # before the first stage, and the download once
         load = partial(inception_metrics, flag="--gan-inception")

@@ -234,6 +234,7 @@ from common.diffusion import (
     token_ids,
 )  # fmt: skip
 from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
+from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Loop
@@ -529,9 +530,8 @@ def finetune(args, run, dist, pipe, real, names, sets):
     pipe.unet.add_adapter(lora_config(args.sd_rank, UNET_TARGETS))
     jobs = list({v.adapter: v for v in reversed(list(sets.values())) if v.adapter}.values())[::-1]
     units = args.sd_batch // args.sd_micro_batch
-    team, mine = distributed.deal(jobs, units, dist)
     smaller = f"--sd-micro-batch {max(1, args.sd_batch // dist.world)}"
-    distributed.say_idle(dist, "finetune", len(jobs), units, smaller)
+    team, mine = distributed.deal(jobs, units, dist, "finetune", smaller)
     with run.timed("finetune", "--sd-micro-batch"):
         for v in mine:
             tune_lora(args, run, team, pipe, v, real, names)
@@ -790,9 +790,7 @@ def list_versions(args, run, v, real, names):
     """metadata.jsonl of a set: what each image is, from which real image, and its seed. Fails if one is missing."""
     numbers, suffix = Numbers(real.labels[v.rows], len(real.class_names)), images.SUFFIX[args.gen_format]
     folders = class_folders(real.class_names)
-    for folder, n in zip(folders, numbers.counts, strict=True):
-        if not images.existing(run.path(v.folder, folder), v.versions * n, suffix).all():
-            raise UserError(f"{run.path(v.folder, folder)}: images are missing; run the same command again")
+    images.check_all_there(run.path(v.folder), folders, v.versions * numbers.counts, suffix)
     written = read_json(run.path("captions.json")) if v.caption else {}
 
     def about(version, m, i):
@@ -878,9 +876,8 @@ def training_jobs(args):
 
 def train(args, run, dist, real, sets):
     jobs, units = training_jobs(args), math.ceil(args.net_batch / args.net_micro_batch)
-    team, mine = distributed.deal(jobs, units, dist)
     smaller = f"--net-micro-batch {max(1, args.net_batch // dist.world)}"
-    distributed.say_idle(dist, "train", len(jobs), units, smaller)
+    team, mine = distributed.deal(jobs, units, dist, "train", smaller)
     with run.timed("train", "--net-micro-batch"):
         for row, seed in mine:
             folder, versions, with_real = training_rows(args)[row]
@@ -1017,7 +1014,8 @@ def attack_figures(score, member):
 def attack(args, run, dist, real, sets):
     n_classes, keep = len(real.class_names), torch.from_numpy(half_split(len(real), args.mia_models))
     jobs = [(kind, m) for kind in ("synthetic", "real") for m in range(args.mia_models)]
-    team, mine = distributed.deal(jobs, math.ceil(args.net_batch / args.net_micro_batch), dist)
+    smaller = f"--net-micro-batch {max(1, args.net_batch // dist.world)}"
+    team, mine = distributed.deal(jobs, math.ceil(args.net_batch / args.net_micro_batch), dist, "attack", smaller)
     with run.timed("attack", "--net-micro-batch"):
         for kind, m in mine:
             v, folder = sets[f"shadows/{m}/images"], run.path("shadows", str(m), kind)
@@ -1204,14 +1202,8 @@ def planned_models(args, sets):
     if "caption" in args.stages and needs_captions(sets) and args.captions_file is None:
         wanted.append(("--captioner", args.captioner, "captioner"))
     found = models.check_models([*wanted, ("--net-model", args.net_model, "network")])
-    models.check_size("--gen-resolution", args.gen_resolution, found["--sd-model"])
-    scheduler = models.scheduler_config(found["--sd-model"])
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind != "epsilon":  # residuals of v are no residuals of the noise, and another min-SNR weight belongs to them
-        raise UserError(f"--sd-model {args.sd_model}: predicts {kind!r}; Real-Fake's loss is defined for epsilon")
-    if scheduler.get("beta_schedule") != "scaled_linear":
-        said = scheduler.get("beta_schedule")
-        raise UserError(f"--sd-model {args.sd_model}: its noise schedule is {said!r}; scaled_linear is needed")
+    # epsilon only: residuals of v are no residuals of the noise, and another min-SNR weight belongs to them
+    models.check_generator(args.sd_model, found["--sd-model"], ("--gen-resolution", args.gen_resolution))
     return found
 
 
@@ -1223,21 +1215,15 @@ def needs_tokens(sets):
     return any(v.token != "none" for v in sets.values())
 
 
+NEEDS = dict(
+    embed="caption", finetune="embed", generate="finetune", train="generate", attack="generate", evaluate="train"
+)
 # Flags that no stage before this one reads: they may change while it has not begun.
 LATER = {
     "finetune": "sd_ dm_ tune_",
     "generate": "gen_steps gen_guidance gen_lora_scale gen_negative gen_format gen_quality gen_save_size gen_seed i2i_",
     "train": "net_ clf_", "evaluate": "ood",
 }  # fmt: skip
-
-
-def check_order(args, run, todo):
-    """A stage named by --stages needs the files of those before it."""
-    stages = [s for s in Args.stages if s != "attack" or args.mia_models]
-    for stage in todo:
-        for before in [s for s in stages[: stages.index(stage)] if s != "attack"] if stage in stages else []:
-            if before not in todo and run.todo(before):
-                raise UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
 
 
 def plan(args):
@@ -1267,7 +1253,7 @@ def main(args):
     free, read = ["gen_micro_batch", "gen_split"], dict(real=real, test=data.test)
     run = runs.open_run("realfake", args, dist, free, models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
-    check_order(args, run, todo)
+    check_order(run, todo, NEEDS)
     if "caption" in todo:
         caption(args, run, dist, real) if needs_captions(sets) else run.done("caption", captions=0)
     if "embed" in todo:

@@ -261,6 +261,7 @@ if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -286,13 +287,15 @@ from common.clip import encode_texts, load_clip, save_clip
 from common.diffusion import autocast
 from common.distributed import seed_global, seed_of
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, tensors_metadata, write_json
+from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised
 from common.loop import Loop, gather_units
 from common.names import imagenet_names, spoken
+from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import synthetic_recognition as planned
-from common.report import mean_std, print_table, report, spread
+from common.report import compare_saved, conclude, mean_std, spread
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PART = 1024  # images in one file of features; an interrupted filter loses at most that many
@@ -490,7 +493,7 @@ def write_sentences(args, run, dist, names, found):
         todo = [] if whole or "le" not in image_sets(args) else distributed.on_rank_0(missing, dist)
         mine = distributed.my_items(todo, dist)
         speak = load_writer(dist.device, found["--sentence-model"]) if mine else None
-        with distributed.progress(len(mine), "sentences", dist, unit="classes") as bar:
+        with distributed.progress(len(todo), "sentences", dist, unit="classes", together=True) as bar:
             for c in mine:
                 sentences = sentences_of(args, speak, c, names[c], dist.device)
                 write_json(parts[c], dict(class_index=c, class_name=names[c], sentences=sentences))
@@ -614,7 +617,7 @@ def draw(args, dist, paints, drawing, todo, shots, writer):
     stream = Loader(shots, partial(square, side=paints.side), dist.device, args.workers)(references)
     start = noised_reference if drawing.shots else None
     kept = painter.timesteps(paints, run_indices(drawing.r, args.gen_steps))
-    with distributed.progress(sum(map(len, mine)), f"generate {drawing.name}", dist) as bar:
+    with distributed.progress(len(todo), f"generate {drawing.name}", dist, together=True) as bar:
         for i, batch in enumerate(mine):
             latents = dict(zip(references[i], map(paints.latent, next(stream)), strict=True)) if drawing.shots else {}
             begin = [latents[drawing.shot(row)] for row in batch] if drawing.shots else ()
@@ -726,14 +729,15 @@ class Features:
 
     def write(self, dist, judge=None):
         """This process's share of the parts; what an earlier attempt wrote stays. judge: the filter's text weights."""
-        mine = [part for part in distributed.my_items(self.parts, dist) if not self.file(part).exists()]
+        left = distributed.on_rank_0(lambda: [part for part in self.parts if not self.file(part).exists()], dist)
+        mine = distributed.my_items(left, dist)
         b, clips = self.args.gen_micro_batch, self.clips
         if judge is None or clips[0] is clips[1]:
             clips = clips[:1]
         stream = pictures(self.args, clips, self.source, self.lowres, dist.device)(
             rows for part in mine for rows in chunks(part, b)
         )
-        with distributed.progress(sum(map(len, mine)), f"filter {self.folder.name}", dist) as bar:
+        with distributed.progress(sum(map(len, left)), f"filter {self.folder.name}", dist, together=True) as bar:
             for part in mine:
                 found = []
                 for _ in chunks(part, b):
@@ -1396,9 +1400,7 @@ def train_backbones(args, run, dist, data, gen_names):
 def shared_out(args, dist, jobs, batch):
     """(the processes that share a step, job) of this process, then a barrier"""
     units = math.ceil(batch / args.pre_micro_batch)
-    team, mine = distributed.deal(jobs, units, dist)
-    if jobs:
-        distributed.say_idle(dist, "train", len(jobs), units, f"--pre-micro-batch {max(1, batch // dist.world)}")
+    team, mine = distributed.deal(jobs, units, dist, "train", f"--pre-micro-batch {max(1, batch // dist.world)}")
     for job in mine:
         yield team, job
     distributed.barrier(dist)
@@ -1456,15 +1458,14 @@ def evaluate(args, run, dist, names, gen_names, shots, test):
         predicted, labels = saved_predictions(args, run, dist, test), torch.from_numpy(test.labels)
         score = 100 * (predicted == labels).float().mean().item()
         trained = metrics_of(args, run, *main_row(args)[:2])[0]["test"]
-        if abs(score - trained) > 0.5:
-            distributed.say(dist, f"warning: classifier/ scores {score:.2f} after loading, {trained:.2f} in training")
+        compare_saved(run, score, trained, len(labels))
         if dist.main:
-            report_results(args, run, names, gen_names, shots, predicted, labels, score)
+            report_results(args, run, names, gen_names, shots, test, predicted, score)
     run.done("evaluate", run.under(*runs.RESULTS), top1=score)
 
 
-def report_results(args, run, names, gen_names, shots, predicted, labels, score):
-    metrics, table = {}, []
+def report_results(args, run, names, gen_names, shots, test, predicted, score):
+    metrics, table, labels = {}, [], torch.from_numpy(test.labels)
     for row, n in table_rows(args):
         found = metrics_of(args, run, row, n)
         unit = f" ({n} {'shots' if args.setting == 'few-shot' else 'images per class'})" if n else ""
@@ -1480,27 +1481,23 @@ def report_results(args, run, names, gen_names, shots, predicted, labels, score)
     baselines = {k: v for k, v in metrics.items() if k.rstrip("0123456789").rstrip("-") in BASELINES}
     ours = {k: v for k, v in metrics.items() if k not in baselines}
     ours["saved_classifier"] = dict(top1=score, per_class=dict(zip(names, per_class, strict=True)))
-    drawn = run.manifest("generate").get("images", {})
-    run.results(paper="arXiv:2210.07574", metrics=ours, baselines=baselines, images=drawn)
-
-    rows = {}
+    sets, rows, near = {name: generated_set(run, name, gen_names, n) for name, n in image_sets(args).items()}, {}, None
     if shots is not None:
         rows["real shots"] = [partial(shots.open, int(shots.of_class(c)[0])) for c in range(len(names))]
-    for name, n in image_sets(args).items():
-        source = generated_set(run, name, gen_names, n)
+        near = near_copies(run, sets, shots, test, args.workers)
+    n_images = run.manifest("generate").get("images", {})
+    run.results(paper="arXiv:2210.07574", metrics=ours, baselines=baselines, images=n_images, near_copies=near)
+    for name, source in sets.items():
+        n = image_sets(args)[name]
         for k in range(min(3, n)):
             rows[f"{name} {k}"] = [partial(source.open, c * n + k) for c in range(len(gen_names))]
     images.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), gen_names, size=64)
-    confusion = torch.zeros(len(names), len(names), dtype=torch.long)
-    confusion.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
     header = ["training set", "test top-1", "best epoch on test (official selection)", "synthetic images", "updates"]
     shown = {"Real and generated samples": "samples.png", "What CLIP trusts least": "filtered.png"}
     shown = {caption: f for caption, f in shown.items() if run.path(f).exists()}
     title = f"Synthetic data on {args.dataset}, {args.setting}"
     summary = f"{args.gen_images_per_class} images per class, {args.gen_steps} steps, guidance {args.gen_guidance}"
-    report(run, title, summary, {"Top-1 on the test split": (header, table)}, shown, confusion.tolist(), names)
-    print_table(header, table)
-    print(f"pictures: {run.path('samples.png')}   report: {run.path('report.html')}", flush=True)
+    conclude(run, title, summary, {"Top-1 on the test split": (header, table)}, labels, predicted, names, shown)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1601,15 +1598,6 @@ LATER = {
 }
 
 
-def check_order(args, run, todo):
-    """A stage named by --stages needs the files of the one before it."""
-    order = Args.stages
-    for stage in todo:
-        before = order[max(0, order.index(stage) - 1)]
-        if before != stage and before not in todo and run.todo(before):
-            raise UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
-
-
 def plan(args):
     lines = [(ROWS[row], row, n) for row, n in table_rows(args) if row != "zero-shot"]
     return planned.plan(args, lines, image_sets(args), partial(rg_steps_of, args), run_indices, prompts(args)[0])
@@ -1643,7 +1631,7 @@ def main(args):
     )
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots)
-    check_order(args, run, todo)
+    check_order(run, todo, dict(itertools.pairwise(Args.stages[::-1])))
     if "sentences" in todo:
         write_sentences(args, run, dist, gen_names, found)
     if "generate" in todo:

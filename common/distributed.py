@@ -216,12 +216,14 @@ def shared(jobs: int, units: int, world: int) -> bool:
     return units > 1 and jobs * math.ceil(units / world) <= units * math.ceil(jobs / world)
 
 
-def deal(jobs: Sequence[T], units: int, dist: Dist) -> tuple[Dist, Sequence[T]]:
+def deal(jobs: Sequence[T], units: int, dist: Dist, stage: str, advice: str) -> tuple[Dist, Sequence[T]]:
     """How jobs (adapters, classifiers) meet processes -> (the processes that share a step, the jobs of this process).
 
     units: micro-batches in a step. Either all processes share each step of each job, or each takes jobs[rank::world]
-    by itself. Results do not depend on it.
+    by itself. Results do not depend on it. Processes that stand idle are told of with `advice`, see say_idle.
     """
+    if jobs:
+        say_idle(dist, stage, len(jobs), units, advice)
     if dist.world == 1 or shared(len(jobs), units, dist.world):
         return dist, jobs
     return dist.alone(), my_items(jobs, dist)

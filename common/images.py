@@ -225,6 +225,18 @@ def existing(folder: str | Path, n: int, suffix: str = ".png") -> np.ndarray:
     return found
 
 
+def missing(folder: str | Path, n: int, suffix: str = ".png") -> list[int]:
+    """The k < n for which <folder>/<k><suffix> is not there, ascending."""
+    return np.flatnonzero(~existing(folder, n, suffix)).tolist()
+
+
+def check_all_there(root: Path, folders: Sequence[str], counts: Sequence[int], suffix: str = ".png") -> None:
+    """UserError unless each class folder below root holds its images 0 .. count - 1."""
+    for folder, n in zip(folders, counts, strict=True):
+        if not existing(root / folder, n, suffix).all():
+            raise UserError(f"{root / folder}: images are missing; run the same command again")
+
+
 # ---------------------------------------------------------------------------------------
 # Contact sheets
 

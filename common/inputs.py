@@ -1,5 +1,5 @@
-"""The user's pictures, looked at before the first stage: all can be read, none is in two splits, and a run that is
-continued finds those that it began with."""
+"""What a run needs before its first stage. The user's pictures: all can be read, none is in two splits, and a run that
+is continued finds those that it began with. And the stages before those that are asked for."""
 
 import os
 from contextlib import suppress
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import write_bytes
+from common.launch import UserError
 
 if TYPE_CHECKING:
     from common.datasets import Images
     from common.distributed import Dist
+    from common.run import Run
 
 RECORD = "data.safetensors"  # in the run folder: names, labels and hashes of the pictures
 
@@ -52,3 +54,12 @@ def held(folder: Path, splits: "dict[str, Images | None]", dist: "Dist") -> str:
     names = next(images.class_names for images in splits.values() if images)
     with progress(sum(len(images or ()) for images in splits.values()), "comparing pictures", dist) as bar:
         return unchanged(folder / RECORD, list(names), splits, bar.update, lambda: overlap(splits))
+
+
+def check_order(run: "Run", todo: list[str], needs: dict[str, str]) -> None:
+    """UserError when a stage to do needs the files of one that is neither done nor to do. needs: {stage: "those before
+    it"}. All ranks must call."""
+    for stage in todo:
+        for before in needs.get(stage, "").split():
+            if before not in todo and run.todo(before):
+                raise UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")

@@ -157,11 +157,20 @@ def scheduler_config(folder: str) -> dict[str, Any]:
     return read_object(Path(folder) / "scheduler" / "scheduler_config.json")
 
 
-def check_size(flag: str, size: int, folder: str) -> None:
-    """Raise UserError unless the VAE of a generator, in a folder of check_models, makes pictures of this size."""
+def check_generator(name: str, folder: str, size: tuple[str, int], predicts: tuple[str, ...] = ("epsilon",)) -> None:
+    """Raise UserError unless the generator --sd-model, in a folder of check_models, fits a method.
+
+    size: flag and pixels per side, which its VAE must be able to make. predicts: what the method's loss and sampler are
+    defined for. Its noise schedule must be Stable Diffusion's.
+    """
     factor = 2 ** (len(read_object(Path(folder) / "vae" / "config.json")["block_out_channels"]) - 1)
-    if size % factor:
-        raise UserError(f"{flag} {size}: the VAE of this generator needs a multiple of {factor}")
+    if size[1] % factor:
+        raise UserError(f"{size[0]} {size[1]}: the VAE of this generator needs a multiple of {factor}")
+    scheduler = scheduler_config(folder)
+    if (kind := scheduler.get("prediction_type", "epsilon")) not in predicts:
+        raise UserError(f"--sd-model {name}: predicts {kind!r}; the method is defined for {' and '.join(predicts)}")
+    if (schedule := scheduler.get("beta_schedule")) != "scaled_linear":
+        raise UserError(f"--sd-model {name}: its noise schedule is {schedule!r}; scaled_linear is needed")
 
 
 def fingerprints(found: dict[str, str]) -> dict[str, str]:

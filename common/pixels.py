@@ -60,6 +60,15 @@ def load_split(images: Images, channels: int, size: int, pad: bool, device: torc
     return x, torch.tensor(images.labels, device=device).long()
 
 
+def as_images(x: torch.Tensor, labels: torch.Tensor, class_names: list[str]) -> Images:
+    """[N, channels, H, W], uint8 or floats in [-1, 1], as a data set in memory"""
+    if x.is_floating_point():
+        x = ((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = x.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    return Images(labels.cpu(), map(str, range(len(x))), class_names, pixels=np.ascontiguousarray(pixels))
+
+
 def in_unit_range(x: torch.Tensor) -> torch.Tensor:
     """uint8 -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5"""
     return (x.float() / 255 - 0.5) / 0.5

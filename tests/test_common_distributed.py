@@ -262,7 +262,7 @@ def test_jobs_are_dealt_or_shared():
     for world in (1, 2, 3, 8):
         for jobs in (1, 2, 5, 8, 20):
             for units in (1, 2, 8):
-                dealt = [D.deal(list(range(jobs)), units, D.Dist(r, r, world, CPU)) for r in range(world)]
+                dealt = [D.deal(list(range(jobs)), units, D.Dist(r, r, world, CPU), "train", "") for r in range(world)]
                 together = [team.world == world for team, _ in dealt]
                 assert len(set(together)) == 1 or world == 1
                 done = [job for team, mine in dealt for job in mine]

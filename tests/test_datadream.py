@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 import datadream as dd
 from common import diffusion as dd_diffusion
-from common import distributed, metrics
+from common import distributed, images, metrics
 from common.clip import load_clip
 from common.datasets import Images, load_dataset, natural_key
 from common.files import chunks, class_range
@@ -208,14 +208,17 @@ def test_golden_class_split(g):
 
 
 def test_golden_repeats(g):
-    for images, shots, repeats in g["reps.nimg_nshot_reps"].tolist():
-        assert dd.repeat_shots(images, shots) == repeats
+    for n, shots, repeats in g["reps.nimg_nshot_reps"].tolist():
+        assert dd.repeat_shots(n, shots) == repeats
 
 
-def test_golden_prompts_and_resume(g):
+def test_golden_prompts_and_resume(g, tmp_path):
     for i in groups(g, "prompts"):
         t, n, start, batch = g[f"prompts.{i}.args_ntemplate_nimg_start_bs"].tolist()
-        todo = dd.missing_images(n, set(range(start)))
+        (tmp_path / str(i)).mkdir()
+        for k in range(start):
+            (tmp_path / str(i) / f"{k}.png").touch()
+        todo = images.missing(tmp_path / str(i), n)
         assert todo == g[f"prompts.{i}.file_numbers"].tolist()
         assert [len(c) for c in chunks(todo, batch)] == g[f"prompts.{i}.batch_sizes"].tolist()
         assert [dd.template_of(k, t) for k in range(n)] == g[f"prompts.{i}.template_index"].tolist()

@@ -285,8 +285,8 @@ FAULTS = {
         ),
         Fault(
             "v_prediction is let in",
-            '!= "epsilon":',
-            '== "nothing":',
+            '("--gen-resolution", args.gen_resolution))\n    return found',
+            '("--gen-resolution", args.gen_resolution), ("epsilon", "v_prediction"))\n    return found',
             MODELS,
         ),
         Fault(
