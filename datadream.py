@@ -196,11 +196,12 @@ from common.files import chunks, class_folders, load_tensors, read_json, save_te
 from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
-from common.loop import Loop, gather_units, units_of
+from common.loop import Batches, Loop, gather_units, units_of
 from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import datadream as planned
 from common.report import compare_saved, conclude, mean_std, spread
+from common.selection import Best
 
 # Sec. 4: the word in front of "photo". "a aircraft photo" is what the code writes; the article is not corrected.
 PREFIX = {
@@ -880,18 +881,8 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
     labels, n = torch.as_tensor(data.labels).long(), model.n_classes
     repeats = repeat_shots(args.gen_images_per_class, args.shots)
     length = args.gen_images_per_class * n + repeats * len(shots) if args.clf_equal_updates else len(data)
-    per_epoch = math.ceil(length / args.clf_batch)
-    total = args.clf_epochs * per_epoch
-    # The seed's parts do not name the row: rows of equal length see the same order.
-    order = distributed.Order(len(data), seed)
-
-    def batch_at(step):
-        """[(entry, position in the endless stream)] of a step; an epoch's last batch may be short."""
-        epoch, i = divmod(step, per_epoch)
-        first = epoch * length + i * args.clf_batch
-        positions = range(first, min(first + args.clf_batch, (epoch + 1) * length))
-        return list(zip(order.rows(positions.start, positions.stop), positions, strict=True))
-
+    batches = Batches(len(data), args.clf_batch, seed, length=length)  # rows of equal length see the same order
+    total = args.clf_epochs * batches.per_epoch
     model.reset(seed)
     params = [*model.image_params, *model.text_params]
     optimizer = torch.optim.AdamW(params, lr=args.clf_lr, weight_decay=args.clf_wd, fused=True)
@@ -900,16 +891,18 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
         run, f"train/{arm}-seed{seed}", total, optimizer, team, args.clf_micro_batch,
         file=folder / "checkpoint.safetensors", params=model.image_params, buffers=buffers,
     )  # fmt: skip
-    best = Best(args, run, model, scored, loop, total)
-    schedule = (args.clf_lr, args.clf_min_lr, args.clf_epochs, per_epoch, args.clf_warmup_epochs, args.clf_min_lr)
+    looked_at = [split for split in scored if split == "val" or args.clf_report_test_selected]
+    score = lambda split: top_k(*evaluate(args, model, scored[split], team))[0]  # noqa: E731
+    best = Best(loop, trained_state(model), args.clf_evals, score, looked_at)
+    schedule = args.clf_lr, args.clf_min_lr, args.clf_epochs, batches.per_epoch, args.clf_warmup_epochs, args.clf_min_lr
     lam = {"pooled": args.clf_real_weight, "real": 1.0}.get(arm, 0.0)
     view = train_transform(model.size, args.clf_augment)
     pictures = Loader(data, view, device, args.workers, seed=(seed, "augment"))
-    stream = pictures(part for step in loop.steps for part in loop.mine(batch_at(step)))
+    stream = pictures(part for step in loop.steps for part in loop.mine(batches[step]))
 
     for step in loop:
         model.train()
-        entries = torch.tensor([entry for entry, _ in batch_at(step)])
+        entries = torch.tensor([entry for entry, _ in batches[step]])
         is_real, target = entries >= n_synthetic, F.one_hot(labels[entries], n).float()
         n_real = int(is_real.sum())
         features, text = class_weights(args, model, loop, team, seed, step)
@@ -926,7 +919,10 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
         lr = clf_lr(step, *schedule)
         loop.log(loss=loop.update(lr=lr), lr=lr)
         best.look(step + 1)
-    best.save(folder, dict(arm=arm, seed=seed, images=len(data), updates=total))
+    report = dict(arm=arm, seed=seed, images=len(data), updates=total) | best.report()
+    if team.main:
+        save_tensors(folder / "weights.safetensors", loop.tensors)
+        write_json(folder / "metrics.json", report)
     loop.finish()
 
 
@@ -954,49 +950,6 @@ def through_text_tower(model, loop, features, grad_text):
         loop.keep(torch.autograd.grad(features[loop.unit], model.text_params, grad_text[u]))
     for p, grad in zip(model.text_params, loop.sum(), strict=True):
         p.grad = grad
-
-
-class Best:
-    """The weights of the best validation during one training: evenly spread looks, the last at the end."""
-
-    def __init__(self, args, run, model, scored, loop, total):
-        self.args, self.run, self.model, self.scored, self.loop, self.total = args, run, model, scored, loop, total
-        self.steps = {math.ceil(total * (i + 1) / args.clf_evals) for i in range(args.clf_evals)}
-        self.weights = trained_state(model)
-        loop.extra = loop.extra or dict(history=[], best=None)
-
-    def score(self, split):
-        return top_k(*evaluate(self.args, self.model, self.scored[split], self.loop.team))[0]
-
-    def look(self, step):
-        if step not in self.steps:
-            return
-        splits = [s for s in ("val", *["test"] * self.args.clf_report_test_selected) if s in self.scored]
-        row, extra = {split: self.score(split) for split in splits}, self.loop.extra
-        self.run.log(step, **{f"{self.loop.chart}/{split}": value for split, value in row.items()})
-        extra["history"].append(dict(step=step, **row))
-        best = extra["best"]
-        if best is None or "val" not in row or row["val"] > best["val"]:  # without validation images: the last epoch
-            extra["best"] = dict(step=step, val=row.get("val"))
-            self.loop.tensors = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
-        self.loop.save()
-
-    def save(self, folder, report):
-        """Test accuracy at the best step and at the last (whose weights are still there); the files of the run."""
-        best, history = self.loop.extra["best"], self.loop.extra["history"]
-        test_at = {row["step"]: row["test"] for row in history if "test" in row}
-        for step in (self.total, best["step"]):
-            if step != self.total:
-                load_state(self.model, self.loop.tensors)
-            if step not in test_at:
-                test_at[step] = self.score("test")
-        report |= dict(history=history, best_step=best["step"], val=best["val"])
-        report |= dict(test=test_at[best["step"]], last_epoch_test=test_at[self.total])
-        if self.args.clf_report_test_selected:
-            report["test_selected"] = max(test_at.values())
-        if self.loop.team.main:
-            save_tensors(folder / "weights.safetensors", self.loop.tensors)
-            write_json(folder / "metrics.json", report)
 
 
 def trained_state(model):

@@ -177,7 +177,6 @@ if __name__ == "__main__":
 import math
 from copy import deepcopy
 from functools import lru_cache, partial
-from itertools import repeat
 
 import numpy as np
 import timm
@@ -199,11 +198,12 @@ from common.files import chunks, class_folders, load_tensors, read_json, save_te
 from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
-from common.loop import Loop
+from common.loop import Batches, Loop
 from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import distdiff as planned
 from common.report import compare_saved, conclude, mean_std, spread
+from common.selection import Best
 
 # Official code. The paper's appendix has "a photo of a {} car." for Cars: --gen-prompt. No period for the tiny world.
 PROMPTS = {
@@ -456,29 +456,23 @@ def fit(args, run, team, job, scored, prompts):
     distributed.seed_global(distributed.seed_of(job.seed, "weights"), team.device)
     net = Net(job.network, prompts, job.weights).to(team.device, memory_format=torch.channels_last)
     data, b = datasets.Concat(job.sources), args.sgd_batch
-    per_epoch = math.ceil(job.length / b)
-    total, labels = job.epochs * per_epoch, torch.as_tensor(data.labels)
-    evals = {math.ceil(total * (i + 1) / args.clf_evals) for i in range(args.clf_evals)}
-    order = distributed.Order(len(data), job.seed)
-
-    def batch_at(step):
-        """[(entry of the list, position in the endless stream, share of the training that is over)]"""
-        epoch, i = divmod(step, per_epoch)
-        start = epoch * job.length + i * b
-        stop = min(start + b, (epoch + 1) * job.length)
-        return list(zip(order.rows(start, stop), range(start, stop), repeat(step / total), strict=False))
-
+    batches, labels = Batches(len(data), b, job.seed, length=job.length), torch.as_tensor(data.labels)
+    total = job.epochs * batches.per_epoch
     optimizer = torch.optim.SGD(net.parameters(), job.lr, momentum=0.9, nesterov=True, weight_decay=args.sgd_wd)
     running = [t for name, t in net.named_buffers() if "running_" in name or "num_batches" in name]
     chart, file = f"train/{job.folder.name}", job.folder / "checkpoint.safetensors"
     loop = Loop(run, chart, total, optimizer, team, b, file, buffers=running)
-    best, history = loop.extra or (dict(step=0, val=-1.0), [])
+    # The test score is for the column "best of the test scores", never for the choice.
+    score = lambda split: top1(predict(args, net, scored[split], team.device), scored[split].labels)  # noqa: E731
+    best = Best(loop, net.state_dict(), args.clf_evals, score, list(scored))
     pictures = Loader(data, train_view(args, job.extra), team.device, args.workers, (job.seed, "augment"))
-    stream = pictures(part for step in loop.steps for part in loop.mine(batch_at(step)))
+    # The view also gets the share of the training that is over.
+    asked = ([(entry, place, step / total) for entry, place in batches[step]] for step in loop.steps)
+    stream = pictures(part for batch in asked for part in loop.mine(batch))
     for step in loop:
         net.train()
-        batch = batch_at(step)
-        target = labels[[entry for entry, *_ in batch]]
+        batch = batches[step]
+        target = labels[[entry for entry, _ in batch]]
         for u in loop.units(len(batch)):  # one: BatchNorm sees the whole batch
             x, keep = found if isinstance(found := next(stream), tuple) else (found, 1)
             x, y = seen_by(net, x) * keep, target[u].to(team.device, non_blocking=True)
@@ -486,23 +480,11 @@ def fit(args, run, team, job, scored, prompts):
             with autocast(args.precision, team.device):
                 logits = net(x)
             loop.backward(F.cross_entropy(logits.float(), y) * len(y) / len(batch))
-        loop.log(loss=loop.update(lr=epoch_lr(step // per_epoch, job.lr, job.epochs)))
-
-        if step + 1 in evals:  # the test score is for the column "best of the test scores", never for the choice
-            scores = {name: top1(predict(args, net, some, team.device), some.labels) for name, some in scored.items()}
-            run.log(step + 1, **{f"{chart}/{name}": value for name, value in scores.items()})
-            history.append(dict(step=step + 1, **scores))
-            if scores.get("val", step) > best["val"]:  # without validation images: the last epoch
-                best.update(step=step + 1, val=scores.get("val", step))
-                loop.tensors = {k: t.detach().cpu().clone() for k, t in net.state_dict().items()}
-            loop.extra = best, history
-            loop.save()
-
-    test_at = {row["step"]: row["test"] for row in history}
-    metrics = dict(seed=job.seed, images=len(data), updates=total, best_step=best["step"], test=test_at[best["step"]])
-    metrics |= dict(val=best["val"] if "val" in scored else None, last_epoch_test=test_at[total], history=history)
+        loop.log(loss=loop.update(lr=epoch_lr(step // batches.per_epoch, job.lr, job.epochs)))
+        best.look(step + 1)
+    metrics = dict(seed=job.seed, images=len(data), updates=total) | best.report()
     save_tensors(job.folder / "weights.safetensors", loop.tensors)
-    write_json(job.folder / "metrics.json", metrics | dict(test_selected=max(test_at.values())))
+    write_json(job.folder / "metrics.json", metrics)
     loop.finish()
 
 

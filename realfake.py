@@ -237,7 +237,7 @@ from common.files import chunks, class_folders, class_range, load_tensors, read_
 from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
-from common.loop import Loop
+from common.loop import Batches, Loop
 from common.near_copies import near_copies
 from common.ood import ood_sets, restricted_top1
 from common.plan import print_plan
@@ -894,9 +894,8 @@ def train_net(args, run, team, folder, chart, sources, n_real, seed):
         return
     data = datasets.Concat(sources)  # one list after the other, no re-weighting
     length = min(n_real, len(data)) if args.net_equal_updates else len(data)
-    size = min(args.net_batch, length)
-    per_epoch = length // size  # the incomplete last batch is dropped
-    total = args.net_epochs * per_epoch
+    batches = Batches(len(data), args.net_batch, seed, length=length, drop_last=True)
+    total = args.net_epochs * batches.per_epoch
     net = make_net(args, len(data.class_names), seed).to(team.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(args, net)
     running = [b for n, b in net.named_buffers() if n.endswith(("running_mean", "running_var"))]
@@ -904,30 +903,17 @@ def train_net(args, run, team, folder, chart, sources, n_real, seed):
     checkpoint, micro = folder / "checkpoint.safetensors", args.net_micro_batch
     loop = Loop(run, chart, total, optimizer, team, micro, file=checkpoint, params=params, buffers=running)
     labels = torch.as_tensor(data.labels)
-
-    @lru_cache(2)  # the loader runs ahead into the next epoch
-    def order(epoch):
-        return torch.randperm(len(data), generator=distributed.generator(seed, "order", epoch)).tolist()
-
-    def batch_at(step):
-        """[(entry, position in the endless stream)] of a step"""
-        epoch, i = divmod(step, per_epoch)
-        entries = order(epoch)[i * size : (i + 1) * size]
-        first = epoch * len(data) + i * size
-        return list(zip(entries, range(first, first + size), strict=True))
-
     pictures = Loader(data, transforms(args, training=True), team.device, args.workers, (seed, "augment"))
-    stream = pictures(part for step in loop.steps for part in loop.mine(batch_at(step)))
+    stream = pictures(part for step in loop.steps for part in loop.mine(batches[step]))
     for step in loop:
-        target = labels[[entry for entry, _ in batch_at(step)]]
-        for u in loop.units(size):
+        target = labels[[entry for entry, _ in batches[step]]]
+        for u in loop.units(len(target)):
             x = normalised(next(stream), IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
             with autocast(args.precision, team.device):
                 logits = net(x)
             y = target[u].to(team.device, non_blocking=True)
-            loop.backward(classifier_loss(logits, y, args.net_smoothing) * len(y) / size)
-        epoch = step // per_epoch
-        lr = multistep_lr(epoch, args.net_lr, args.net_milestones, args.net_decay, args.net_warmup)
+            loop.backward(classifier_loss(logits, y, args.net_smoothing) * len(y) / len(target))
+        lr = multistep_lr(step // batches.per_epoch, args.net_lr, args.net_milestones, args.net_decay, args.net_warmup)
         loss = loop.update(lr=lr)
         loop.log(loss=loss, lr=lr)
     if team.main:

@@ -24,16 +24,37 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.distributed import Dist, all_gather_object, barrier, broadcast_object, progress
+from common.distributed import Dist, Order, all_gather_object, barrier, broadcast_object, progress
 from common.files import save_tensors
 from common.launch import UserError
 from common.sums import Adder, finish, gather_units, some_idle, sum_in_order, traffic, units_of
 
-__all__ = ["Loop", "gather_units", "sum_in_order", "traffic", "units_of"]
+__all__ = ["Batches", "Loop", "gather_units", "sum_in_order", "traffic", "units_of"]
 
 
 def _params(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+class Batches:
+    """batches[step]: which items a step sees, [(item, position)], batch after batch of an endless stream of shuffles.
+
+    n: items. length: positions of an epoch, default n; the stream goes on where the epoch before ended, so of a longer
+    list every item has its turn. An epoch's last batch may be short, or is left out (drop_last). A function of (seed
+    parts, step); a position is never used twice, so that it can seed what is random about a picture.
+    """
+
+    def __init__(self, n: int, batch: int, *seed: int | str, length: int | None = None, drop_last: bool = False):
+        self.length = length or n
+        self.batch = min(batch, self.length)
+        self.per_epoch = self.length // self.batch if drop_last else -(-self.length // self.batch)
+        self.order = Order(n, *seed)
+
+    def __getitem__(self, step: int) -> list[tuple[int, int]]:
+        epoch, i = divmod(step, self.per_epoch)
+        start = epoch * self.length + i * self.batch
+        stop = min(start + self.batch, (epoch + 1) * self.length)
+        return list(zip(self.order.rows(start, stop), range(start, stop), strict=True))
 
 
 class Loop:

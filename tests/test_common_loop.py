@@ -344,3 +344,29 @@ def test_damaged_checkpoints_are_told(tmp_path, damage):
     other = nn.Linear(3, 2) if damage == "other model" else net
     with pytest.raises(UserError, match="c.safetensors: damaged, or of another model; delete it"):
         L.Loop(Run(), "c", 3, torch.optim.SGD(other.parameters(), 0.1), ONE, 1, file)
+
+
+def test_batches_go_through_an_endless_stream():
+    """Every item once a pass, positions never twice, epochs of another length than the list go on where they ended."""
+    for n, batch, length, drop_last in (
+        (10, 4, None, False),
+        (10, 4, None, True),
+        (10, 4, 7, False),
+        (10, 64, 25, True),
+    ):
+        batches = L.Batches(n, batch, 3, "x", length=length, drop_last=drop_last)
+        epoch = length or n
+        sizes = [min(batch, epoch)] * (epoch // min(batch, epoch)) + [epoch % min(batch, epoch)] * (not drop_last)
+        sizes = [size for size in sizes if size]
+        assert batches.per_epoch == len(sizes)
+        seen = [pair for step in range(4 * len(sizes)) for pair in batches[step]]
+        assert [len(batches[step]) for step in range(len(sizes))] == sizes
+        positions = [place for _, place in seen]
+        assert len(set(positions)) == len(positions) and positions == sorted(positions)
+        passes = [
+            torch.randperm(n, generator=D.generator(3, "x", "order", k)).tolist() for k in range(1 + positions[-1] // n)
+        ]
+        assert [item for item, _ in seen] == [passes[place // n][place % n] for place in positions]
+        if not drop_last:
+            assert positions == list(range(len(positions)))
+    assert L.Batches(10, 4, 3)[1] == L.Batches(10, 4, 3)[1] != L.Batches(10, 4, 4)[1]

@@ -1,5 +1,8 @@
 from faults.fault import Fault
 
+CHOSEN = "test_the_epoch_is_chosen_on_validation_and_the_saved_weights_are_its"
+CHOSEN_OR_LAST = "test_the_epoch_is_chosen_on_validation_images_else_the_last"
+
 FAULTS = {
     "common/datasets.py": [
         Fault(
@@ -75,6 +78,42 @@ FAULTS = {
             "lambda: overlap(splits)",
             "lambda: ''",
             tests="tests/test_common_run.py::test_pictures_in_two_splits_are_told_at_every_start_and_stand_in_the_report",
+        ),
+    ],
+    "common/selection.py": [
+        Fault(
+            "epoch chosen on test",
+            'row["val"] > best["val"]:\n            extra["best"] = {"step": step, "val": row.get("val")}',
+            'row["test"] > best["test"]:\n'
+            '            extra["best"] = {"step": step, "val": row.get("val"), "test": row["test"]}',
+            f"tests/test_datadream.py::{CHOSEN} tests/test_distdiff.py::{CHOSEN_OR_LAST}",
+        ),
+        Fault(
+            "first epoch kept",
+            'if best is None or "val" not in row or row["val"] > best["val"]:',
+            "if best is None:",
+            f"tests/test_datadream.py::{CHOSEN} tests/test_distdiff.py::{CHOSEN_OR_LAST}",
+        ),
+        Fault(
+            "validation accuracy reported as test",
+            'test_at[step] = self.score("test")',
+            'test_at[step] = self.score("val")',
+            "tests/test_datadream.py::test_the_reported_accuracies_are_of_the_test_images",
+        ),
+        Fault(
+            "last weights saved",
+            'x.detach().to("cpu", copy=True)',
+            "x.detach()",
+            f"tests/test_datadream.py::{CHOSEN}",
+        ),
+    ],
+    "common/loop.py": [
+        Fault(
+            "every epoch in the same order",
+            "start = epoch * self.length + i * self.batch\n"
+            "        stop = min(start + self.batch, (epoch + 1) * self.length)",
+            "start = i * self.batch\n        stop = min(start + self.batch, self.length)",
+            "tests/test_common_loop.py::test_batches_go_through_an_endless_stream",
         ),
     ],
     "common/run.py": [

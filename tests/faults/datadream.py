@@ -247,30 +247,10 @@ FAULTS = {
             tests="test_training_has_dropout_and_evaluation_has_none",
         ),
         Fault(
-            "epoch chosen on test",
-            'row["val"] > best["val"]:  # without validation images: the last epoch\n'
-            '            extra["best"] = dict(step=step, val=row.get("val"))',
-            'row["test"] > best["test"]:\n'
-            '            extra["best"] = dict(step=step, val=row.get("val"), test=row["test"])',
-            tests="test_the_epoch_is_chosen_on_validation_and_the_saved_weights_are_its",
-        ),
-        Fault(
             "validated on the test images",
             'for name, data in (("val", val), ("test", test)) if data}',
             'for name, data in (("val", test), ("test", test)) if data}',
             tests="test_validation_and_test_are_scored_on_their_own_images",
-        ),
-        Fault(
-            "validation accuracy reported as test",
-            'test_at[step] = self.score("test")',
-            'test_at[step] = self.score("val")',
-            tests="test_the_reported_accuracies_are_of_the_test_images",
-        ),
-        Fault(
-            "last weights saved",
-            "self.loop.tensors = {name: tensor.detach().clone() for",
-            "self.loop.tensors = {name: tensor.detach() for",
-            tests="test_the_epoch_is_chosen_on_validation_and_the_saved_weights_are_its",
         ),
         Fault(
             "LoRA not in the saved classifier",

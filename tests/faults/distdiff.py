@@ -6,7 +6,6 @@ MEANS = "test_prototypes_equal_scikit_learn_on_features_of_a_stock_network"
 ENCODE = "test_encode_equals_the_stock_vae"
 ROWS = "test_rows_are_trained_on_what_they_say"
 PRESETS = "test_presets_are_the_method_pages"
-CHOICE = "test_the_epoch_is_chosen_on_validation_images_else_the_last"
 MODELS = "test_models_of_a_run_are_looked_through_before_the_first_stage"
 
 FAULTS = {
@@ -39,7 +38,7 @@ FAULTS = {
         # Training
         Fault(
             "constant rate",
-            "lr=epoch_lr(step // per_epoch, job.lr, job.epochs)",
+            "lr=epoch_lr(step // batches.per_epoch, job.lr, job.epochs)",
             "lr=job.lr",
             f"{SGD}[none]",
         ),
@@ -67,19 +66,6 @@ FAULTS = {
             "F.cross_entropy(logits.float(), y) * len(y) / b / 2",
             f"{SGD}[none]",
         ),
-        Fault(
-            "classifier chosen on test",
-            'if scores.get("val", step) > best["val"]:',
-            'if scores.get("test", step) > best["val"]:',
-            CHOICE,
-        ),
-        Fault(
-            "first epoch kept",
-            'if scores.get("val", step) > best["val"]:',
-            'if best["val"] < 0:',
-            CHOICE,
-        ),
-        # [2] guide
         Fault(
             "guide trained at the classifier's rate",
             "args.guide, weights, args.guide_epochs, args.guide_lr,",

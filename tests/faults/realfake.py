@@ -120,8 +120,8 @@ FAULTS = {
         # [5] train
         Fault(
             "constant rate of the classifier",
-            "lr = multistep_lr(epoch, args",
-            "lr = args.net_lr or multistep_lr(epoch, args",
+            "lr = multistep_lr(step // batches.per_epoch, args",
+            "lr = args.net_lr or multistep_lr(step // batches.per_epoch, args",
             tests=TRAINING,
         ),
         Fault("no augmentation", "transforms(args, training=True)", "transforms(args, training=False)", tests=TRAINING),
