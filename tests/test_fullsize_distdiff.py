@@ -20,7 +20,7 @@ from common.datasets import IMAGENET_SUBSETS
 SHORT = """--gen-resolution 64 --energy-probe 2 --guide-epochs 1 --clf-epochs 1 --clf-evals 1
 --clf-seeds 1 --sgd-batch 8 --precision bf16 --workers 0 --output-dir run""".split()
 RESNET = "--clf-resize 72 --clf-size 64".split()  # a CLIP sees 224 pixels or nothing
-TWO_STEPS = "--gen-micro-batch 4 --gen-steps 4 --gen-step-from-end 2 --gen-copies 2 --clf-copies 1 2".split()
+TWO_STEPS = "--gen-micro-batch 8 --gen-steps 4 --gen-step-from-end 2 --gen-copies 2 --clf-copies 1 2".split()
 ONE_STEP = """--gen-steps 2 --gen-step-from-end 1 --gen-period 1 --gen-copies 1 --clf-copies 1 --real-per-class 1
 --rows real distdiff""".split()
 ALL_ROWS = "--rows zero-shot real real-repeated gridmask mixup sd rho0 direct distdiff".split()
