@@ -168,7 +168,8 @@ def _needs(name: str, numbers: int) -> str:
 def dataset_needs(args: Any) -> str:
     if args.dataset in ("digits", "folder"):
         return ""
-    dead = "address is dead" in datasets.BY_HAND.get(args.dataset, "") or args.dataset in datasets.IMAGENET_SUBSETS
+    imagenet = args.dataset in datasets.IMAGENET_SUBSETS and args.dataset != "imagenette"  # fast.ai has that one
+    dead = "address is dead" in datasets.BY_HAND.get(args.dataset, "") or imagenet
     how = "put there by hand" if dead else "downloaded unless it is there"
     return f"{args.dataset} in {args.data_dir or 'data'}, {how}"
 

@@ -7,6 +7,7 @@ flowers102, imagenet), and by default in dtd, pets and food101; the other sets h
 
 import io
 import json
+import pickle
 import random
 
 import numpy as np
@@ -180,3 +181,37 @@ def imagenet(base, positions, splits=("train", "val"), per_class=1, picture=JPEG
                 number = f"_{k}" if k else ""
                 write(base / split / wnids[i] / f"{wnids[i]}_{split}{number}.JPEG", picture)
     return wnids
+
+
+def cifar100(root, per_class=2):
+    """The python version: pickled dicts of rows and labels, per_class random images of each class in both splits."""
+    base, labels = root / "cifar-100-python", list(range(100)) * per_class
+    for split in ("train", "test"):
+        rows = np.random.default_rng(len(split)).integers(256, size=(len(labels), 3072), dtype=np.uint8)
+        coarse = [label // 5 for label in labels]
+        write(base / split, pickle.dumps({"data": rows, "fine_labels": labels, "coarse_labels": coarse}))
+    write(base / "meta", pickle.dumps({"fine_label_names": [f"small_thing_{c}" for c in range(100)]}))
+    return base
+
+
+def stl10(root, per_class=1):
+    """Labels 1 to 10 and pixels column by column, per_class random images of each class in both splits."""
+    base, labels = root / "stl10_binary", bytes(range(1, 11)) * per_class
+    for split in ("train", "test"):
+        pixels = np.random.default_rng(len(split)).integers(256, size=(len(labels), 3, 96, 96), dtype=np.uint8)
+        write(base / f"{split}_X.bin", pixels.tobytes())
+        write(base / f"{split}_y.bin", labels)
+    write(base / "class_names.txt", "\n".join("airplane bird car cat deer dog horse monkey ship truck".split()))
+    return base
+
+
+def medmnist(root, name, classes, per_class=1):
+    """<name>.npz of 28 x 28 pixels, per_class random images of each class in each of the three splits."""
+    labels, arrays = np.repeat(np.arange(classes, dtype=np.uint8), per_class)[:, None], {}
+    for split in ("train", "val", "test"):
+        shape = (len(labels), 28, 28, 3)
+        arrays[f"{split}_images"] = np.random.default_rng(len(split)).integers(256, size=shape, dtype=np.uint8)
+        arrays[f"{split}_labels"] = labels
+    root.mkdir(parents=True, exist_ok=True)
+    np.savez(root / f"{name}.npz", **arrays)
+    return root

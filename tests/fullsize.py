@@ -2,6 +2,7 @@
 
     write_hub(home)                      # SD 2.1-base, CLIP ViT-B/16: 7.9 GB below home/hub
     write_hub(home, SD15, CLIP_L, BLIP2) # what Real-Fake loads: 15 GB; run a script with HF_HOME=home, HF_HUB_OFFLINE=1
+    write_hub(home, SD14, CLIP_B32, RESNET50)  # what DistDiff loads: 7.2 GB
     write_fp16_only(home, other_home)    # the generator with its fp16 files only; hard links
 
 Configs, file names, keys and shapes are those of the published repositories, so stock libraries and all checks of the
@@ -25,6 +26,9 @@ CLIP, CLIP_L = "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"  # names of open_clip,
 CLIP_REPO = {CLIP: "timm/vit_base_patch16_clip_224.openai", CLIP_L: "timm/vit_large_patch14_clip_224.openai"}
 CLIP_FILE = "open_clip_model.safetensors"
 BLIP2 = "Salesforce/blip2-opt-2.7b"
+SD14, CLIP_B32 = "CompVis/stable-diffusion-v1-4", "ViT-B-32"  # the latter with the weights "laion2b_s34b_b79k"
+CLIP_REPO[CLIP_B32] = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+RESNET50 = "resnet50.a1_in1k"  # timm's name of a network and its weights; the weights that it takes for "resnet50"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 SCHEDULER = dict(
     _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -62,6 +66,8 @@ def write_hub(home: Path, *names: str) -> Path:
             write_clip(snapshot(home, CLIP_REPO[name]), name)
         elif name == BLIP2:
             write_captioner(snapshot(home, name))
+        elif name == RESNET50:
+            write_timm(snapshot(home, f"timm/{name}"), name)
         else:
             write_generator(snapshot(home, name), name)
     return home
@@ -75,7 +81,7 @@ def write_generator(folder: Path, name: str) -> None:
     from common import costs
 
     known = costs.sd_config(name)
-    activation = "quick_gelu" if name == SD15 else "gelu"
+    activation = "quick_gelu" if name in (SD14, SD15) else "gelu"
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**known["unet"]), AutoencoderKL(**known["vae"])
         text = CLIPTextModel(CLIPTextConfig(**known["text_encoder"], hidden_act=activation))
@@ -90,7 +96,7 @@ def write_generator(folder: Path, name: str) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "feature_extractor" / "preprocessor_config.json", dict(crop_size=224, size=224))
     write_tokenizer(folder / "tokenizer")
-    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"] if name == SD15 else [None, None]
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"] if name in (SD14, SD15) else [None, None]
     write_json(folder / "model_index.json", INDEX | {"safety_checker": checker})
 
 
@@ -140,6 +146,20 @@ def write_captioner(folder: Path) -> None:
     place = {name: file for file, part in files.items() for name in part}
     size = 2 * sum(math.prod(shape) for shape in names.values())
     write_json(folder / "model.safetensors.index.json", dict(metadata=dict(total_size=size), weight_map=place))
+
+
+def write_timm(folder: Path, name: str) -> None:
+    """A classifier of the 1,000 classes, config.json as timm writes it to the hub."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    about = dict(architecture=name.partition(".")[0], num_classes=1000, num_features=network.num_features)
+    keep = ("tag", "input_size", "interpolation", "crop_pct", "mean", "std", "num_classes", "first_conv", "classifier")
+    config = {key: network.pretrained_cfg[key] for key in keep if key in network.pretrained_cfg}
+    write_json(folder / "config.json", about | dict(pretrained_cfg=config))
+    write_weights(folder / "model.safetensors", shapes(network), np.float32)
 
 
 def write_fp16_only(home: Path, other: Path) -> Path:
@@ -219,6 +239,8 @@ def values(name: str, shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
         return np.array(math.log(100), dtype=np.float32)
     if len(shape) == 1 and name.rpartition(".")[2] in ("weight", "bias"):
         return np.full(n, float(name.endswith("weight")), dtype=np.float32)
+    if name.endswith(("running_mean", "running_var")):
+        return np.full(n, float(name.endswith("var")), dtype=np.float32)
     inputs = math.prod(shape[1:]) if "embedding" not in name or "patch" in name else 400
     return np.resize(block, n) / np.float32(math.sqrt(inputs))
 
@@ -243,7 +265,7 @@ import importlib.abc, importlib.machinery, importlib.util, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name not in ("torchvision.datasets.flowers102", "torchvision.datasets.cifar"):
+        if name not in ("torchvision.datasets.flowers102", "torchvision.datasets.cifar", "torchvision.datasets.stl10"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         load = spec.loader.exec_module
