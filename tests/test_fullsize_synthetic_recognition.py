@@ -6,6 +6,7 @@ fewest steps. The digits are no such preset: tests/test_synthetic_recognition.py
 """
 
 import json
+import re
 import shutil
 
 import archives
@@ -136,6 +137,18 @@ def test_every_launcher_is_rehearsed():
     launchers = {p.stem for p in (fullsize.ROOT / "shell").glob("synthetic_recognition_*.sh")}
     digits = {f"synthetic_recognition_digits{setting}" for setting in ("", "-few-shot", "-pretrain")}
     assert launchers - digits == {f"synthetic_recognition_{preset}" for preset in SETS}
+
+
+def test_docs_quote_the_costs_of_every_launcher():
+    rows = (fullsize.ROOT / "docs" / "synthetic_recognition.md").read_text().split("\n## Cost\n")[1].splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row.startswith("|")]
+    quoted = {preset: tuple(cost[:3]) for launchers, *cost in cells for preset in launchers.split(", ")}
+    said = {}
+    for preset in SETS:
+        text = (fullsize.ROOT / "shell" / f"synthetic_recognition_{preset}.sh").read_text()
+        plan = re.search(r"(\S+) GPU-hours on .* (\S+) images, \S+ PFLOP, (\S+) GB of images", text)
+        said[preset] = (plan[2], plan[3], plan[1])
+    assert said == {preset: quoted[preset] for preset in SETS}
 
 
 @pytest.mark.slow
