@@ -30,7 +30,8 @@ CLIP_REPO |= {CLIP_R: "timm/resnet50_clip.openai"}
 CLIP_FILE = "open_clip_model.safetensors"
 BLIP2 = "Salesforce/blip2-opt-2.7b"
 COMMON_GEN = "mrm8488/t5-base-finetuned-common_gen"
-T5_BASE, NARROW_T5 = dict(d_model=768, d_ff=3072, num_layers=12), dict(d_model=64, d_ff=64, num_layers=1)
+T5_BASE = dict(d_model=768, d_ff=3072, num_layers=12, vocab_size=32128)
+NARROW_T5 = dict(d_model=64, d_ff=64, num_layers=1, vocab_size=512)  # sampling takes as long as the rest
 TIMM = {"resnet50": "timm/resnet50.tv_in1k", "deit_small_patch16_224": "timm/deit_small_patch16_224.fb_in1k"}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 COUNTER = "num_batches_tracked"  # of BatchNorm, an integer
@@ -160,8 +161,8 @@ def write_writer(folder: Path, size: dict[str, int]) -> Path:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        **size, d_kv=64, num_heads=size["d_model"] // 64, vocab_size=32128, n_positions=512,
-        decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
+        **size, d_kv=64, num_heads=size["d_model"] // 64, n_positions=512, decoder_start_token_id=0, eos_token_id=1,
+        pad_token_id=0,
     )  # fmt: skip
     config.architectures = ["T5ForConditionalGeneration"]
     with torch.device("meta"):
@@ -173,7 +174,7 @@ def write_writer(folder: Path, size: dict[str, int]) -> Path:
 
     letters = [chr(i) for i in range(33, 127)]
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *letters, *(f"\u2581{letter}" for letter in letters)]
-    pieces += [f"\u2581word{i}" for i in range(32000 - len(pieces))]
+    pieces += [f"\u2581word{i}" for i in range(size["vocab_size"] - 128 - len(pieces))]
     words = sentencepiece_model_pb2.ModelProto()
     for i, piece in enumerate(pieces):
         words.pieces.add(piece=piece, score=-float(i), type=(3, 3, 2)[i] if i < 3 else 1)
