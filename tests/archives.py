@@ -2,7 +2,7 @@
 
 Each function fills one folder as DATA_DIR and returns the data set's folder in it. picture: the content of every image.
 The classes are all of the true ones where common/datasets.py counts them or knows their names (caltech101, eurosat,
-flowers102, imagenet), and by default in dtd, pets and food101; the other sets have a few.
+flowers102, imagenet), in cifar10, and by default in dtd, pets and food101; the other sets have a few.
 
 `own` is the layout DIR/train/<class>/*, DIR/test/<class>/* that sets unknown to torchvision are given in, with the
 class folders of their archives.

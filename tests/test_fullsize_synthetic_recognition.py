@@ -28,7 +28,7 @@ ONE = "--gen-images-per-class 1 --pre-amounts 1".split()
 # Other models than the presets', in place of SD 1.5 or T5-base; HUB: the folder of the fixture.
 GLIDE = "--sd-model glide:HUB/glide --gen-resolution 128".split()  # its enlargement to 128 pixels is the smallest
 XL = ["--sd-model", fullsize.XL]
-WRITER = "--sentence-model HUB/writer".split()
+WRITER = "--sentence-model HUB/writer".split()  # T5-base needs seconds a class for its 51 sentences
 VIT = ["--head-clip", f"{fullsize.CLIP}/openai"]  # the filter's remains RN50: two CLIPs
 # A thousand classes: the text tower of RN50 alone would take half an hour for ImageNet's seven prompts.
 THOUSAND = [*XL, *WRITER, *"--head-clip tiny --filter-clip tiny".split()]
@@ -128,6 +128,7 @@ def rehearse(cwd, hub, preset, processes=1):
         folders = [folder for folder in (run / ("images" if name == "le" else name)).iterdir() if folder.is_dir()]
         assert len(folders) == classes and count % classes == 0
         assert all(Image.open(folder / "0.png").size == (size, size) for folder in folders)
+    assert (fullsize.SD15 in (run / "args.json").read_text()) == ("--sd-model" not in flags)
     wanted = {"le"} | ({"rg1"} if preset in FEW_SHOT else set())
     assert wanted <= drawn.keys() and ("basic" in drawn) == (preset in ZERO_SHOT and "--ladder" not in flags)
     return run
