@@ -1,6 +1,6 @@
 """What a forward pass of a network costs, counted on the real architecture with tensors that have shapes and no values.
 
-Needs no weights and no network: the configs of Stable Diffusion 1.x and 2.x stand here, those of CLIP in open_clip,
+Needs no weights and no network: the configs of Stable Diffusion 1.x, 2.x and XL stand here, those of CLIP in open_clip,
 those of all else in its folder or in the local cache.
 """
 
@@ -107,35 +107,49 @@ _VAE = dict(
 _TEXT1 = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
 _TEXT2 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16)
 _UNET2 = dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True)
+_UNET_XL = dict(
+    block_out_channels=[320, 640, 1280], down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * 2],
+    up_block_types=[*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"], attention_head_dim=[5, 10, 20],
+    transformer_layers_per_block=[1, 2, 10], cross_attention_dim=2048, use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+)  # fmt: skip
+_TEXT_XL = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20)
 _STORED = dict(_class_name="PNDMScheduler")
 KNOWN = {  # part of a hub id: its configs
     r"stable-diffusion-2": dict(unet=_UNET2, vae=_VAE, text_encoder=_TEXT2, scheduler=_STORED),
     r"stable-diffusion-v?1|Realistic_Vision": dict(
         unet=dict(cross_attention_dim=768), vae=_VAE, text_encoder=_TEXT1, scheduler=_STORED
     ),
-}
+    r"stable-diffusion-xl": dict(
+        unet=_UNET_XL, vae=_VAE, text_encoder=_TEXT1, text_encoder_2=_TEXT_XL | dict(projection_dim=1280),
+        scheduler=dict(_class_name="EulerDiscreteScheduler"),
+    ),
+}  # fmt: skip
 
 
 @cache
 def sd_config(name: str) -> dict[str, dict[str, Any]]:
-    """Configs of unet, vae, text_encoder and scheduler."""
+    """Configs of unet, vae, text_encoder (XL: text_encoder_2 too) and scheduler."""
     for pattern, configs in KNOWN.items():
         if re.search(pattern, name) and not local(name):
             return configs
-    folder = _folder(name, "generator")
-    configs = {part: read_json(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")}
+    folder = _folder(name, "painter")
+    if not (folder / "vae").is_dir():
+        raise UserError(f"--plan: {name} works on pixels; only Stable Diffusion's costs and GLIDE's are counted")
+    parts = ["unet", "vae", "text_encoder", *["text_encoder_2"] * (folder / "text_encoder_2").is_dir()]
+    configs = {part: read_json(folder / part / "config.json") for part in parts}
     return configs | {"scheduler": read_json(folder / "scheduler" / "scheduler_config.json")}
 
 
 @cache
 def _sd_part(name: str, part: str) -> nn.Module:
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = {k: v for k, v in sd_config(name)[part].items() if not k.startswith("_")}
     with torch.device("meta"):
-        if part == "text_encoder":
-            return CLIPTextModel(CLIPTextConfig(**config))
+        if part.startswith("text_encoder"):
+            return (CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection)(CLIPTextConfig(**config))
         return (UNet2DConditionModel if part == "unet" else AutoencoderKL)(**config)
 
 
@@ -150,7 +164,7 @@ def latent_shape(name: str, size: int) -> tuple[int, int, int]:
 def sd_cost(name: str, part: str, size: int, train: int = FORWARD) -> Cost:
     """Of the unet, encode, decode or text_encoder (one prompt) of a generator, for images of size x size pixels.
 
-    name: `tiny`, a folder, a hub id of the 1.x or 2.x family, or one in the cache.
+    name: `tiny`, a folder, a hub id of the 1.x, 2.x or XL family, or one in the cache.
     """
     shape = latent_shape(name, size)
     if part in ("encode", "decode"):
@@ -158,11 +172,18 @@ def sd_cost(name: str, part: str, size: int, train: int = FORWARD) -> Cost:
         return count(
             vae, lambda: vae.encode(_empty(1, 3, size, size)) if part == "encode" else vae.decode(_empty(1, *shape))
         )
-    net, tokens = _sd_part(name, part), _sd_part(name, "text_encoder").config.max_position_embeddings
+    tokens = _sd_part(name, "text_encoder").config.max_position_embeddings
     if part == "text_encoder":
-        return count(net, lambda: net(_ids(tokens)), train)
+        texts = [_sd_part(name, part) for part in sd_config(name) if part.startswith("text_encoder")]
+        each = [count(net, lambda net=net: net(_ids(tokens)), train) for net in texts]
+        return Cost(sum(c.tflop for c in each), max(c.held for c in each), sum(c.numbers for c in each))
+    net = _sd_part(name, part)
     z, h = _empty(1, *shape, train=train), _empty(1, tokens, net.config.cross_attention_dim)
-    return count(net, lambda: net(z, _empty(1), h), train)
+    more = {}
+    if net.config.addition_embed_type == "text_time":  # XL: a pooled text, and six sizes
+        pooled = net.config.projection_class_embeddings_input_dim - 6 * net.config.addition_time_embed_dim
+        more = dict(added_cond_kwargs=dict(text_embeds=_empty(1, pooled), time_ids=_empty(1, 6)))
+    return count(net, lambda: net(z, _empty(1), h, **more), train)
 
 
 # ---------------------------------------------------------------------------------------

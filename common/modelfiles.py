@@ -228,9 +228,14 @@ def _auto(name: str) -> Any:
 
 def _tokenizer(folder: Path, cls: Any, vocabulary: int) -> Any:
     """Loaded, since a broken one is found in no other way. vocabulary: rows of the embedding that its ids index."""
+    from transformers.utils import is_sentencepiece_available
+
     names = inside(names_in(folder), "")
     if not names & set(TOKENIZER_FILES) or ("vocab.json" in names and not names & {"merges.txt", "tokenizer.json"}):
         raise UserError(f"{folder} is incomplete: no tokenizer files ({', '.join(TOKENIZER_FILES)}); {MEND}")
+    if "spiece.model" in names and "tokenizer.json" not in names and not is_sentencepiece_available():
+        # transformers would go on with another format, and name that one's package.
+        raise UserError(f"{folder}: spiece.model is read with a package that is not here: pip install sentencepiece")
     with explained(folder):
         loaded = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer = getattr(loaded, "tokenizer", loaded)

@@ -2,7 +2,10 @@
 
 Each function fills one folder as DATA_DIR and returns the data set's folder in it. picture: the content of every image.
 The classes are all of the true ones where common/datasets.py counts them or knows their names (caltech101, eurosat,
-flowers102, imagenet), and by default in dtd, pets and food101; the other sets have a few.
+flowers102, imagenet), in cifar10, and by default in dtd, pets and food101; the other sets have a few.
+
+`own` is the layout DIR/train/<class>/*, DIR/test/<class>/* that sets unknown to torchvision are given in, with the
+class folders of their archives.
 """
 
 import io
@@ -48,6 +51,11 @@ shrimp_and_grits spaghetti_bolognese spaghetti_carbonara spring_rolls steak stra
 takoyaki tiramisu tuna_tartare waffles""".split()
 VARIANTS = ["707-320", "A300B4", "An-12", "F-16A/B", "F/A-18", "BAE 146-200", "Yak-42"]
 CARS = ["AM General Hummer SUV 2000", "Ram C/V Cargo Van Minivan 2012"]
+CIFAR = "apple aquarium_fish lawn_mower sweet_pepper".split()  # of CIFAR-100's 100
+OBJECTS = "001.ak47 002.american-flag 015.bonsai-101 257.clutter".split()  # of Caltech256
+BIRDSNAP = "Acadian_Flycatcher Bewicks_Wren Black_crowned_Night_Heron".split()
+CUB = "001.Black_footed_Albatross 023.Brandt_Cormorant 200.Common_Yellowthroat".split()
+WNIDS = "n01440764 n01443537 n03773504".split()  # tench, goldfish, missile: of ImageNet-Sketch and ImageNet-R
 PLACES = ["/a/abbey", "/a/apartment_building/outdoor", "/t/theater/indoor_seats", "/y/youth_hostel"]
 
 
@@ -183,17 +191,6 @@ def imagenet(base, positions, splits=("train", "val"), per_class=1, picture=JPEG
     return wnids
 
 
-def cifar100(root, per_class=2):
-    """The python version: pickled dicts of rows and labels, per_class random images of each class in both splits."""
-    base, labels = root / "cifar-100-python", list(range(100)) * per_class
-    for split in ("train", "test"):
-        rows = np.random.default_rng(len(split)).integers(256, size=(len(labels), 3072), dtype=np.uint8)
-        coarse = [label // 5 for label in labels]
-        write(base / split, pickle.dumps({"data": rows, "fine_labels": labels, "coarse_labels": coarse}))
-    write(base / "meta", pickle.dumps({"fine_label_names": [f"small_thing_{c}" for c in range(100)]}))
-    return base
-
-
 def stl10(root, per_class=1):
     """Labels 1 to 10 and pixels column by column, per_class random images of each class in both splits."""
     base, labels = root / "stl10_binary", bytes(range(1, 11)) * per_class
@@ -214,4 +211,39 @@ def medmnist(root, name, classes, per_class=1):
         arrays[f"{split}_labels"] = labels
     root.mkdir(parents=True, exist_ok=True)
     np.savez(root / f"{name}.npz", **arrays)
+    return root
+
+
+def cifar10(root, per_class=2):
+    """The python version: pickled dicts of rows and labels; per_class images of each class in each of six files."""
+    base, names = root / "cifar-10-batches-py", datasets.CIFAR10
+    for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        pixels, labels = cifar_rows(len(names), per_class)
+        files = [f"{i}.png" for i in range(len(labels))]
+        write(base / file, pickle.dumps({"data": pixels, "labels": labels, "filenames": files}))
+    meta = {"label_names": names, "num_cases_per_batch": len(labels), "num_vis": 3072}
+    write(base / "batches.meta", pickle.dumps(meta))
+    return base
+
+
+def cifar100(root, names=CIFAR, per_class=2):
+    """As cifar10, two files, with the labels of the classes and of groups of classes."""
+    base = root / "cifar-100-python"
+    for file in ("train", "test"):
+        pixels, labels = cifar_rows(len(names), per_class)
+        content = {"data": pixels, "fine_labels": labels, "coarse_labels": [0] * len(labels), "batch_label": file}
+        write(base / file, pickle.dumps(content | {"filenames": [f"{i}.png" for i in range(len(labels))]}))
+    write(base / "meta", pickle.dumps({"fine_label_names": names, "coarse_label_names": ["things"]}))
+    return base
+
+
+def cifar_rows(n_classes, per_class):
+    """uint8 [N, 3072], N labels; the same images in every file"""
+    labels = [c for c in range(n_classes) for _ in range(per_class)]
+    return np.random.default_rng(0).integers(256, size=(len(labels), 3072), dtype=np.uint8), labels
+
+
+def own(root, names, splits=("train", "test"), per_class=2, picture=JPEG):
+    for split in splits:
+        fill_tree(root / split, names, per_class, picture=picture)
     return root

