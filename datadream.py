@@ -1055,14 +1055,17 @@ def evaluate_saved(args, run, dist, shots, test):
         logits, labels = evaluate(args, model, Split(test, model, args, dist.device), dist)
         best, (top1, top5) = best_run(args, run), top_k(logits, labels)
         compare_saved(run, top1, best["test"], len(labels))  # guards the official checkpoint bug
+        drawn = {folder: drawn_in(args, run, folder, test.class_names) for folder in run.manifest("generate")["images"]}
+        near = near_copies(run, drawn, shots, test, args.workers, dist)
         if dist.main:
-            write_results(args, run, shots, test, logits.argmax(1), labels, dict(top1=top1, top5=top5))
+            saved = dict(top1=top1, top5=top5)
+            write_results(args, run, shots, drawn, near, logits.argmax(1), labels, saved)
     run.done("evaluate", run.under(*runs.RESULTS), top1=top1)
 
 
-def write_results(args, run, shots, test, predicted, labels, saved):
+def write_results(args, run, shots, drawn, near, predicted, labels, saved):
     """results.json, the table, the contact sheet and the report."""
-    table, metrics, class_names = [], {}, test.class_names
+    table, metrics, class_names = [], {}, shots.class_names
     for arm in args.arms:
         found = [m for m in run_metrics(args, run) if m["arm"] == arm]
         if not found:
@@ -1080,8 +1083,6 @@ def write_results(args, run, shots, test, predicted, labels, saved):
     baselines = {arm: metrics.pop(arm) for arm in ("zero-shot", "real", "unadapted") if arm in metrics}
     metrics |= {"saved_classifier": saved}
     n_images = run.manifest("generate").get("images", {})
-    drawn = {folder: drawn_in(args, run, folder, class_names) for folder in n_images}
-    near = near_copies(run, drawn, shots, test, args.workers)
     run.results(paper="arXiv:2407.10910", metrics=metrics, baselines=baselines, images=n_images, near_copies=near)
 
     rows = {"real shots": [partial(shots.open, int(shots.of_class(c)[0])) for c in range(n)]}

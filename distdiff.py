@@ -1079,17 +1079,19 @@ ROW_NAMES = {
 
 def evaluate_saved(args, run, dist, real, test):
     with run.timed("evaluate"):
+        drawn = {folder: copies_in(args, run, folder, real) for folder in run.manifest("expand").get("images", {})}
+        near = near_copies(run, drawn, real, test, args.workers, dist)
         if dist.main:
             net = Net.load(run.path("classifier")).to(dist.device, memory_format=torch.channels_last)
             logits = predict(args, net, test, dist.device)
             accuracy, (row, k, chosen) = top1(logits, test.labels), best_classifier(args, run)
             compare_saved(run, accuracy, chosen["test"], len(test))
-            write_table(args, run, real, test, logits.argmax(1), dict(row=row, copies=k, top1=accuracy))
+            write_table(args, run, real, test, logits.argmax(1), dict(row=row, copies=k, top1=accuracy), near)
         distributed.barrier(dist)
     run.done("evaluate", run.under(*runs.RESULTS))
 
 
-def write_table(args, run, real, test, predicted, saved):
+def write_table(args, run, real, test, predicted, saved, near):
     table, metrics, class_names = [], {}, real.class_names
     for row, k in [(r, k) for r in args.rows for k in (args.clf_copies if r in GENERATED else (0,))]:
         found = finished(args, run, row, k)
@@ -1107,14 +1109,12 @@ def write_table(args, run, real, test, predicted, saved):
     fell = read_json(run.path("energy.json"))["percent_fell"] if probed and "distdiff" in args.rows else None
     ours = {name: line for name, line in metrics.items() if name.split("@")[0] in ("distdiff", "direct")}
     about_guide = {key: guide[key] for key in ("test", "val", "last_epoch_test", "test_selected")}
-    n_images = run.manifest("expand").get("images", {})
-    drawn = {folder: copies_in(args, run, folder, real) for folder in n_images}
     run.results(
         paper="arXiv:2403.06741",
         metrics=ours | {"saved_classifier": saved, "guide": about_guide, "energy_fell_percent": fell},
         baselines={name: line for name, line in metrics.items() if name not in ours},
-        images=n_images,
-        near_copies=near_copies(run, drawn, real, test, args.workers),
+        images=run.manifest("expand").get("images", {}),
+        near_copies=near,
     )
 
     contact_sheet(args, run, real, class_names)

@@ -198,6 +198,7 @@ from torch import nn
 
 from common import datasets, distributed, images, inputs
 from common import run as runs
+from common.compiling import compiled
 from common.diffusion import autocast
 from common.distances import (
     frechet_distance,
@@ -419,7 +420,7 @@ def train_classifier(args, run, dist, data, sets, epochs, seed, folder, about, s
         return
     splits = dict(val=data.val) | (dict(test=data.test) if "row" in about or select_on == "test" else {})
     net = make_classifier(args, data, seed).to(dist.device, memory_format=torch.channels_last)
-    fast = torch.compile(net, dynamic=True) if args.compile else net
+    fast = compiled(net, args.compile, "ResNet", dynamic=True)
     optimizer = SGDW(net.parameters(), args.resnet_lr, args.resnet_wd, args.resnet_momentum)
     weights, per_epoch = net.state_dict(), math.ceil(sets.size / args.resnet_batch)
     chart = str(folder.relative_to(run.dir))
@@ -776,8 +777,8 @@ class BigGAN:
         self.d_adam = torch.optim.Adam(self.d.parameters(), lr=args.gan_d_lr or args.gan_lr, **how)
         self.g_adam = torch.optim.Adam(self.g.parameters(), lr=args.gan_lr, **how)
         self.averaged = list(self.ema.state_dict().values()), list(self.g.state_dict().values())
-        if args.compile:
-            self.loss_of_d, self.loss_of_g = torch.compile(self.loss_of_d), torch.compile(self.loss_of_g)
+        self.loss_of_d = compiled(self.loss_of_d, args.compile, "loss of D")
+        self.loss_of_g = compiled(self.loss_of_g, args.compile, "loss of G")
 
     def loss_of_d(self, z, x, y):
         with autocast(self.args.gan_precision, x.device):
@@ -852,12 +853,17 @@ def train_gans(args, run, dist, data, classifier, inception):
     run.done("gan", run.under("gan"), generators=len(args.gan_seeds))
 
 
+def seen_by_gans(args, data):
+    """Images and labels of the GANs' training"""
+    splits = [data.train, data.val] if args.gan_images == "train+val" else [data.train]
+    return tuple(torch.cat(part) for part in zip(*splits, strict=True))
+
+
 def train_gan(args, run, team, data, classifier, seed, inception):
     """team: the processes that share each step; each draws all batches, and takes its micro-batches of them."""
     if gan_file(run, seed, args.gan_epochs).exists():
         return
-    splits = [data.train, data.val] if args.gan_images == "train+val" else [data.train]
-    pixels, labels = (torch.cat(part) for part in zip(*splits, strict=True))
+    pixels, labels = seen_by_gans(args, data)
     gan, per_epoch = BigGAN(args, data, seed, team.device), len(labels) // args.gan_batch
     file, wanted = run.path("gan", f"seed{seed}", "checkpoint.safetensors"), {*checkpoints(args), args.gan_epochs}
     loop = gan.loop(run, f"gan/seed{seed}", args.gan_epochs * per_epoch, team, file, per_epoch)
@@ -960,7 +966,7 @@ class ScoredGenerator:
     def __init__(self, args, generator, classifier):
         self.args, self.generator, self.classifier = args, bake(generator), classifier
         self.latent, self.device = generator.latent, next(generator.parameters()).device
-        self.score = torch.compile(self._score, dynamic=True) if args.compile else self._score
+        self.score = compiled(self._score, args.compile, "generator with its filter", dynamic=True)
 
     def _score(self, z, y):
         with autocast(self.args.precision, z.device):
@@ -1259,8 +1265,9 @@ def show_samples(args, run, data, classifier, saved):
                 writer.save(run.path("images", file), as_picture(image))
     runs.write_metadata(run.path("images"), rows)
     images.samples_grid(run.path("samples.png"), list(shown.values()), list(shown), names, size=64)
-    known, test = (as_images(*split, names) for split in (data.train, data.test))
-    return len(rows), near_copies(run, {saved["row"]: as_images(x, y, names)}, known, test, args.workers)
+    known, test = as_images(*seen_by_gans(args, data), names), as_images(*data.test, names)
+    drawn = {saved["row"]: as_images(x, y, names)}
+    return len(rows), near_copies(run, drawn, known, test, args.workers, run.dist.alone())
 
 
 def tables(args, run, data, predicted, labels, top1, about):
@@ -1303,6 +1310,7 @@ def tables(args, run, data, predicted, labels, top1, about):
 SPEED_FLAGS = ["gen_micro_batch"]
 MOST_VALUES = 1000  # of a grid: each is a training for every GAN
 
+NEEDS = dict(gan="real", search="gan", final="search", evaluate="final")
 # What no stage before this one reads; it may change while the stage has not begun.
 LATER = {
     "gan": "gan_ ckpt_grid",
@@ -1380,7 +1388,7 @@ def main(args):
     used = dict(device=dist.device.type)
     run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER, pictures=splits)
     todo = [stage for stage in args.stages if run.todo(stage)]
-    check_order(run, todo, dict(gan="real", search="gan", final="search", evaluate="final"))
+    check_order(run, todo, NEEDS)
     inception = None
     if args.gan_inception and "gan" in todo:  # before the first stage, and the download once
         load = partial(inception_metrics, flag="--gan-inception")

@@ -1059,8 +1059,10 @@ def evaluate(args, run, dist, data, real, sets):
             mine[row, seed] = (top1, logits["test"].argmax(1))
         found = {k: v for part in distributed.all_gather_object(mine, dist) for k, v in part.items()}
         clip_top1 = zero_shot_top1(args, test, dist)
+        drawn = {"images": generated_images(args, run, sets["images"], real, args.gen_versions)}
+        near = near_copies(run, drawn, real, test, args.workers, dist)
         if dist.main:
-            write_report(args, run, data, real, sets, found, list(scored), clip_top1)
+            write_report(args, run, data, real, sets, found, list(scored), clip_top1, near)
     run.done("evaluate", run.under("classifier", *runs.RESULTS), classifiers=len(jobs))
 
 
@@ -1100,7 +1102,7 @@ def compared(metrics, k):
     return table
 
 
-def write_report(args, run, data, real, sets, found, splits, clip_top1):
+def write_report(args, run, data, real, sets, found, splits, clip_top1, near):
     metrics, table = {"zero-shot": dict(mean=clip_top1)}, [["CLIP zero-shot, no training", f"{clip_top1:.1f}", "", ""]]
     table[0] += [""] * (len(splits) - 1)
     for row in training_rows(args):
@@ -1124,8 +1126,6 @@ def write_report(args, run, data, real, sets, found, splits, clip_top1):
         pictures["Membership inference"] = "attack.png"
 
     best, names = f"synthetic-{args.net_versions[-1]}x", data.class_names
-    drawn = {"images": generated_images(args, run, sets["images"], real, args.gen_versions)}
-    near = near_copies(run, drawn, real, data.test, args.workers)
     baselines = {k: metrics.pop(k) for k in ("zero-shot", "real")}
     n_images = run.manifest("generate").get("images", {})
     found_here = dict(metrics=metrics, baselines=baselines, orderings=claims, images=n_images, near_copies=near)

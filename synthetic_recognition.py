@@ -261,7 +261,6 @@ if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
 import copy
-import itertools
 import json
 import math
 import random
@@ -779,12 +778,13 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
     with run.timed("filter", "--gen-micro-batch"):
         templates = prompts(args)[0]
         judge = text_weights(clips[1], names, templates)
+        head = judge if clips[0] is clips[1] else text_weights(clips[0], names, templates)
         sets = feature_sets(args, run, clips, names, shots, test)
         for name, features in sets.items():
             features.write(dist, judge if name in image_sets(args) else None)
         distributed.barrier(dist)
         if dist.main:
-            save_tensors(run.path("features", "head.safetensors"), {"weight": text_weights(clips[0], names, templates)})
+            save_tensors(run.path("features", "head.safetensors"), {"weight": head})
             worst = {}
             for name in image_sets(args):
                 confidence = sets[name].read("confidence")
@@ -1459,12 +1459,14 @@ def evaluate(args, run, dist, names, gen_names, shots, test):
         score = 100 * (predicted == labels).float().mean().item()
         trained = metrics_of(args, run, *main_row(args)[:2])[0]["test"]
         compare_saved(run, score, trained, len(labels))
+        sets = {name: generated_set(run, name, gen_names, n) for name, n in image_sets(args).items()}
+        near = {} if shots is None else near_copies(run, sets, shots, test, args.workers, dist)
         if dist.main:
-            report_results(args, run, names, gen_names, shots, test, predicted, score)
+            report_results(args, run, names, gen_names, sets, near, shots, test, predicted, score)
     run.done("evaluate", run.under(*runs.RESULTS), top1=score)
 
 
-def report_results(args, run, names, gen_names, shots, test, predicted, score):
+def report_results(args, run, names, gen_names, sets, near, shots, test, predicted, score):
     metrics, table, labels = {}, [], torch.from_numpy(test.labels)
     for row, n in table_rows(args):
         found = metrics_of(args, run, row, n)
@@ -1481,10 +1483,9 @@ def report_results(args, run, names, gen_names, shots, test, predicted, score):
     baselines = {k: v for k, v in metrics.items() if k.rstrip("0123456789").rstrip("-") in BASELINES}
     ours = {k: v for k, v in metrics.items() if k not in baselines}
     ours["saved_classifier"] = dict(top1=score, per_class=dict(zip(names, per_class, strict=True)))
-    sets, rows, near = {name: generated_set(run, name, gen_names, n) for name, n in image_sets(args).items()}, {}, None
+    rows = {}
     if shots is not None:
         rows["real shots"] = [partial(shots.open, int(shots.of_class(c)[0])) for c in range(len(names))]
-        near = near_copies(run, sets, shots, test, args.workers)
     n_images = run.manifest("generate").get("images", {})
     run.results(paper="arXiv:2210.07574", metrics=ours, baselines=baselines, images=n_images, near_copies=near)
     for name, source in sets.items():
@@ -1587,6 +1588,7 @@ def fingerprints(args, found):
     return painted | models.fingerprints({flag: where for flag, where in found.items() if flag != "--sd-model"})
 
 
+NEEDS = dict(sentences="select", generate="sentences", filter="generate", train="filter", evaluate="train")
 # Flags that no stage before this one leaves a trace of: they may change while it has not begun.
 LATER = {
     "sentences": "sentence_model sentences sentence_check",
@@ -1600,7 +1602,9 @@ LATER = {
 
 def plan(args):
     lines = [(ROWS[row], row, n) for row, n in table_rows(args) if row != "zero-shot"]
-    return planned.plan(args, lines, image_sets(args), partial(rg_steps_of, args), run_indices, prompts(args)[0])
+    names = None if args.label_space == "dataset" else len(label_space(args, None))
+    how = partial(rg_steps_of, args), run_indices, prompts(args)[0]
+    return planned.plan(args, lines, image_sets(args), *how, names)
 
 
 def load_data(args):
@@ -1631,7 +1635,7 @@ def main(args):
     )
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots)
-    check_order(run, todo, dict(itertools.pairwise(Args.stages[::-1])))
+    check_order(run, todo, NEEDS)
     if "sentences" in todo:
         write_sentences(args, run, dist, gen_names, found)
     if "generate" in todo:

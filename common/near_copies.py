@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.distributed import Dist, progress
+from common.distributed import Dist, all_gather_object, gather_rows, my_items, progress
 from common.files import chunks
 from common.loader import Loader
 from common.run import Run
@@ -22,7 +22,7 @@ def perceptual_hash(grey: np.ndarray) -> np.ndarray:
 
     The usual "pHash" (C. Zauner, 2010): a change of size, brightness, contrast or compression flips a few bits at most.
     """
-    low = DCT @ grey.astype(np.float64) @ DCT.T
+    low = (DCT @ grey.astype(np.float64) @ DCT.T).round(6)  # what should be 0 is: rounding would make bits of noise
     return np.packbits(low > np.median(low))
 
 
@@ -32,19 +32,26 @@ def both_hashes(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.stack([perceptual_hash(grey), perceptual_hash(grey[:, ::-1])]))
 
 
-def hashes(images: Any, rows: np.ndarray, dist: Dist, workers: int, what: str) -> np.ndarray:
-    """uint64 [n, 2] of these rows"""
+def hashes(images: Any, rows: np.ndarray, dist: Dist, workers: int, what: str) -> torch.Tensor:
+    """uint8 [n, 2, 8] of this process's share of these rows"""
     read = Loader(images, both_hashes, torch.device("cpu"), workers, shorter=2 * SIDE)
-    with progress(len(rows), f"near-copies: {what}", dist) as bar:
-        parts = []
-        for part in read(chunks(rows.tolist(), 256)):
-            parts.append(part.numpy().view(np.uint64)[..., 0])
+    parts = [torch.empty(0, 2, 8, dtype=torch.uint8)]
+    with progress(len(rows), f"near-copies: {what}", dist, together=True) as bar:
+        for part in read(chunks(my_items(rows, dist).tolist(), 256)):
+            parts.append(part)
             bar.update(len(part))
-    return np.concatenate(parts)
+    return torch.cat(parts)
+
+
+def as_numbers(packed: torch.Tensor) -> np.ndarray:
+    """uint8 [..., 8] -> uint64 [...]"""
+    return packed.numpy().view(np.uint64)[..., 0]
 
 
 def count_near(some: np.ndarray, training: np.ndarray, near: int = NEAR) -> int:
     """How many of these hashes [n] differ from one of the training hashes [m] in at most `near` bits. uint64."""
+    if not len(some):
+        return 0
     at_once = max(1, 2**25 // len(training))
     return sum(
         int((np.bitwise_count(np.bitwise_xor.outer(part, training)).min(1) <= near).sum())
@@ -52,17 +59,24 @@ def count_near(some: np.ndarray, training: np.ndarray, near: int = NEAR) -> int:
     )
 
 
-def near_copies(run: Run, drawn: dict[str, Any], training: Any, test: Any, workers: int) -> dict[str, dict[str, int]]:
-    """Count them in each set of generated images, and say so in the report's notes. Call it on rank 0.
+def near_copies(
+    run: Run, drawn: dict[str, Any], training: Any, test: Any, workers: int, dist: Dist
+) -> dict[str, dict[str, int]]:
+    """Count them in each set of generated images, and say so in the report's notes. All processes of dist must call.
 
-    drawn: {folder: data set}. The same count over the test images is the measure of chance: simple pictures (digits)
-    are alike without being copies. -> {folder or "test": {"near", "of"}}, for results.json
+    drawn: {folder: data set}; nothing is read when there is none. The same count over the test images is the measure of
+    chance: simple pictures (digits) are alike without being copies. -> {folder or "test": {"near", "of"}}, for
+    results.json
     """
-    known = hashes(training, np.arange(len(training)), run.dist, workers, "training images").reshape(-1)
+    if not drawn:
+        return {}
+    known = hashes(training, np.arange(len(training)), dist, workers, "training images")
+    known = as_numbers(gather_rows(known, dist)).reshape(-1)
     found, said = {}, []
     for name, images in {**drawn, "test": test}.items():
         rows = np.unique(np.linspace(0, len(images) - 1, min(MOST, len(images))).astype(int))
-        near = count_near(hashes(images, rows, run.dist, workers, f"{name} images")[:, 0], known)
+        own = as_numbers(hashes(images, rows, dist, workers, f"{name} images"))[:, 0]
+        near = sum(all_gather_object(count_near(own, known), dist))
         found[name] = {"near": near, "of": len(rows)}
         said.append(f"{name} {near} of {len(rows)} ({100 * near / len(rows):.1f} %)")
     what = f"near-copies of training images (perceptual hash, at most {NEAR} of 64 bits differ)"

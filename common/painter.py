@@ -176,8 +176,8 @@ class GlidePainter:
     ):  # fmt: skip
         self.glide = load_glide(folder, device, precision, side=size // 4)
         self.side, self.guidance, self.micro_batch = self.glide.side, guidance, micro_batch
-        for name, net in (("base", self.glide.base), ("upsampler", self.glide.upsampler)):
-            net.unet.forward = compiled(net.unet.forward, compile, f"{name} U-Net")
+        for name, net in (("base", self.glide.base), ("upsampler", self.glide.upsampler)) if compile else ():
+            net.unet.forward = compiled(net.unet.forward, True, f"{name} U-Net")
 
     def latent(self, x: Tensor) -> Tensor:
         """uint8 [3, side, side] -> float [3, side, side] in [-1, 1]"""

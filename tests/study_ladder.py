@@ -1,6 +1,6 @@
 """Does the zero-shot ladder show? B, LE, LE + CF, each with CE and SCE, over draws of sentences and images.
 
-    python tests/study_ladder.py DIR                      # 5 draws; about half an hour on 2 idle cores
+    python tests/study_ladder.py DIR                      # 5 draws
     python tests/study_ladder.py DIR --draws 10 --weak 0.05
 
 Not a test: it asserts nothing. A draw is a seed of the generator; a difference between two rows is taken within each

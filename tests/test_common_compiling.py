@@ -15,6 +15,8 @@ def test_first_call_is_announced_and_later_ones_are_silent(capsys, monkeypatch):
     begin, end = capsys.readouterr().out.splitlines()
     assert begin == "--compile: compiling the U-Net, which may take minutes"
     assert end.startswith("--compile: U-Net compiled, first call included, in ") and end.endswith(" s")
+    another = compiled(torch.nn.Linear(3, 2), True, "U-Net", backend="eager")  # GaFi trains a hundred ResNets
+    assert another(x).shape == (4, 2) and capsys.readouterr().out == ""
     assert compiled(net, False, "U-Net") is net
 
 

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.fft
+import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from common import near_copies as nc
-from common.datasets import Images
+from common.datasets import Images, load_dataset
+from common.distributed import Dist
 from common.run import open_run
 
 ONE = SimpleNamespace(rank=0, world=1, device="cpu", main=True)
+ALONE = Dist(0, 0, 1, torch.device("cpu"))
 
 
 def pictures(n, seed=0, size=48):
@@ -65,11 +68,43 @@ def test_note_and_numbers(tmp_path, monkeypatch, most):
     monkeypatch.setattr(nc, "MOST", most)
     run = open_run("s", dict(output_dir=str(tmp_path / "r"), stages=["draw"]), ONE)
     training = pictures(20)
-    drawn = {"images": data_set(training[:5] + pictures(15, seed=3)), "stock": data_set(pictures(20, seed=4))}
-    found = nc.near_copies(run, drawn, data_set(training), data_set(pictures(40, seed=5)), workers=0)
+    drawn = {
+        "images": data_set([*training[:4], ImageOps.mirror(training[4]), *pictures(15, seed=3)]),
+        "stock": data_set(pictures(20, seed=4)),
+    }
+    found = nc.near_copies(run, drawn, data_set(training), data_set(pictures(40, seed=5)), 0, ALONE)
     if most == 5000:
         numbers = {"images": (5, 20), "stock": (0, 20), "test": (0, 40)}
         assert found == {name: {"near": near, "of": of} for name, (near, of) in numbers.items()}
         assert "images 5 of 20 (25.0 %), stock 0 of 20 (0.0 %); for comparison the test 0 of 40" in run.notes[0]
     else:  # evenly spread: 0, 2, 4, ... of the twenty
         assert found["images"]["of"] == found["test"]["of"] == 10 and 1 <= found["images"]["near"] <= 3
+
+
+def plain_hash(image, mirrored=False):
+    """The same hash by SciPy, as a Python integer"""
+    grey = np.asarray((ImageOps.mirror(image) if mirrored else image).convert("L").resize((32, 32), Image.LANCZOS))
+    low = scipy.fft.dctn(grey.astype(float))[:8, :8].round(5)
+    return int("".join("01"[int(bit)] for bit in (low > np.median(low)).flatten()), 2)
+
+
+def test_digits_as_they_are_against_training_digits_and_their_mirror_images(tmp_path):
+    """Digits are alike without being copies, so that every part of the comparison changes the count."""
+    digits = load_dataset("digits")
+    training, test = digits.train.subset(range(100)), digits.test.subset(range(200))
+    known = [plain_hash(training.open(i), mirrored) for i in range(100) for mirrored in (False, True)]
+    expected = {
+        mirrored: sum(
+            min((plain_hash(test.open(i), mirrored) ^ k).bit_count() for k in known) <= nc.NEAR for i in range(200)
+        )
+        for mirrored in (False, True)
+    }
+    assert len(set(expected.values())) == 2, "mirroring changes which values lie above the median"
+    run = open_run("s", dict(output_dir=str(tmp_path / "r"), stages=["draw"]), ONE)
+    found = nc.near_copies(run, {"images": test}, training, test, 0, ALONE)
+    assert found["images"] == found["test"] == {"near": expected[False], "of": 200}
+
+
+def test_nothing_drawn_nothing_read_nothing_said(tmp_path):
+    run = open_run("s", dict(output_dir=str(tmp_path / "r"), stages=["draw"]), ONE)
+    assert nc.near_copies(run, {}, None, None, 0, ALONE) == {} and run.notes == []

@@ -455,6 +455,8 @@ def test_label_spaces(tmp_path):
     ]
     assert spaces[:2] == [["cat"], ["sorrel", "rose hip"]] and spaces[2] == spaces[3][: len(spaces[2])]
     assert len(spaces[2]) == 998 and len(spaces[3]) == 1998 == len(class_folders(spaces[3]))
+    works, _ = sr.plan(sr.Args(**{**sr.PRESETS["digits-pretrain"], "label_space": str(own)}))
+    assert sum(work.images for work in works if work.stage == "generate") == 2 * 60  # names, images of each
     flags = dict(setting="pretrain", ladder=("scratch",), backbone="test_resnet")
     with pytest.raises(UserError, match="no such file"):
         sr.check_args(sr.Args(**flags, label_space=str(tmp_path / "none.txt")))

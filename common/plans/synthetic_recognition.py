@@ -18,21 +18,18 @@ FOLDERS = {
     "caltech256": (257, 15_420, 0, 15_187), "birdsnap": (500, 47_386, 0, 2_443), "cub": (200, 5_994, 0, 5_794),
     "imagenet-sketch": (1000, 0, 0, 50_889), "imagenet-r": (200, 0, 0, 30_000),
 }  # fmt: skip
-NAMES = {"imagenet-1k": 998, "imagenet-2k": 1998}
 
 
 def plan(
     args: Any, lines: Sequence[tuple[Any, str, int]], sets: dict[str, int], rg_steps: Callable, run_indices: Callable,
-    templates: Sequence[str],
+    templates: Sequence[str], names: int | None = None,
 ) -> tuple[list[Work], list[str]]:  # fmt: skip
     """-> the work of the planned stages, what must be there. lines: (Line, row, shots or images) to train; sets: images
-    of each class; the rest is the script's."""
+    of each class; names: how many are drawn, None: the data set's; the rest is the script's."""
     there = args.dataset != "folder" or Path(args.data_dir or "", "test").is_dir()
     known = None if there else FOLDERS.get(args.preset)
     classes, n_train, _, n_test = known or sizes(args.dataset, args.data_dir)
-    names, works, needs = classes, [], [dataset_needs(args)]
-    if args.label_space != "dataset":
-        names = NAMES.get(args.label_space) or len(Path(args.label_space).read_text().split("\n"))
+    names, works, needs = names or classes, [], [dataset_needs(args)]
     if "le" in sets and "sentences" in args.stages:
         tflop = SENTENCE_TFLOP * names * (args.sentences + 50)
         works.append(Work("sentences", "T5", tflop, names, jobs=names, gpu=4 * WRITER_NUMBERS, precision="fp32"))
