@@ -165,7 +165,8 @@ def disturbed(script, words, folder, want, seconds, rng, count, disk_mb):
             limit = int(10 ** rng.uniform(4.3, 5.7)) if kind == "short" else None
             start = Start(script, [*words, "--output-dir", str(run)], world, folder, limit)
             count["starts"] += 1
-            codes = start.wait(rng.uniform(0.5, 0.6 * seconds) if kind not in ("short", "nothing") else PATIENCE)
+            longest = rng.choice([0.15, 0.3, 0.6]) * seconds
+            codes = start.wait(PATIENCE if kind in ("short", "nothing") else rng.uniform(0.5, max(1, longest)))
             if codes is None and kind == "one":
                 start.send(signal.SIGKILL, [rng.choice(start.pids)])
                 codes = start.wait(120)
