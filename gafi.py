@@ -190,7 +190,6 @@ if __name__ == "__main__":
 
 import itertools
 import math
-from contextlib import nullcontext
 from functools import cache, partial
 
 import torch
@@ -200,7 +199,7 @@ from torch import nn
 from common import datasets, distributed, images, inputs
 from common import run as runs
 from common.compiling import compiled
-from common.diffusion import autocast
+from common.diffusion import autocast, unmixed
 from common.distances import (
     frechet_distance,
     inception_figures,
@@ -217,6 +216,8 @@ from common.pixels import Pixels, as_images, in_unit_range, load_split
 from common.plan import print_plan
 from common.plans import gafi as planned
 from common.report import compare_saved, conclude, means, over_seeds, per_class, spread
+from common.resnet import ResNet
+from common.spectral import SNConv, SNEmbedding, SNLinear, spectral_groups, spectral_norm
 
 # ---------------------------------------------------------------------------------------------
 # The data: every split as one tensor of bytes on the device.
@@ -251,55 +252,9 @@ def device_generator(device, *parts):
     return torch.Generator(device).manual_seed(distributed.seed_of(*parts))
 
 
-def unmixed(device):
-    """float32 inside of it (--plan counts on the device meta, which knows no mixed precision)"""
-    return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
-
-
 # ---------------------------------------------------------------------------------------------
 # The classifier: a CIFAR ResNet, its optimiser and its augmentation (Stages 1 and 4). F and every classifier of the
 # search and of the table are trained by train_classifier; the accuracy of one that saw synthetic sets is the CAS.
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; shortcut option A: every second pixel, new channels are zero, half on either side."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.stride, self.extra = (2 if n_in != n_out else 1), (n_out - n_in) // 2
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, self.stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(n_out), nn.BatchNorm2d(n_out)
-
-    def forward(self, x):
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride == 2:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
-        return F.relu(h + x)
-
-
-class ResNet(nn.Module):
-    """CIFAR ResNet-20 with four times the classic width: [B, channels, 32, 32] -> logits [B, C]"""
-
-    def __init__(self, n_classes, channels=3, width=64, blocks=3):
-        super().__init__()
-        self.conv0, self.bn0 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        sizes = [width, width, 2 * width, 4 * width]
-        for s in (1, 2, 3):
-            stage = [BasicBlock(sizes[s - 1] if i == 0 else sizes[s], sizes[s]) for i in range(blocks)]
-            setattr(self, f"layer{s}", nn.Sequential(*stage))
-        self.fc = nn.Linear(sizes[3], n_classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.zeros_(self.fc.bias)
-
-    def features(self, x):
-        x = F.relu(self.bn0(self.conv0(x)))
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
-
-    def forward(self, x):
-        return self.fc(self.features(x)).float()
 
 
 def make_classifier(args, data, seed):
@@ -512,97 +467,6 @@ def filtering_classifier(args, run, data):
 # [2] gan: one BigGAN-deep per seed (Stage 2), StudioGAN's variant: spectral norm everywhere, BatchNorm conditioned on
 # [z, e_y], a projection discriminator, three updates of D for one of G, and an average of G, which is what is sampled.
 # Reads the real images, writes gan/seed<s>/epoch<e>.safetensors, the averaged generator at each epoch of the grid.
-
-
-def unit(x):
-    return x / (x.norm(dim=-1, keepdim=True) + 1e-12)
-
-
-def power_iteration(w, u):
-    """One iteration: v = n(W^T u), u' = n(W v), sigma = u'.(W v). W [k, out, rest], u [k, out] -> sigma [k], u'
-
-    Gradients reach sigma through W alone; u' and v count as constants.
-    """
-    v = unit(torch.einsum("koi,ko->ki", w.detach(), u))
-    wv = torch.einsum("koi,ki->ko", w, v)
-    u = unit(wv.detach())
-    return (u * wv).sum(1), u
-
-
-class Spectral:
-    """Mix-in of a layer with `weight`: it uses w_bar = W / sigma, which spectral_norm sets, with orthogonal W at the
-    start."""
-
-    def start(self):
-        nn.init.orthogonal_(self.weight)
-        if getattr(self, "bias", None) is not None:
-            nn.init.zeros_(self.bias)
-        self.register_buffer("u", F.normalize(torch.rand(len(self.weight)) * 2 - 1, dim=0))
-
-
-def spectral_groups(net):
-    """The layers of net with spectral norm, those of one shape together."""
-    groups = {}
-    for layer in net.modules():
-        if isinstance(layer, Spectral):
-            groups.setdefault(layer.weight.shape, []).append(layer)
-    return list(groups.values())
-
-
-def spectral_norm(groups):
-    """w_bar = W / sigma of every layer for the next forward pass; layers of one shape in one batched product, or the
-    power iterations would be most of a step's kernels.
-
-    Official code: evaluation performs the iteration too, from the stored u, but does not store its result.
-    """
-    for layers in groups:
-        # Columns in the order of channels_last, in which the weights lie on the device; sigma does not depend on it.
-        conv = layers[0].weight.ndim == 4
-        weights = [layer.weight.permute(0, 2, 3, 1) if conv else layer.weight for layer in layers]
-        with unmixed(weights[0].device):
-            w = torch.stack([weight.flatten(1) for weight in weights])
-            sigma, u = power_iteration(w, torch.stack([layer.u for layer in layers]))
-            w_bar = (w / sigma[:, None, None]).view(-1, *weights[0].shape)
-        if layers[0].training:
-            with torch.no_grad():
-                torch._foreach_copy_([layer.u for layer in layers], list(u))
-        for layer, own in zip(layers, w_bar.permute(0, 1, 4, 2, 3) if conv else w_bar, strict=True):
-            layer.w_bar = own
-
-
-@torch.no_grad()
-def bake(net):
-    """Fix W / sigma once: the same output as an evaluation, without the iteration. For sampling only."""
-    spectral_norm(net.eval().requires_grad_(False).norms)
-    net.baked = True
-    return net
-
-
-class SNConv(Spectral, nn.Conv2d):
-    def __init__(self, n_in, n_out, kernel, bias=True):
-        super().__init__(n_in, n_out, kernel, padding=kernel // 2, bias=bias)
-        self.start()
-
-    def forward(self, x):
-        return F.conv2d(x, self.w_bar, self.bias, padding=self.padding)
-
-
-class SNLinear(Spectral, nn.Linear):
-    def __init__(self, n_in, n_out, bias=True):
-        super().__init__(n_in, n_out, bias=bias)
-        self.start()
-
-    def forward(self, x):
-        return F.linear(x, self.w_bar, self.bias)
-
-
-class SNEmbedding(Spectral, nn.Embedding):
-    def __init__(self, n, dim):
-        super().__init__(n, dim)
-        self.start()
-
-    def forward(self, y):
-        return F.embedding(y, self.w_bar)
 
 
 class ConditionalBN(nn.Module):
@@ -959,6 +823,14 @@ def filtered_set(draw, classes, n, threshold, attempts):
     x = torch.cat([torch.cat(kept[c])[:n] for c in classes])
     y = torch.tensor(list(classes), device=x.device).repeat_interleave(n)
     return x, y, [looked_at, accepted, sum(d == attempts for d in draws.values())]
+
+
+@torch.no_grad()
+def bake(net):
+    """Fix W / sigma once: the same output as an evaluation, without the iteration. For sampling only."""
+    spectral_norm(net.eval().requires_grad_(False).norms)
+    net.baked = True
+    return net
 
 
 class ScoredGenerator:

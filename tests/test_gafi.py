@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import gafi as gf
-from common import datasets, distances, distributed
+from common import datasets, distances, distributed, spectral
 from common.cli import Frame
 from common.files import load_tensors, save_tensors, write_json
 from common.launch import UserError
@@ -75,7 +75,7 @@ def test_golden_spectral_norm(g, name):
     w = g[f"{name}.weight"]
     layer = gf.SNConv(w.shape[1], w.shape[0], 3) if w.ndim == 4 else gf.SNLinear(w.shape[1], w.shape[0])
     fill(layer, {"weight": w, "u": g[f"{name}.u"]}, strict=False)
-    sigma, u = gf.power_iteration(w.flatten(1)[None], layer.u[None])
+    sigma, u = spectral.power_iteration(w.flatten(1)[None], layer.u[None])
     rel(sigma, g[f"{name}.sigma"].reshape(1), 1e-5)
     rel(u[0], g[f"{name}.u_new"], 1e-5)
     w_bar = normed(layer.train()).w_bar
@@ -209,7 +209,7 @@ def loop_of(gan, tmp_path):
 @pytest.mark.parametrize("kind", ["detached", "through"])
 def test_golden_training_step(g, kind, tmp_path, monkeypatch):
     if kind == "through":
-        monkeypatch.setattr(gf, "power_iteration", through_iteration)
+        monkeypatch.setattr(spectral, "power_iteration", through_iteration)
     args = gf.Args(gan_width=4, gan_latent=4, gan_lr=g["step.lr"].item(), gan_ema=0.9, gan_ema_start=0, gan_batch=99)
     monkeypatch.setattr(gf, "make_generator", lambda *_: gf.Generator(3, 3, 4, 4, 3))
     gan = gf.BigGAN(args, about(3, 3), 0, torch.device("cpu"))

@@ -136,18 +136,6 @@ FAULTS = {
             tests=PRECISION,
         ),
         Fault(
-            "layers of one shape share the first one's norm",
-            "w / sigma[:, None, None]",
-            "w / sigma[:1, None, None]",
-            tests="test_layers_of_one_shape_are_normed_as_each_alone",
-        ),
-        Fault(
-            "spectral-norm vectors stand still",
-            "        if layers[0].training:\n",
-            "        if False:\n",
-            tests=f"test_golden_spectral_norm {GAN}",
-        ),
-        Fault(
             "parts of a batch are added, not averaged",
             "loop.backward(self.loss_of_d(z_d[u], x[u], y[u]) * (len(y[u]) / b))",
             "loop.backward(self.loss_of_d(z_d[u], x[u], y[u]))",
@@ -221,6 +209,20 @@ FAULTS = {
             "(seed, *b[:i], value, *b[i + 1 :])",
             "(seed, *(150, 1.0, 0.0)[:i], value, *b[i + 1 :])",
             tests="test_search_visits_the_grids_in_order_and_ties_go_to_the_first",
+        ),
+    ],
+    "common/spectral.py": [
+        Fault(
+            "layers of one shape share the first one's norm",
+            "w / sigma[:, None, None]",
+            "w / sigma[:1, None, None]",
+            tests="tests/test_gafi.py::test_layers_of_one_shape_are_normed_as_each_alone",
+        ),
+        Fault(
+            "spectral-norm vectors stand still",
+            "        if layers[0].training:\n",
+            "        if False:\n",
+            tests=f"tests/test_gafi.py::test_golden_spectral_norm tests/test_gafi.py::{GAN}",
         ),
     ],
     "common/plans/gafi.py": [
