@@ -190,23 +190,18 @@ if __name__ == "__main__":
 
 import itertools
 import math
-from functools import cache, partial
+from collections import Counter
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import datasets, distributed, images, inputs
+from common import datasets, distances, distributed, images, inputs
 from common import run as runs
+from common.augment import crop, cutout, mirrored
 from common.compiling import compiled
 from common.diffusion import autocast, unmixed
-from common.distances import (
-    frechet_distance,
-    inception_figures,
-    inception_metrics,
-    inception_score,
-    kernel_distance,
-)  # fmt: skip
 from common.files import class_folders, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order, each_once, refuse
 from common.launch import UserError
@@ -217,6 +212,7 @@ from common.plan import print_plan
 from common.plans import gafi as planned
 from common.report import compare_saved, conclude, means, over_seeds, per_class, spread
 from common.resnet import ResNet
+from common.sgdw import SGDW
 from common.spectral import SNConv, SNEmbedding, SNLinear, spectral_groups, spectral_norm
 
 # ---------------------------------------------------------------------------------------------
@@ -229,10 +225,9 @@ def load_splits(args, dist):
     if data.note:
         distributed.say(dist, data.note)
     train, val = data.train, data.val
-    if args.dataset == "cinic10":  # train and valid are pooled and divided anew: 170k, 10k
-        train, val = train + val, None
-    if val is None:
-        train, val = datasets.hold_out(train, args.val_per_class, args.seed)
+    pooled = args.dataset == "cinic10"  # train and valid are divided anew: 170k, 10k
+    if pooled or val is None:
+        train, val = datasets.hold_out(train + val if pooled else train, args.val_per_class, args.seed)
     splits = dict(train=train, val=val, test=data.test)
     distributed.on_rank_0(partial(inputs.readable, splits, dist), dist)
     return splits
@@ -247,11 +242,6 @@ def load_data(args, dist, splits=None):
     return Pixels(**{name: load_split(split, *how) for name, split in splits.items()}, class_names=names)
 
 
-def device_generator(device, *parts):
-    """Generator on the device, seeded by what it is for: random numbers are drawn where they are used."""
-    return torch.Generator(device).manual_seed(distributed.seed_of(*parts))
-
-
 # ---------------------------------------------------------------------------------------------
 # The classifier: a CIFAR ResNet, its optimiser and its augmentation (Stages 1 and 4). F and every classifier of the
 # search and of the table are trained by train_classifier; the accuracy of one that saw synthetic sets is the CAS.
@@ -262,57 +252,15 @@ def make_classifier(args, data, seed):
     return ResNet(data.n_classes, data.channels, args.resnet_width, args.resnet_blocks)
 
 
+def loaded(net, file, device):
+    """net with the weights of a file, on the device, frozen and in evaluation mode"""
+    net.load_state_dict(load_tensors(file))
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
 def lr_at(epoch, base, drops):
     """Official code: rate of an epoch counted from 1; a tenth from each drop on: 0.1, 0.01 from 60, 0.001 from 80."""
     return base * 0.1 ** sum(epoch >= drop for drop in drops)
-
-
-class SGDW(torch.optim.Optimizer):
-    """Official code (TensorFlow-addons): p *= 1 - wd; b = mu b - lr g; p += mu b - lr g.
-
-    Trap: wd is not multiplied by the rate, so at lr 0.001 it is 100 times stronger relative to the gradient than at
-    0.1. The rate stands inside the buffer, so after a drop the old velocity lives on for some twenty steps.
-    """
-
-    def __init__(self, params, lr, wd, momentum=0.9):
-        super().__init__(params, dict(lr=lr, wd=wd, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            for p in params:
-                self.state[p].setdefault("velocity", torch.zeros_like(p))
-            velocity, grads = [self.state[p]["velocity"] for p in params], [p.grad for p in params]
-            torch._foreach_mul_(params, 1 - group["wd"])
-            torch._foreach_mul_(velocity, momentum)
-            torch._foreach_add_(velocity, grads, alpha=-lr)
-            torch._foreach_add_(params, velocity, alpha=momentum)
-            torch._foreach_add_(params, grads, alpha=-lr)
-
-
-def crop(x, top, left, pad=4):
-    """Pad with 0 (mid-grey: the data lie in [-1, 1]; official code) and cut at (top, left). [B, C, H, W], [B], [B]"""
-    b, _, h, w = x.shape
-    x = F.pad(x, (pad,) * 4)
-    rows = top[:, None] + torch.arange(h, device=x.device)  # [B, H]
-    columns = left[:, None] + torch.arange(w, device=x.device)  # [B, W]
-    image = torch.arange(b, device=x.device)[:, None, None]
-    return x.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-
-def cutout(x, noise, cx, cy, h, w):
-    """A box of h x w around (cx, cy), clipped by the image, is replaced by noise. [B, C, H, W] twice, [B] four times.
-
-    Official code (keras-cv): the noise is rescaled from its own range to the image's, both taken over whole images.
-    """
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    noise_low, noise_high = noise.amin((1, 2, 3), keepdim=True), noise.amax((1, 2, 3), keepdim=True)
-    noise = (noise - noise_low) / (noise_high - noise_low) * (high - low) + low
-    i, j = (torch.arange(s, device=x.device)[None] for s in x.shape[2:])
-    rows = (i >= (cy - h / 2)[:, None]) & (i < (cy + h / 2)[:, None])  # [B, H]
-    columns = (j >= (cx - w / 2)[:, None]) & (j < (cx + w / 2)[:, None])  # [B, W]
-    return torch.where((rows[:, :, None] & columns[:, None])[:, None], noise, x)
 
 
 def cutout_boxes(b, size, g):
@@ -323,13 +271,11 @@ def cutout_boxes(b, size, g):
     return cx, cy, h, w
 
 
-def mirrored(x, coin):
-    """[B, C, H, W], bool [B]"""
-    return torch.where(coin[:, None, None, None], x.flip(3), x)
-
-
 def augmented(x, args, g):
-    """Flip, crop, cutout, in this order, each image with its own draws. [B, C, S, S] in [-1, 1]; g: on x's device."""
+    """Flip, crop, cutout, in this order. [B, C, S, S] in [-1, 1]; g: on x's device.
+
+    Official code: crops are padded with 0, which is mid-grey, and cutout changes every image.
+    """
     b, device = len(x), x.device
     if args.random_flip:
         x = mirrored(x, torch.rand(b, generator=g, device=device) < 0.5)
@@ -348,7 +294,7 @@ AT_ONCE = 16  # batches that are augmented together, for which the GPU waits les
 
 def training_batches(args, x, y, seed, epoch):
     """The shuffled, augmented batches of an epoch: a function of (seed, epoch)."""
-    g = device_generator(y.device, seed, "epoch", epoch)
+    g = distributed.generator(seed, "epoch", epoch, device=y.device)
     order = torch.randperm(len(y), generator=g, device=y.device)
     for rows in order.split(AT_ONCE * args.resnet_batch):
         parts = augmented(x[rows].float(), args, g).contiguous(memory_format=torch.channels_last), y[rows]
@@ -356,9 +302,13 @@ def training_batches(args, x, y, seed, epoch):
 
 
 class RealSet:
-    """The real training images, the same in every epoch."""
+    """The real training images, the same in every epoch. SyntheticSets has the same attributes.
 
-    def __init__(self, split):
+    Official code: F, and with it the real reference, is chosen on validation images in every case.
+    """
+
+    def __init__(self, args, split, seed):
+        self.seed, self.epochs, self.select_on = seed, args.real_epochs, "val"
         self.x, self.y = in_unit_range(split[0]), split[1]
         self.size, self.stats = len(self.y), {}
 
@@ -366,32 +316,32 @@ class RealSet:
         return self.x, self.y
 
 
-def train_classifier(args, run, dist, data, sets, epochs, seed, folder, about, select_on):
-    """Train a ResNet on sets.at(epoch), by this process alone; keep the epoch that select_on, val or test, likes best.
+def train_classifier(args, run, dist, data, sets, folder, about):
+    """Train a ResNet on sets.at(epoch), by this process alone; keep the epoch that the split sets.select_on likes best.
 
     Writes <folder>/weights.safetensors and metrics.json; does nothing if that is there. about: what to record. The test
     split is looked at in rows of the table only, or if it selects.
     """
     if (folder / "metrics.json").exists():
         return
-    splits = dict(val=data.val) | (dict(test=data.test) if "row" in about or select_on == "test" else {})
-    net = make_classifier(args, data, seed).to(dist.device, memory_format=torch.channels_last)
+    splits = dict(val=data.val) | (dict(test=data.test) if "row" in about or sets.select_on == "test" else {})
+    net = make_classifier(args, data, sets.seed).to(dist.device, memory_format=torch.channels_last)
     fast = compiled(net, args.compile, "ResNet", dynamic=True)
     optimizer = SGDW(net.parameters(), args.resnet_lr, args.resnet_wd, args.resnet_momentum)
     weights, per_epoch = net.state_dict(), math.ceil(sets.size / args.resnet_batch)
-    chart = str(folder.relative_to(run.dir))
-    file, total, team = folder / "checkpoint.safetensors", epochs * per_epoch, dist.alone()
-    loop = Loop(run, chart, total, optimizer, team, args.resnet_batch, file, state=weights, save_seconds=math.inf)
+    chart, file = str(folder.relative_to(run.dir)), folder / "checkpoint.safetensors"
+    whole = dist.alone(), args.resnet_batch  # the batch is one unit
+    loop = Loop(run, chart, sets.epochs * per_epoch, optimizer, *whole, file, state=weights, save_seconds=math.inf)
     history, best, stats = loop.extra or ([], dict(score=-1.0), {})
     sets.stats |= stats
 
     for step in loop:
         epoch, i = step // per_epoch + 1, step % per_epoch
         if i == 0:
-            batches, lost = training_batches(args, *sets.at(epoch), seed, epoch), 0
+            batches, lost = training_batches(args, *sets.at(epoch), sets.seed, epoch), 0
             net.train()
         batch, labels = next(batches)
-        for _ in loop.units(len(labels)):  # one unit: the whole batch
+        for _ in loop.units(len(labels)):
             with autocast(args.precision, dist.device):
                 logits = fast(batch)
             loop.backward(F.cross_entropy(logits.float(), labels))
@@ -402,14 +352,14 @@ def train_classifier(args, run, dist, data, sets, epochs, seed, folder, about, s
         if not math.isfinite(row["loss"]):
             raise UserError(f"{chart}, epoch {epoch}: the loss is {row['loss']}; stopped. Try a lower --resnet-lr")
         history.append(row)
-        if row[select_on] > best["score"]:
-            best = dict(score=row[select_on], epoch=epoch, val=row["val"])
+        if row[sets.select_on] > best["score"]:
+            best = dict(score=row[sets.select_on], epoch=epoch, val=row["val"])
             loop.tensors = {n: t.detach().cpu().clone() for n, t in weights.items()}
-        if epoch % max(1, epochs // 10) == 0 and epoch < epochs:
+        if epoch % max(1, sets.epochs // 10) == 0 and epoch < sets.epochs:
             loop.extra = history, best, sets.stats
             loop.save()
 
-    report = about | dict(seed=seed, history=history) | best
+    report = about | dict(seed=sets.seed, history=history) | best
     if "test" in splits:
         net.load_state_dict(loop.tensors)
         report |= dict(test=accuracy(net, data.test, args), best_test_epoch=max(row["test"] for row in history))
@@ -449,18 +399,15 @@ def train_real(args, run, dist, data):
     seeds = [args.seed + i for i in range(args.clf_seeds if "real" in args.rows else 1)]
     with run.timed("real", "--resnet-batch"):
         for seed in distributed.my_items(seeds, dist):
-            # Official code: F, and with it the real reference, is chosen on validation images in every case.
-            how = args.real_epochs, seed, row_folder(run, "real", seed), dict(row="real", images=len(data.train[1]))
-            train_classifier(args, run, dist, data, RealSet(data.train), *how, "val")
+            sets, folder = RealSet(args, data.train, seed), row_folder(run, "real", seed)
+            train_classifier(args, run, dist, data, sets, folder, dict(row="real", images=sets.size))
     run.done("real", run.under(*(row_folder(run, "real", seed) for seed in seeds)), classifiers=len(seeds))
 
 
 def filtering_classifier(args, run, data):
-    """F: frozen, in evaluation mode; it has seen the real training split only."""
-    net = make_classifier(args, data, args.seed)
-    net.load_state_dict(load_tensors(row_folder(run, "real", args.seed) / "weights.safetensors"))
-    net = net.to(data.train[0].device, memory_format=torch.channels_last)
-    return net.eval().requires_grad_(False)
+    """F: it has seen the real training split only."""
+    file = row_folder(run, "real", args.seed) / "weights.safetensors"
+    return loaded(make_classifier(args, data, args.seed), file, data.train[0].device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -525,8 +472,6 @@ class Generator(nn.Module):
     size: 32 as in the paper, or another multiple of 8; the first feature map then has size / 8 pixels per side.
     """
 
-    baked = False
-
     def __init__(self, n_classes, channels=3, width=128, latent=128, embedding=128, start="uniform", size=32):
         super().__init__()
         self.latent, self.channels, self.side, c = latent, 4 * width, size // 8, latent + embedding
@@ -540,8 +485,7 @@ class Generator(nn.Module):
         self.norms = spectral_groups(self)
 
     def forward(self, z, y):
-        if not self.baked:
-            spectral_norm(self.norms)
+        spectral_norm(self.norms)
         c = torch.cat([z, self.embed(y)], 1)  # the same condition for every layer; z is not split
         x = self.first(c).view(-1, self.channels, self.side, self.side)
         for name, block in self.blocks.items():
@@ -691,21 +635,27 @@ DRAWN_STEPS = 50  # whose latents are drawn at once
 def gan_batches(args, images, labels, seed, steps):
     """x, y, z of each of these steps, a function of (seed, step): z are the latents of all updates of the step."""
     device, b = labels.device, args.gan_batch
-    per_epoch, fresh = len(labels) // b, True  # the last incomplete batch is dropped
+    per_epoch = len(labels) // b  # the last incomplete batch is dropped
+
+    @lru_cache(1)
+    def order_of(epoch):
+        g = distributed.generator(seed, "gan", epoch, device=device)
+        order = torch.randperm(len(labels), generator=g, device=device)
+        return order, torch.rand(len(labels), generator=g, device=device) < 0.5
+
+    @lru_cache(1)
+    def latents(epoch, part):
+        g = distributed.generator(seed, "latents", epoch, part, device=device)
+        return torch.randn(DRAWN_STEPS, args.gan_d_steps + 1, b, args.gan_latent, generator=g, device=device)
+
     for step in steps:
         epoch, i = divmod(step, per_epoch)
-        if fresh or i == 0:
-            g = device_generator(device, seed, "gan", epoch)
-            order = torch.randperm(len(labels), generator=g, device=device)
-            coins = torch.rand(len(labels), generator=g, device=device) < 0.5
-        if fresh or i % DRAWN_STEPS == 0:
-            shape = DRAWN_STEPS, args.gan_d_steps + 1, b, args.gan_latent
-            g = device_generator(device, seed, "latents", epoch, i // DRAWN_STEPS)
-            z = torch.randn(shape, generator=g, device=device)
-        fresh, rows = False, order[i * b : (i + 1) * b]
+        order, coins = order_of(epoch)
+        rows = order[i * b : (i + 1) * b]
         x = in_unit_range(images[rows])
         x = mirrored(x, coins[rows]) if args.random_flip else x
-        yield x.contiguous(memory_format=torch.channels_last), labels[rows], z[i % DRAWN_STEPS]
+        z = latents(epoch, i // DRAWN_STEPS)[i % DRAWN_STEPS]
+        yield x.contiguous(memory_format=torch.channels_last), labels[rows], z
 
 
 def train_gans(args, run, dist, data, classifier, inception):
@@ -777,9 +727,9 @@ def measured(args, generator, classifier, real, seed, inception=None):
     fake = torch.cat([classifier.features(part) for part in x.split(500)])
     true = torch.cat([classifier.features(in_unit_range(part)) for part in real[0][:n].split(500)])
     probs = classifier.fc(fake).softmax(1)
-    found = dict(frechet=frechet_distance(true, fake), kernel=kernel_distance(true, fake))
-    found |= dict(score=inception_score(probs), accepted=keep_mask(probs, y, 0).float().mean().item())
-    return found | (inception_figures(inception, in_unit_range(real[0][:n]), x) if inception else {})
+    found = dict(frechet=distances.frechet_distance(true, fake), kernel=distances.kernel_distance(true, fake))
+    found |= dict(score=distances.inception_score(probs), accepted=(confidence(probs, y) > 0).float().mean().item())
+    return found | (distances.inception_figures(inception, in_unit_range(real[0][:n]), x) if inception else {})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -787,39 +737,35 @@ def measured(args, generator, classifier, real, seed, inception=None):
 
 
 def confidence(probs, label):
-    """p[c] where F predicts the intended class c, else -1: what the filter compares. [B, C], [B] or int -> [B]"""
+    """What the filter compares: p[c] where F predicts the intended class c, else -1. [B, C], [B] or int -> [B]
+
+    Dynamic sample filtering keeps argmax p = c and p[c] > t, strictly: confidence > t. t = 0 still filters, since the
+    prediction must agree.
+    """
     label = torch.as_tensor(label, device=probs.device).expand(len(probs))
     p = probs.gather(1, label[:, None])[:, 0]
     return torch.where(probs.argmax(1) == label, p, -torch.ones_like(p))
 
 
-def keep_mask(probs, label, threshold):
-    """Dynamic sample filtering: argmax p = c and p[c] > t, strictly. [B, C], [B] or int -> bool [B]
-
-    t = 0 still filters: the prediction must agree.
-    """
-    return confidence(probs, label) > threshold
-
-
-def draw_size(n, m):
-    """Official code: samples in the next draw of a class of which m of n are there: n, later twice what is missing."""
-    return n - m if m == 0 else 2 * (n - m)
-
-
 def filtered_set(draw, classes, n, threshold, attempts):
     """Primitive `generate`: exactly n samples of each class that pass the filter, class by class.
 
-    draw({c: q}) -> {c: (x, confidence) of the next q samples of class c}. attempts: -1, or after how many draws a class
-    takes all of its last draw. Official code: those come after the accepted ones of the same draw, so these occur
-    twice; kept as it is. -> x [len(classes) n, ...], y, [samples looked at, accepted, classes that reached the limit]
+    draw({c: q}) -> {c: (x, confidence) of the next q samples of class c}, the paper's draw(c, q) for all classes at
+    once, which keeps a GPU busy. attempts: -1, or after how many draws a class takes all of its last draw. Official
+    code: those come after the accepted ones of the same draw, so these occur twice; kept as it is. -> x
+    [len(classes) n, ...], y, [samples looked at, accepted, classes that reached the limit]
     """
-    kept, m, draws, looked_at, accepted = {c: [] for c in classes}, dict.fromkeys(classes, 0), dict(), 0, 0
+    kept, m, draws = {c: [] for c in classes}, Counter(), Counter()  # of each class: samples, their number, draws
+    looked_at = accepted = 0
     while unfinished := [c for c in classes if m[c] < n]:
-        for c, (x, conf) in draw({c: draw_size(n, m[c]) for c in unfinished}).items():
+        # Official code: n samples, later twice what is missing.
+        q = {c: n if m[c] == 0 else 2 * (n - m[c]) for c in unfinished}
+        for c, (x, conf) in draw(q).items():
             passed = x[conf > threshold]
-            draws[c] = draws.get(c, 0) + 1
+            draws[c] += 1
             kept[c] += [passed, x] if draws[c] == attempts else [passed]
-            m[c], looked_at, accepted = sum(map(len, kept[c])), looked_at + len(x), accepted + len(passed)
+            m[c] = sum(map(len, kept[c]))
+            looked_at, accepted = looked_at + len(x), accepted + len(passed)
     x = torch.cat([torch.cat(kept[c])[:n] for c in classes])
     y = torch.tensor(list(classes), device=x.device).repeat_interleave(n)
     return x, y, [looked_at, accepted, sum(d == attempts for d in draws.values())]
@@ -829,7 +775,7 @@ def filtered_set(draw, classes, n, threshold, attempts):
 def bake(net):
     """Fix W / sigma once: the same output as an evaluation, without the iteration. For sampling only."""
     spectral_norm(net.eval().requires_grad_(False).norms)
-    net.baked = True
+    net.norms = []
     return net
 
 
@@ -864,7 +810,7 @@ class Samples:
 
     def __init__(self, sampler, sigma, block, seeds):
         self.sampler, self.sigma, self.block, self.seeds = sampler, sigma, block, seeds
-        self.used = {}  # class -> samples so far
+        self.used = Counter()  # class -> samples so far
 
     def latents(self, c, start, count):
         """z of the samples start .. start + count - 1 of class c. -> [count, latent]"""
@@ -875,10 +821,10 @@ class Samples:
 
     def draw(self, sizes):
         """{class: q} -> {class: (x [q, ...], confidence [q])}, all classes in one go"""
-        z = torch.cat([self.latents(c, self.used.get(c, 0), q) for c, q in sizes.items()])
+        z = torch.cat([self.latents(c, self.used[c], q) for c, q in sizes.items()])
         counts = list(sizes.values())
         drawn = self.sampler(z, torch.tensor(list(sizes)).repeat_interleave(torch.tensor(counts)))
-        self.used |= {c: self.used.get(c, 0) + q for c, q in sizes.items()}
+        self.used.update(sizes)
         return dict(zip(sizes, zip(*(part.split(counts) for part in drawn), strict=True), strict=True))
 
 
@@ -889,23 +835,21 @@ def refreshed(old, new, n_classes, fraction, g):
     """
     n = len(old[1]) // n_classes
     fresh = round(fraction * n)
-    rows = torch.stack([torch.randperm(n, generator=g)[: n - fresh] for _ in range(n_classes)])  # [C, n - fresh]
-    parts = []
-    for c in range(n_classes):
-        kept = (c * n + rows[c]).to(old[1].device)
-        parts.append([torch.cat([o[kept], s[c * n : c * n + fresh]]) for o, s in zip(old, new, strict=True)])
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    draws = [torch.randperm(n, generator=g)[: n - fresh] for _ in range(n_classes)]
+    kept = torch.stack([c * n + rows for c, rows in enumerate(draws)])  # [C, n - fresh]
+    taken = torch.arange(n_classes * n).view(n_classes, n)[:, :fresh]
+    pairs = zip(old, new, strict=True)
+    return tuple(torch.cat([o[kept.to(o.device)], s[taken.to(o.device)]], 1).flatten(0, 1) for o, s in pairs)
 
 
 @dataclass
 class Source:
-    """One generator and how it is sampled: its seed, sampler, sigma, t; filtered False takes every sample."""
+    """One generator and how it is sampled. threshold: t, or None to take every sample"""
 
     seed: int
     sampler: ScoredGenerator
     sigma: float = 1.0
-    threshold: float = 0.0
-    filtered: bool = True
+    threshold: float | None = 0.0
 
 
 class SyntheticSets:
@@ -918,31 +862,26 @@ class SyntheticSets:
         self.args, self.sources, self.n_classes, self.period = args, sources, n_classes, period
         self.n, self.seed = n // len(sources), seed
         self.size = self.n * len(sources) * n_classes
-        self.k, self.sets = None, []  # number of the current set; (x, y) of each source
+        self.epochs, self.select_on = args.resnet_epochs, args.select_on
+        self.k, self.sets = -1, []  # number of the current set; (x, y) of each source
         self.stats = {}  # "set GAN" -> what filtered_set tells of it
 
     def draw(self, source, k):
         """Set k of one source, class by class"""
         samples = Samples(source.sampler, source.sigma, self.n, (self.args.gen_seed, self.seed, source.seed, k))
-        threshold = source.threshold if source.filtered else -math.inf
+        threshold = -math.inf if source.threshold is None else source.threshold
         x, y, told = filtered_set(samples.draw, range(self.n_classes), self.n, threshold, self.args.attempts)
         self.stats[f"{k} {source.seed}"] = told
         return x, y
 
     def at(self, epoch):
-        """The images of an epoch, counted from 1: [N, C, 32, 32] in [-1, 1] and labels [N]"""
-        k = (epoch - 1) // self.period if self.period else 0
-        fraction = self.args.recycle_fraction
-        if self.k != k:
-            unbuilt = range(0 if self.k is None else self.k + 1, k + 1)  # with r < 1 a set consists of those before it
-            for j in unbuilt if fraction < 1 else [k]:
-                new = [self.draw(source, j) for source in self.sources]
-                if fraction < 1 and self.sets:
-                    g = distributed.generator(self.args.gen_seed, self.seed, "recycle", j)
-                    pairs = zip(self.sets, new, strict=True)
-                    new = [refreshed(old, now, self.n_classes, fraction, g) for old, now in pairs]
-                self.sets = new
-            self.k = k
+        """The images of an epoch, counted from 1 and never falling: [N, C, 32, 32] in [-1, 1] and labels [N]"""
+        k, r = (epoch - 1) // self.period if self.period else 0, self.args.recycle_fraction
+        for j in range(max(self.k + 1, k if r == 1 else 0), k + 1):  # with r < 1 a set consists of those before it
+            old, new = self.sets if r < 1 else [], [self.draw(source, j) for source in self.sources]
+            g = distributed.generator(self.args.gen_seed, self.seed, "recycle", j)
+            pairs = zip(old or new, new, strict=True)
+            self.k, self.sets = j, [refreshed(o, s, self.n_classes, r, g) if old else s for o, s in pairs]
         return tuple(torch.cat(part) for part in zip(*self.sets, strict=True))
 
 
@@ -952,10 +891,8 @@ def n_samples(args, data):
 
 
 def load_sampler(args, run, data, classifier, seed, epoch):
-    generator = make_generator(args, data)
-    generator.load_state_dict(load_tensors(gan_file(run, seed, epoch)))
-    device = data.train[0].device
-    return ScoredGenerator(args, generator.to(device, memory_format=torch.channels_last), classifier)
+    generator = loaded(make_generator(args, data), gan_file(run, seed, epoch), data.train[0].device)
+    return ScoredGenerator(args, generator, classifier)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -979,13 +916,19 @@ def grids_of(args):
 
 
 def search(args, run, dist, data, classifier):
+    n = n_samples(args, data)
+
     def scores_of(candidates):
         missing = [c for c in candidates if not (candidate_folder(run, *c) / "metrics.json").exists()]
         distributed.barrier(dist)  # before one of these is written
         for (seed, epoch), group in itertools.groupby(distributed.my_items(missing, dist), key=lambda c: c[:2]):
             sampler = load_sampler(args, run, data, classifier, seed, epoch)
             for candidate in group:
-                try_candidate(args, run, dist, data, sampler, *candidate)
+                *_, sigma, threshold = candidate
+                source, folder = Source(seed, sampler, sigma, threshold), candidate_folder(run, *candidate)
+                sets = SyntheticSets(args, [source], data.n_classes, n, args.seed, args.search_period)
+                about = dict(gan=seed, gan_epoch=epoch, sigma=sigma, threshold=threshold)
+                train_classifier(args, run, dist, data, sets, folder, about)
         distributed.barrier(dist)
         scores = [read_json(candidate_folder(run, *c) / "metrics.json")["score"] for c in candidates]
         for (seed, e, s, t), score in zip(candidates, scores, strict=True):
@@ -1004,14 +947,6 @@ def search(args, run, dist, data, classifier):
     run.done("search", run.under("search.json", "search"), choices=choices)
 
 
-def try_candidate(args, run, dist, data, sampler, seed, epoch, sigma, threshold):
-    source = Source(seed, sampler, sigma, threshold)
-    sets = SyntheticSets(args, [source], data.n_classes, n_samples(args, data), args.seed, args.search_period)
-    about = dict(gan=seed, gan_epoch=epoch, sigma=sigma, threshold=threshold)
-    how = args.resnet_epochs, args.seed, candidate_folder(run, seed, epoch, sigma, threshold), about, args.select_on
-    train_classifier(args, run, dist, data, sets, *how)
-
-
 def candidate_folder(run, seed, epoch, sigma, threshold):
     return run.path("search", f"gan{seed}", f"e{epoch}-s{sigma:g}-t{threshold:g}")
 
@@ -1022,17 +957,35 @@ def candidate_folder(run, seed, epoch, sigma, threshold):
 # classifier/runs/<row>-seed<s>/ and the best of the last row as classifier/.
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The techniques of a row. period: the flag that says after how many epochs a new set is drawn; "": never"""
+
+    title: str
+    filtered: bool = True
+    period: str = ""
+    expanded: bool = False
+    every_gan: bool = False
+
+
+ROWS = {
+    "baseline": Recipe("GAN images as they come, one fixed set", filtered=False),
+    "filter": Recipe("+ filter"),
+    "recycle": Recipe("+ recycle", period="search_period"),
+    "expansion": Recipe("+ expansion", period="search_period", expanded=True),
+    "single": Recipe("+ new set in every epoch: GaFi, one GAN", period="final_period", expanded=True),
+    "multi": Recipe("GaFi, MultiGAN", period="final_period", expanded=True, every_gan=True),
+}
+
+
 def sources_of(args, row, i, choices, sampler):
-    """Generators of run i of a row, and its period. Single rows take GAN i mod N. sampler(seed, epoch) draws."""
-    seeds = args.gan_seeds if row == "multi" else [args.gan_seeds[i % len(args.gan_seeds)]]
-    sources = []
-    for seed in seeds:
+    """Generators of run i of a row, and its period. Rows of one GAN take GAN i mod N. sampler(seed, epoch) draws."""
+    recipe, sources = ROWS[row], []
+    for seed in args.gan_seeds if recipe.every_gan else [args.gan_seeds[i % len(args.gan_seeds)]]:
         best = choices[str(seed)]
-        sigma = best["sigma"] if row in ("expansion", "single", "multi") else 1.0
-        filtered = row != "baseline"
-        sources.append(Source(seed, sampler(seed, best["epoch"]), sigma, best["threshold"] * filtered, filtered))
-    periods = dict(baseline=0, filter=0, single=args.final_period, multi=args.final_period)
-    return sources, periods.get(row, args.search_period)
+        sigma, t = best["sigma"] if recipe.expanded else 1.0, best["threshold"] if recipe.filtered else None
+        sources.append(Source(seed, sampler(seed, best["epoch"]), sigma, t))
+    return sources, getattr(args, recipe.period) if recipe.period else 0
 
 
 def sets_of(args, data, row, i, choices, sampler):
@@ -1051,8 +1004,7 @@ def final(args, run, dist, data, classifier):
             if row == "expansion" and i == 0:
                 gan = sets.sources[0].seed
                 take_over(args, data, candidate_folder(run, gan, *choices[str(gan)].values()), folder, about)
-            how = args.resnet_epochs, args.seed + i, folder, about, args.select_on
-            train_classifier(args, run, dist, data, sets, *how)
+            train_classifier(args, run, dist, data, sets, folder, about)
         distributed.barrier(dist)
         if dist.main:
             best = max(row_metrics(args, run, args.rows[-1]), key=lambda m: (m["score"], -m["seed"]))
@@ -1068,9 +1020,7 @@ def take_over(args, data, search_run, folder, about):
     """A run of the search as one of a row: what train_classifier would write, but for the test scores of its epochs."""
     weights = search_run / "weights.safetensors"
     if weights.exists() and not (folder / "metrics.json").exists():
-        net = make_classifier(args, data, 0)
-        net.load_state_dict(load_tensors(weights))
-        test = accuracy(net.to(data.test[0].device, memory_format=torch.channels_last), data.test, args)
+        test = accuracy(loaded(make_classifier(args, data, 0), weights, data.test[0].device), data.test, args)
         save_tensors(folder / "weights.safetensors", load_tensors(weights))
         write_json(folder / "metrics.json", read_json(search_run / "metrics.json") | about | dict(test=test))
 
@@ -1085,15 +1035,7 @@ def row_metrics(args, run, row):
 # [5] evaluate: load the saved classifier from its folder, score it, write pictures, table and report.
 # Reads classifier/, gan/, search.json; writes images/, results.json, samples.png, report.html.
 
-ROW_NAMES = {
-    "real": "real images",
-    "baseline": "GAN images as they come, one fixed set",
-    "filter": "+ filter",
-    "recycle": "+ recycle",
-    "expansion": "+ expansion",
-    "single": "+ new set in every epoch: GaFi, one GAN",
-    "multi": "GaFi, MultiGAN",
-}
+TITLES = {"real": "real images"} | {row: recipe.title for row, recipe in ROWS.items()}
 BASELINES = "real", "baseline"
 
 
@@ -1101,8 +1043,7 @@ def evaluate(args, run, dist, data, classifier):
     with run.timed("evaluate"):
         saved = read_json(run.path("classifier", "config.json"))
         net = ResNet(saved["classes"], saved["channels"], saved["width"], saved["blocks"])
-        net.load_state_dict(load_tensors(run.path("classifier", "model.safetensors")))
-        net = net.to(dist.device, memory_format=torch.channels_last)
+        net = loaded(net, run.path("classifier", "model.safetensors"), dist.device)
         predicted, labels = predictions(net, data.test[0], args).cpu(), data.test[1].cpu()
         top1 = 100 * (predicted == labels).float().mean().item()
         recorded = read_json(row_folder(run, saved["row"], saved["seed"]) / "metrics.json")["test"]
@@ -1131,8 +1072,7 @@ def show_samples(args, run, data, classifier, saved):
             for k, turn in enumerate(turns[: args.export_images]):
                 file, source = f"{folder}/{k}.png", sources[k % len(sources)]
                 what = dict(file_name=file, label=c, class_name=names[c], row=saved["row"], gan=source.seed)
-                threshold = source.threshold if source.filtered else None
-                rows.append(what | dict(sigma=source.sigma, threshold=threshold))
+                rows.append(what | dict(sigma=source.sigma, threshold=source.threshold))
                 writer.save(run.path("images", file), drawn.open(drawn.of_class(c)[turn]))
     runs.write_metadata(run.path("images"), rows)
     images.samples_grid(run.path("samples.png"), list(shown.values()), list(shown), names, size=64)
@@ -1145,7 +1085,7 @@ def tables(args, run, data, predicted, labels, top1, about):
     for row in args.rows:
         found = row_metrics(args, run, row)
         if not found:
-            rows.append([ROW_NAMES[row], "not run", "", "", "", ""])
+            rows.append([TITLES[row], "not run", "", "", "", ""])
             continue
         metrics[row] = line = over_seeds([m["test"] for m in found]) | dict(images=found[0]["images"])
         line |= means(found, "val", "best_test_epoch", "accepted")  # a run of the search has no test epochs
@@ -1153,7 +1093,7 @@ def tables(args, run, data, predicted, labels, top1, about):
         below = "" if gap is None or row == "real" else f"{gap:.1f}"
         cells = [f"{line[key]:.1f}" if key in line else "" for key in ("val", "best_test_epoch")]
         accepted = "" if row in ("real", "baseline") else f"{100 * line['accepted']:.0f} %"
-        rows.append([ROW_NAMES[row], spread(line["per_seed"]), below, *cells, accepted])
+        rows.append([TITLES[row], spread(line["per_seed"]), below, *cells, accepted])
 
     choices, baselines = read_json(run.path("search.json")), {k: metrics.pop(k) for k in BASELINES if k in metrics}
     saved = dict(top1=top1, per_class=per_class(predicted, labels, data.class_names))
@@ -1241,23 +1181,19 @@ def main(args):
     run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER, pictures=splits)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(run, todo, NEEDS)
-    inception = None
-    if args.gan_inception and "gan" in todo:  # before the first stage, and the download once
-        load = partial(inception_metrics, flag="--gan-inception")
-        distributed.on_rank_0(lambda: load(torch.device("cpu")) and None, dist)
-        inception = load(dist.device)
+    wanted = args.gan_inception and "gan" in todo
+    inception = distances.downloaded_inception(dist, "--gan-inception") if wanted else None
     if "real" in todo:
         train_real(args, run, dist, data)
-    if set(todo) - {"real"}:
-        classifier = filtering_classifier(args, run, data)
-        if "gan" in todo:
-            train_gans(args, run, dist, data, classifier, inception)
-        if "search" in todo:
-            search(args, run, dist, data, classifier)
-        if "final" in todo:
-            final(args, run, dist, data, classifier)
-        if "evaluate" in todo:
-            evaluate(args, run, dist, data, classifier)
+    classifier = filtering_classifier(args, run, data) if set(todo) - {"real"} else None
+    if "gan" in todo:
+        train_gans(args, run, dist, data, classifier, inception)
+    if "search" in todo:
+        search(args, run, dist, data, classifier)
+    if "final" in todo:
+        final(args, run, dist, data, classifier)
+    if "evaluate" in todo:
+        evaluate(args, run, dist, data, classifier)
     distributed.cleanup(dist)
 
 
