@@ -203,7 +203,7 @@ from common.augment import crop, cutout, mirrored
 from common.compiling import compiled
 from common.diffusion import autocast, unmixed
 from common.files import class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order, each_once, refuse
+from common.inputs import check_grid, check_order, each_once, refuse
 from common.launch import UserError
 from common.loop import Loop
 from common.near_copies import near_copies
@@ -1111,8 +1111,6 @@ def tables(args, run, data, predicted, labels, top1, about):
 # ---------------------------------------------------------------------------------------------
 
 SPEED_FLAGS = ["gen_micro_batch"]
-MOST_VALUES = 1000  # of a grid: each is a training for every GAN
-
 NEEDS = dict(gan="real", search="gan", final="search", evaluate="final")
 # What no stage before this one reads; it may change while the stage has not begun.
 LATER = {
@@ -1140,13 +1138,6 @@ def check_args(args):
     late = f"--ckpt-grid: begins at epoch {args.ckpt_grid[0]}, after the last of {args.gan_epochs}"
     refuse(not checkpoints(args), late)
     refuse(args.rows[-1] == "real", "--rows: the classifier of the last row is saved, so real cannot be the last")
-
-
-def check_grid(flag, first, last, step):
-    name, many = f"{flag} {first} {last} {step}", (last - first) / max(step, 0.001) > MOST_VALUES
-    wrong = last < first or step < 0.001
-    refuse(wrong, f"{name}: first, last and step, the last not before the first, the step >= 0.001")
-    refuse(many, f"{name}: more than {MOST_VALUES} values, each a training")
 
 
 def check_data(args, data):

@@ -31,6 +31,13 @@ def each_once(flag: str, values: Sequence[Any]) -> None:
     refuse(not values or len(set(values)) < len(values), f"{flag} {given}: one or more, each once")
 
 
+def check_grid(flag: str, first: float, last: float, step: float, most: int = 1000) -> None:
+    """UserError unless these are a grid of `most` values or fewer, each of them a training."""
+    name, wrong, many = f"{flag} {first} {last} {step}", last < first or step < 0.001, (last - first) / max(step, 0.001)
+    refuse(wrong, f"{name}: first, last and step, the last not before the first, the step >= 0.001")
+    refuse(many > most, f"{name}: more than {most} values, each a training")
+
+
 def readable(splits: "dict[str, Images | None]", dist: "Dist") -> None:
     """Decode every file of the splits once, in threads; UserError that lists the bad ones. Call it on rank 0.
 

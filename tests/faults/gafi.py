@@ -32,12 +32,6 @@ FAULTS = {
         Fault("CINIC-10 in fp32", ', precision="bf16",\n    ),', ",\n    ),", tests=PRESETS),
         Fault("mirror for digits", "val_per_class=20, random_flip=False,", "val_per_class=20,", tests=PRESETS),
         Fault(
-            "grids without limit",
-            "(last - first) / max(step, 0.001) > MOST_VALUES",
-            "False",
-            tests="test_bad_flags_are_refused_by_name",
-        ),
-        Fault(
             "rate without a range",
             "    gan_lr: Rate = 2e-4",
             "    gan_lr: float = 2e-4",
