@@ -199,7 +199,7 @@ from torch import nn
 
 from common import datasets, distances, distributed, images, inputs
 from common import run as runs
-from common.augment import crop, cutout, mirrored
+from common.augment import crop, cutout, cutout_boxes, mirrored
 from common.compiling import compiled
 from common.diffusion import autocast, unmixed
 from common.files import class_folders, load_tensors, read_json, save_tensors, write_json
@@ -219,27 +219,21 @@ from common.spectral import SNConv, SNEmbedding, SNLinear, spectral_groups, spec
 # The data: every split as one tensor of bytes on the device.
 
 
-def load_splits(args, dist):
-    """{split: its images}, all of which can be read."""
+def load_data(args, dist):
+    """Official code: CINIC-10's train and valid are pooled and divided anew (170k, 10k); FashionMNIST is padded from 28
+    to 32 pixels, so that its border becomes -1."""
     data = datasets.load_dataset(args.dataset, args.data_dir)
     if data.note:
         distributed.say(dist, data.note)
-    train, val = data.train, data.val
-    pooled = args.dataset == "cinic10"  # train and valid are divided anew: 170k, 10k
+    train, val, pooled = data.train, data.val, args.dataset == "cinic10"
     if pooled or val is None:
         train, val = datasets.hold_out(train + val if pooled else train, args.val_per_class, args.seed)
-    splits = dict(train=train, val=val, test=data.test)
-    distributed.on_rank_0(partial(inputs.readable, splits, dist), dist)
-    return splits
-
-
-def load_data(args, dist, splits=None):
-    """The splits as pixels. FashionMNIST is padded from 28 to 32 pixels, so that its border becomes -1."""
-    splits = splits or load_splits(args, dist)
-    channels = 1 if args.dataset in ("digits", "fashionmnist") else 3
-    how = channels, args.image_size, args.dataset == "fashionmnist", dist.device, args.workers
-    names = splits["train"].class_names
-    return Pixels(**{name: load_split(split, *how) for name, split in splits.items()}, class_names=names)
+    files = dict(train=train, val=val, test=data.test)
+    distributed.on_rank_0(partial(inputs.readable, files, dist), dist)
+    channels, padded = 1 if args.dataset in ("digits", "fashionmnist") else 3, args.dataset == "fashionmnist"
+    how = channels, args.image_size, padded, dist.device, args.workers
+    splits = {name: load_split(split, *how) for name, split in files.items()}
+    return Pixels(**splits, class_names=train.class_names, files=files)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -263,14 +257,6 @@ def lr_at(epoch, base, drops):
     return base * 0.1 ** sum(epoch >= drop for drop in drops)
 
 
-def cutout_boxes(b, size, g):
-    """Centres uniform over all pixels, sides ceil(32 U(0.2, 0.5)), independently: 7..16 pixels. -> four [B]"""
-    u = torch.rand(4, b, generator=g, device=g.device)
-    cx, cy = (u[:2] * size).floor()
-    h, w = (size * (0.2 + 0.3 * u[2:])).ceil()
-    return cx, cy, h, w
-
-
 def augmented(x, args, g):
     """Flip, crop, cutout, in this order. [B, C, S, S] in [-1, 1]; g: on x's device.
 
@@ -285,7 +271,7 @@ def augmented(x, args, g):
         x = crop(x, top, left, pad)
     if args.random_erasing:
         noise = torch.randn(x.shape, generator=g, device=device)
-        x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], g))
+        x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], 0.2, 0.5, g))  # 7 to 16 of 32 pixels
     return x
 
 
@@ -601,7 +587,10 @@ class BigGAN:
             return g_loss(self.d(self.g(z, y), y), self.args.gan_loss)
 
     def loop(self, run, chart, total, team, file, log_every):
-        """A micro-batch starts from the step's BatchNorm statistics, which are averaged; u is the same in each."""
+        """Counts the steps, adds up the micro-batches of all processes that share a GAN, saves and resumes.
+
+        A micro-batch starts from the step's BatchNorm statistics, which are averaged; u is the same in each.
+        """
         args, buffers = self.args, [*self.d.buffers(), *self.g.buffers()]
         how = dict(state=self.ema.state_dict(), buffers=buffers, others=[self.g_adam], log_every=log_every)
         micro = args.gan_micro_batch or args.gan_batch
@@ -733,7 +722,14 @@ def measured(args, generator, classifier, real, seed, inception=None):
 
 
 # ---------------------------------------------------------------------------------------------
-# Samples (Stage 3): from a generator, scored by F, filtered, and renewed every P epochs.
+# Samples (Stage 3), from the inside out. An idea of your own goes into filtered_set, if it is about which samples to
+# keep, or into SyntheticSets.at, if it is about when to draw new ones.
+#
+#     confidence       what F thinks of a sample
+#     filtered_set     filter: of each class n samples that F accepts
+#     ScoredGenerator  (z, c) -> an image and F's confidence in c
+#     Samples          a class's samples one after the other; expansion: z ~ N(0, sigma^2)
+#     SyntheticSets    recycle: the training set of each epoch; with several sources MultiGAN
 
 
 def confidence(probs, label):
@@ -897,7 +893,8 @@ def load_sampler(args, run, data, classifier, seed, epoch):
 
 # ---------------------------------------------------------------------------------------------
 # [3] search: greedy, for each GAN: checkpoint, then sigma, then threshold (Stage 5, steps 1 to 3). Reads gan/, writes
-# search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json; the candidates of all GANs are dealt out together.
+# search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json. A candidate costs the training of a classifier;
+# those of all GANs are dealt out to the processes together.
 
 
 def greedy_search(seeds, grids, evaluate):
@@ -919,6 +916,7 @@ def search(args, run, dist, data, classifier):
     n = n_samples(args, data)
 
     def scores_of(candidates):
+        """Train what has not been trained, each candidate on one process; what it scored on the split that chooses"""
         missing = [c for c in candidates if not (candidate_folder(run, *c) / "metrics.json").exists()]
         distributed.barrier(dist)  # before one of these is written
         for (seed, epoch), group in itertools.groupby(distributed.my_items(missing, dist), key=lambda c: c[:2]):
@@ -952,14 +950,16 @@ def candidate_folder(run, seed, epoch, sigma, threshold):
 
 
 # ---------------------------------------------------------------------------------------------
-# [4] final: the rows of the table, each with clf_seeds classifiers (Stage 5, step 4, and Stage 6).
+# [4] final: the rows of the table, each with clf_seeds classifiers (Stage 5, step 4, and Stage 6). A row adds one
+# technique to the row before; all use what the search has chosen for their GAN. For a row of your own: a line in ROWS,
+# its name in Row, and what is new about it in sets_of.
 # Reads search.json, gan/, and of search/ the winner's run, which is the first of row expansion; writes
 # classifier/runs/<row>-seed<s>/ and the best of the last row as classifier/.
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The techniques of a row. period: the flag that says after how many epochs a new set is drawn; "": never"""
+    """What a row trains on. period: the flag that says after how many epochs a new set is drawn; "": never"""
 
     title: str
     filtered: bool = True
@@ -969,6 +969,7 @@ class Recipe:
 
 
 ROWS = {
+    "real": Recipe("real images", filtered=False),
     "baseline": Recipe("GAN images as they come, one fixed set", filtered=False),
     "filter": Recipe("+ filter"),
     "recycle": Recipe("+ recycle", period="search_period"),
@@ -978,18 +979,14 @@ ROWS = {
 }
 
 
-def sources_of(args, row, i, choices, sampler):
-    """Generators of run i of a row, and its period. Rows of one GAN take GAN i mod N. sampler(seed, epoch) draws."""
+def sets_of(args, data, row, i, choices, sampler):
+    """The sets of run i of a row. Rows of one GAN take GAN i mod N. sampler(seed, epoch) draws."""
     recipe, sources = ROWS[row], []
     for seed in args.gan_seeds if recipe.every_gan else [args.gan_seeds[i % len(args.gan_seeds)]]:
         best = choices[str(seed)]
         sigma, t = best["sigma"] if recipe.expanded else 1.0, best["threshold"] if recipe.filtered else None
         sources.append(Source(seed, sampler(seed, best["epoch"]), sigma, t))
-    return sources, getattr(args, recipe.period) if recipe.period else 0
-
-
-def sets_of(args, data, row, i, choices, sampler):
-    sources, period = sources_of(args, row, i, choices, sampler)
+    period = getattr(args, recipe.period) if recipe.period else 0
     return SyntheticSets(args, sources, data.n_classes, n_samples(args, data), args.seed + i, period)
 
 
@@ -1034,9 +1031,6 @@ def row_metrics(args, run, row):
 # ---------------------------------------------------------------------------------------------
 # [5] evaluate: load the saved classifier from its folder, score it, write pictures, table and report.
 # Reads classifier/, gan/, search.json; writes images/, results.json, samples.png, report.html.
-
-TITLES = {"real": "real images"} | {row: recipe.title for row, recipe in ROWS.items()}
-BASELINES = "real", "baseline"
 
 
 def evaluate(args, run, dist, data, classifier):
@@ -1083,9 +1077,9 @@ def tables(args, run, data, predicted, labels, top1, about):
     """results.json and report.html"""
     metrics, rows = {}, []
     for row in args.rows:
-        found = row_metrics(args, run, row)
+        found, title = row_metrics(args, run, row), ROWS[row].title
         if not found:
-            rows.append([TITLES[row], "not run", "", "", "", ""])
+            rows.append([title, "not run", "", "", "", ""])
             continue
         metrics[row] = line = over_seeds([m["test"] for m in found]) | dict(images=found[0]["images"])
         line |= means(found, "val", "best_test_epoch", "accepted")  # a run of the search has no test epochs
@@ -1093,9 +1087,10 @@ def tables(args, run, data, predicted, labels, top1, about):
         below = "" if gap is None or row == "real" else f"{gap:.1f}"
         cells = [f"{line[key]:.1f}" if key in line else "" for key in ("val", "best_test_epoch")]
         accepted = "" if row in ("real", "baseline") else f"{100 * line['accepted']:.0f} %"
-        rows.append([TITLES[row], spread(line["per_seed"]), below, *cells, accepted])
+        rows.append([title, spread(line["per_seed"]), below, *cells, accepted])
 
-    choices, baselines = read_json(run.path("search.json")), {k: metrics.pop(k) for k in BASELINES if k in metrics}
+    choices = read_json(run.path("search.json"))
+    baselines = {row: metrics.pop(row) for row in ("real", "baseline") if row in metrics}
     saved = dict(top1=top1, per_class=per_class(predicted, labels, data.class_names))
     metrics |= dict(saved_classifier=saved, search=choices, selected_on=args.select_on)
     run.results(paper="arXiv:2305.10118", metrics=metrics, baselines=baselines, **about)
@@ -1163,13 +1158,12 @@ def main(args):
     if args.plan:
         return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device)
-    splits = load_splits(args, dist)
-    data = load_data(args, dist, splits)
+    data = load_data(args, dist)
     check_data(args, data)
 
     # The device draws augmentation and GAN latents, and every kind of device has its own random numbers.
     used = dict(device=dist.device.type)
-    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER, pictures=splits)
+    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER, pictures=data.files)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(run, todo, NEEDS)
     wanted = args.gan_inception and "gan" in todo

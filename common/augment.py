@@ -34,3 +34,11 @@ def cutout(
     rows = (i >= (cy - h / 2)[:, None]) & (i < (cy + h / 2)[:, None])  # [B, H]
     columns = (j >= (cx - w / 2)[:, None]) & (j < (cx + w / 2)[:, None])  # [B, W]
     return torch.where((rows[:, :, None] & columns[:, None])[:, None], noise, x)
+
+
+def cutout_boxes(b: int, size: int, least: float, most: float, g: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Centres uniform over all pixels, sides ceil(size U(least, most)), all independently. -> cx, cy, h, w, each [b]"""
+    u = torch.rand(4, b, generator=g, device=g.device)
+    cx, cy = (u[:2] * size).floor()
+    h, w = (size * (least + (most - least) * u[2:])).ceil()
+    return cx, cy, h, w

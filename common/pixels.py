@@ -19,12 +19,16 @@ AT_ONCE = 500  # pictures in a batch of the loader
 
 @dataclass
 class Pixels:
-    """A data set on one device: of each split the images, uint8 [N, channels, size, size], and the labels [N]."""
+    """A data set on one device: of each split the images, uint8 [N, channels, size, size], and the labels [N].
+
+    files: {split: the pictures that they were decoded from}
+    """
 
     train: Split
     val: Split
     test: Split
     class_names: list[str]
+    files: dict[str, Images] | None = None
 
     @property
     def n_classes(self) -> int:

@@ -676,7 +676,7 @@ def test_rates_and_decay():
 def test_augmentation():
     x = torch.rand(400, 3, 32, 32) * 2 - 1
     g = torch.Generator().manual_seed(0)
-    _, _, h, w = gf.cutout_boxes(20_000, 32, g)
+    _, _, h, w = gf.cutout_boxes(20_000, 32, 0.2, 0.5, g)
     for side in (h, w):
         assert side.min() == 7 and side.max() == 16
     cut = gf.augmented(x, gf.Args(random_flip=False, random_crop=False), g)
@@ -785,13 +785,14 @@ def test_search_visits_the_grids_in_order_and_ties_go_to_the_first():
 
 
 def test_rows_of_the_table():
-    args = gf.Args(gan_seeds=(5, 6, 7))
+    args = gf.Args(gan_seeds=(5, 6, 7), class_samples=9)
     choices = {str(s): dict(epoch=10 * s, sigma=1 + s / 10, threshold=s / 10) for s in args.gan_seeds}
     made = {}
     for row in args.rows[1:]:
-        sources, period = gf.sources_of(args, row, 1, choices, lambda seed, epoch: (seed, epoch))
-        made[row] = [(s.seed, s.sigma, s.threshold) for s in sources], period
-        assert all(s.sampler == (s.seed, 10 * s.seed) for s in sources)
+        made_of = gf.sets_of(args, about(3, 1), row, 1, choices, lambda seed, epoch: (seed, epoch))
+        made[row] = [(s.seed, s.sigma, s.threshold) for s in made_of.sources], made_of.period
+        assert all(s.sampler == (s.seed, 10 * s.seed) for s in made_of.sources)
+        assert made_of.n == (3 if row == "multi" else 9) and made_of.seed == args.seed + 1
     assert made["baseline"] == ([(6, 1.0, None)], 0)
     assert made["filter"] == ([(6, 1.0, 0.6)], 0)
     assert made["recycle"] == ([(6, 1.0, 0.6)], 10)
@@ -806,9 +807,10 @@ def test_multigan_shares_the_images_and_with_one_gan_is_that_gan():
     assert len(x) == 3 * 3 * 3 and torch.bincount(y).tolist() == [9, 9, 9]
     assert [len(part[0]) for part in three.sets] == [9, 9, 9]
     assert torch.equal(sets(1, sources=1).at(4)[0], sets(1).at(4)[0])
-    args = gf.Args(gan_seeds=(5,))
+    args = gf.Args(gan_seeds=(5,), class_samples=9)
     choices = {"5": dict(epoch=1, sigma=1.2, threshold=0.1)}
-    single, multi = (gf.sources_of(args, row, 2, choices, lambda *_: None) for row in ("single", "multi"))
+    both = [gf.sets_of(args, about(3, 1), row, 2, choices, lambda *_: None) for row in ("single", "multi")]
+    single, multi = ((made.sources, made.period, made.n) for made in both)
     assert single == multi
 
 
