@@ -220,8 +220,8 @@ from common.spectral import SNConv, SNEmbedding, SNLinear, spectral_groups, spec
 
 
 def load_data(args, dist):
-    """Official code: CINIC-10's train and valid are pooled and divided anew (170k, 10k); FashionMNIST is padded from 28
-    to 32 pixels, so that its border becomes -1."""
+    """All splits. CINIC-10's train and valid are pooled and divided anew: 170k, 10k. FashionMNIST is padded from 28 to 32
+    pixels, so that its border becomes -1."""
     data = datasets.load_dataset(args.dataset, args.data_dir)
     if data.note:
         distributed.say(dist, data.note)
