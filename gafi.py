@@ -220,8 +220,8 @@ from common.spectral import SNConv, SNEmbedding, SNLinear, spectral_groups, spec
 
 
 def load_data(args, dist):
-    """All splits. CINIC-10's train and valid are pooled and divided anew: 170k, 10k. FashionMNIST is padded from 28 to 32
-    pixels, so that its border becomes -1."""
+    """All splits. CINIC-10's train and valid are pooled and divided anew: 170k, 10k. FashionMNIST is padded from 28 to
+    32 pixels, so that its border becomes -1."""
     data = datasets.load_dataset(args.dataset, args.data_dir)
     if data.note:
         distributed.say(dist, data.note)
@@ -334,6 +334,7 @@ def train_classifier(args, run, dist, data, sets, folder, about):
         lost += loop.update(lr=lr_at(epoch, args.resnet_lr, args.resnet_drops)) * len(labels)
         if i < per_epoch - 1:
             continue
+        # The end of an epoch: it is scored, and the weights of the best one are kept beside those that go on.
         row = dict(epoch=epoch, loss=float(lost) / sets.size) | {k: accuracy(net, s, args) for k, s in splits.items()}
         if not math.isfinite(row["loss"]):
             raise UserError(f"{chart}, epoch {epoch}: the loss is {row['loss']}; stopped. Try a lower --resnet-lr")
@@ -349,7 +350,7 @@ def train_classifier(args, run, dist, data, sets, folder, about):
     if "test" in splits:
         net.load_state_dict(loop.tensors)
         report |= dict(test=accuracy(net, data.test, args), best_test_epoch=max(row["test"] for row in history))
-    if sets.stats:
+    if sets.stats:  # what the filter did in each synthetic set
         drawn, accepted, exhausted = map(sum, zip(*sets.stats.values(), strict=True))
         report |= dict(drawn=drawn, accepted=accepted / drawn, exhausted=exhausted)
         if exhausted:
