@@ -202,7 +202,7 @@ from common import run as runs
 from common.augment import crop, cutout, cutout_boxes, mirrored
 from common.compiling import compiled
 from common.diffusion import autocast, unmixed
-from common.files import class_folders, load_tensors, read_json, save_tensors, write_json
+from common.files import class_folders, load_tensors, loaded, read_json, save_tensors, write_json
 from common.inputs import check_grid, check_order, each_once, refuse
 from common.launch import UserError
 from common.loop import Loop
@@ -214,6 +214,9 @@ from common.report import compare_saved, conclude, means, over_seeds, per_class,
 from common.resnet import ResNet
 from common.sgdw import SGDW
 from common.spectral import SNConv, SNEmbedding, SNLinear, spectral_groups, spectral_norm
+
+AT_ONCE = 16  # batches that are augmented together
+DRAWN_STEPS = 50  # of a GAN, whose latents are drawn together; both: the GPU then waits less for the host
 
 # ---------------------------------------------------------------------------------------------
 # The data: every split as one tensor of bytes on the device.
@@ -246,12 +249,6 @@ def make_classifier(args, data, seed):
     return ResNet(data.n_classes, data.channels, args.resnet_width, args.resnet_blocks)
 
 
-def loaded(net, file, device):
-    """net with the weights of a file, on the device, frozen and in evaluation mode"""
-    net.load_state_dict(load_tensors(file))
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
 def lr_at(epoch, base, drops):
     """Official code: rate of an epoch counted from 1; a tenth from each drop on: 0.1, 0.01 from 60, 0.001 from 80."""
     return base * 0.1 ** sum(epoch >= drop for drop in drops)
@@ -273,9 +270,6 @@ def augmented(x, args, g):
         noise = torch.randn(x.shape, generator=g, device=device)
         x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], 0.2, 0.5, g))  # 7 to 16 of 32 pixels
     return x
-
-
-AT_ONCE = 16  # batches that are augmented together, for which the GPU waits less on the host
 
 
 def training_batches(args, x, y, seed, epoch):
@@ -617,9 +611,6 @@ class BigGAN:
         of_g = loop.update()
         ema_update(*self.averaged, step + 1, args.gan_ema_start, args.gan_ema)
         return of_d, of_g
-
-
-DRAWN_STEPS = 50  # whose latents are drawn at once
 
 
 def gan_batches(args, images, labels, seed, steps):
