@@ -190,116 +190,58 @@ if __name__ == "__main__":
 
 import itertools
 import math
-from contextlib import nullcontext
-from functools import cache, partial
+from collections import Counter
+from functools import cache, lru_cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import datasets, distributed, images, inputs
+from common import datasets, distances, distributed, images, inputs
 from common import run as runs
+from common.augment import crop, cutout, cutout_boxes, mirrored
 from common.compiling import compiled
-from common.diffusion import autocast
-from common.distances import (
-    frechet_distance,
-    inception_figures,
-    inception_metrics,
-    inception_score,
-    kernel_distance,
-)  # fmt: skip
-from common.files import class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order
+from common.diffusion import autocast, unmixed
+from common.files import class_folders, load_tensors, loaded, read_json, save_tensors, write_json
+from common.inputs import check_grid, check_order, each_once, refuse
 from common.launch import UserError
 from common.loop import Loop
 from common.near_copies import near_copies
-from common.pixels import Pixels, as_images, as_picture, in_unit_range, load_split
+from common.pixels import Pixels, as_images, in_unit_range, load_split
 from common.plan import print_plan
 from common.plans import gafi as planned
-from common.report import compare_saved, conclude, mean_std, spread
+from common.report import compare_saved, conclude, means, over_seeds, per_class, spread
+from common.resnet import ResNet
+from common.sgdw import SGDW
+from common.spectral import SNConv, SNEmbedding, SNLinear, spectral_groups, spectral_norm
+
+AT_ONCE = 16  # batches that are augmented together
+DRAWN_STEPS = 50  # of a GAN, whose latents are drawn together; both: the GPU then waits less for the host
 
 # ---------------------------------------------------------------------------------------------
 # The data: every split as one tensor of bytes on the device.
 
 
-def load_splits(args, dist):
-    """{split: its images}, all of which can be read."""
+def load_data(args, dist):
+    """All splits. CINIC-10's train and valid are pooled and divided anew: 170k, 10k. FashionMNIST is padded from 28 to
+    32 pixels, so that its border becomes -1."""
     data = datasets.load_dataset(args.dataset, args.data_dir)
     if data.note:
         distributed.say(dist, data.note)
-    train, val = data.train, data.val
-    if args.dataset == "cinic10":  # train and valid are pooled and divided anew: 170k, 10k
-        train, val = train + val, None
-    if val is None:
-        train, val = datasets.hold_out(train, args.val_per_class, args.seed)
-    splits = dict(train=train, val=val, test=data.test)
-    distributed.on_rank_0(partial(inputs.readable, splits, dist), dist)
-    return splits
-
-
-def load_data(args, dist, splits=None):
-    """The splits as pixels. FashionMNIST is padded from 28 to 32 pixels, so that its border becomes -1."""
-    splits = splits or load_splits(args, dist)
-    channels = 1 if args.dataset in ("digits", "fashionmnist") else 3
-    how = channels, args.image_size, args.dataset == "fashionmnist", dist.device, args.workers
-    names = splits["train"].class_names
-    return Pixels(**{name: load_split(split, *how) for name, split in splits.items()}, class_names=names)
-
-
-def device_generator(device, *parts):
-    """Generator on the device, seeded by what it is for: random numbers are drawn where they are used."""
-    return torch.Generator(device).manual_seed(distributed.seed_of(*parts))
-
-
-def unmixed(device):
-    """float32 inside of it (--plan counts on the device meta, which knows no mixed precision)"""
-    return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
+    train, val, pooled = data.train, data.val, args.dataset == "cinic10"
+    if pooled or val is None:
+        train, val = datasets.hold_out(train + val if pooled else train, args.val_per_class, args.seed)
+    files = dict(train=train, val=val, test=data.test)
+    distributed.on_rank_0(partial(inputs.readable, files, dist), dist)
+    channels, padded = 1 if args.dataset in ("digits", "fashionmnist") else 3, args.dataset == "fashionmnist"
+    how = channels, args.image_size, padded, dist.device, args.workers
+    splits = {name: load_split(split, *how) for name, split in files.items()}
+    return Pixels(**splits, class_names=train.class_names, files=files)
 
 
 # ---------------------------------------------------------------------------------------------
 # The classifier: a CIFAR ResNet, its optimiser and its augmentation (Stages 1 and 4). F and every classifier of the
 # search and of the table are trained by train_classifier; the accuracy of one that saw synthetic sets is the CAS.
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; shortcut option A: every second pixel, new channels are zero, half on either side."""
-
-    def __init__(self, n_in, n_out):
-        super().__init__()
-        self.stride, self.extra = (2 if n_in != n_out else 1), (n_out - n_in) // 2
-        self.conv1 = nn.Conv2d(n_in, n_out, 3, self.stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(n_out), nn.BatchNorm2d(n_out)
-
-    def forward(self, x):
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride == 2:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
-        return F.relu(h + x)
-
-
-class ResNet(nn.Module):
-    """CIFAR ResNet-20 with four times the classic width: [B, channels, 32, 32] -> logits [B, C]"""
-
-    def __init__(self, n_classes, channels=3, width=64, blocks=3):
-        super().__init__()
-        self.conv0, self.bn0 = nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
-        sizes = [width, width, 2 * width, 4 * width]
-        for s in (1, 2, 3):
-            stage = [BasicBlock(sizes[s - 1] if i == 0 else sizes[s], sizes[s]) for i in range(blocks)]
-            setattr(self, f"layer{s}", nn.Sequential(*stage))
-        self.fc = nn.Linear(sizes[3], n_classes)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.zeros_(self.fc.bias)
-
-    def features(self, x):
-        x = F.relu(self.bn0(self.conv0(x)))
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
-
-    def forward(self, x):
-        return self.fc(self.features(x)).float()
 
 
 def make_classifier(args, data, seed):
@@ -312,69 +254,11 @@ def lr_at(epoch, base, drops):
     return base * 0.1 ** sum(epoch >= drop for drop in drops)
 
 
-class SGDW(torch.optim.Optimizer):
-    """Official code (TensorFlow-addons): p *= 1 - wd; b = mu b - lr g; p += mu b - lr g.
-
-    Trap: wd is not multiplied by the rate, so at lr 0.001 it is 100 times stronger relative to the gradient than at
-    0.1. The rate stands inside the buffer, so after a drop the old velocity lives on for some twenty steps.
-    """
-
-    def __init__(self, params, lr, wd, momentum=0.9):
-        super().__init__(params, dict(lr=lr, wd=wd, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params, lr, momentum = group["params"], group["lr"], group["momentum"]
-            for p in params:
-                self.state[p].setdefault("velocity", torch.zeros_like(p))
-            velocity, grads = [self.state[p]["velocity"] for p in params], [p.grad for p in params]
-            torch._foreach_mul_(params, 1 - group["wd"])
-            torch._foreach_mul_(velocity, momentum)
-            torch._foreach_add_(velocity, grads, alpha=-lr)
-            torch._foreach_add_(params, velocity, alpha=momentum)
-            torch._foreach_add_(params, grads, alpha=-lr)
-
-
-def crop(x, top, left, pad=4):
-    """Pad with 0 (mid-grey: the data lie in [-1, 1]; official code) and cut at (top, left). [B, C, H, W], [B], [B]"""
-    b, _, h, w = x.shape
-    x = F.pad(x, (pad,) * 4)
-    rows = top[:, None] + torch.arange(h, device=x.device)  # [B, H]
-    columns = left[:, None] + torch.arange(w, device=x.device)  # [B, W]
-    image = torch.arange(b, device=x.device)[:, None, None]
-    return x.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-
-
-def cutout(x, noise, cx, cy, h, w):
-    """A box of h x w around (cx, cy), clipped by the image, is replaced by noise. [B, C, H, W] twice, [B] four times.
-
-    Official code (keras-cv): the noise is rescaled from its own range to the image's, both taken over whole images.
-    """
-    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    noise_low, noise_high = noise.amin((1, 2, 3), keepdim=True), noise.amax((1, 2, 3), keepdim=True)
-    noise = (noise - noise_low) / (noise_high - noise_low) * (high - low) + low
-    i, j = (torch.arange(s, device=x.device)[None] for s in x.shape[2:])
-    rows = (i >= (cy - h / 2)[:, None]) & (i < (cy + h / 2)[:, None])  # [B, H]
-    columns = (j >= (cx - w / 2)[:, None]) & (j < (cx + w / 2)[:, None])  # [B, W]
-    return torch.where((rows[:, :, None] & columns[:, None])[:, None], noise, x)
-
-
-def cutout_boxes(b, size, g):
-    """Centres uniform over all pixels, sides ceil(32 U(0.2, 0.5)), independently: 7..16 pixels. -> four [B]"""
-    u = torch.rand(4, b, generator=g, device=g.device)
-    cx, cy = (u[:2] * size).floor()
-    h, w = (size * (0.2 + 0.3 * u[2:])).ceil()
-    return cx, cy, h, w
-
-
-def mirrored(x, coin):
-    """[B, C, H, W], bool [B]"""
-    return torch.where(coin[:, None, None, None], x.flip(3), x)
-
-
 def augmented(x, args, g):
-    """Flip, crop, cutout, in this order, each image with its own draws. [B, C, S, S] in [-1, 1]; g: on x's device."""
+    """Flip, crop, cutout, in this order. [B, C, S, S] in [-1, 1]; g: on x's device.
+
+    Official code: crops are padded with 0, which is mid-grey, and cutout changes every image.
+    """
     b, device = len(x), x.device
     if args.random_flip:
         x = mirrored(x, torch.rand(b, generator=g, device=device) < 0.5)
@@ -384,16 +268,13 @@ def augmented(x, args, g):
         x = crop(x, top, left, pad)
     if args.random_erasing:
         noise = torch.randn(x.shape, generator=g, device=device)
-        x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], g))
+        x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], 0.2, 0.5, g))  # 7 to 16 of 32 pixels
     return x
-
-
-AT_ONCE = 16  # batches that are augmented together, for which the GPU waits less on the host
 
 
 def training_batches(args, x, y, seed, epoch):
     """The shuffled, augmented batches of an epoch: a function of (seed, epoch)."""
-    g = device_generator(y.device, seed, "epoch", epoch)
+    g = distributed.generator(seed, "epoch", epoch, device=y.device)
     order = torch.randperm(len(y), generator=g, device=y.device)
     for rows in order.split(AT_ONCE * args.resnet_batch):
         parts = augmented(x[rows].float(), args, g).contiguous(memory_format=torch.channels_last), y[rows]
@@ -401,9 +282,13 @@ def training_batches(args, x, y, seed, epoch):
 
 
 class RealSet:
-    """The real training images, the same in every epoch."""
+    """The real training images, the same in every epoch. SyntheticSets has the same attributes.
 
-    def __init__(self, split):
+    Official code: F, and with it the real reference, is chosen on validation images in every case.
+    """
+
+    def __init__(self, args, split, seed):
+        self.seed, self.epochs, self.select_on = seed, args.real_epochs, "val"
         self.x, self.y = in_unit_range(split[0]), split[1]
         self.size, self.stats = len(self.y), {}
 
@@ -411,54 +296,55 @@ class RealSet:
         return self.x, self.y
 
 
-def train_classifier(args, run, dist, data, sets, epochs, seed, folder, about, select_on):
-    """Train a ResNet on sets.at(epoch), by this process alone; keep the epoch that select_on, val or test, likes best.
+def train_classifier(args, run, dist, data, sets, folder, about):
+    """Train a ResNet on sets.at(epoch), by this process alone; keep the epoch that the split sets.select_on likes best.
 
     Writes <folder>/weights.safetensors and metrics.json; does nothing if that is there. about: what to record. The test
     split is looked at in rows of the table only, or if it selects.
     """
     if (folder / "metrics.json").exists():
         return
-    splits = dict(val=data.val) | (dict(test=data.test) if "row" in about or select_on == "test" else {})
-    net = make_classifier(args, data, seed).to(dist.device, memory_format=torch.channels_last)
+    splits = dict(val=data.val) | (dict(test=data.test) if "row" in about or sets.select_on == "test" else {})
+    net = make_classifier(args, data, sets.seed).to(dist.device, memory_format=torch.channels_last)
     fast = compiled(net, args.compile, "ResNet", dynamic=True)
     optimizer = SGDW(net.parameters(), args.resnet_lr, args.resnet_wd, args.resnet_momentum)
     weights, per_epoch = net.state_dict(), math.ceil(sets.size / args.resnet_batch)
-    chart = str(folder.relative_to(run.dir))
-    file, total, team = folder / "checkpoint.safetensors", epochs * per_epoch, dist.alone()
-    loop = Loop(run, chart, total, optimizer, team, args.resnet_batch, file, state=weights, save_seconds=math.inf)
+    chart, file = str(folder.relative_to(run.dir)), folder / "checkpoint.safetensors"
+    whole = dist.alone(), args.resnet_batch  # the batch is one unit
+    loop = Loop(run, chart, sets.epochs * per_epoch, optimizer, *whole, file, state=weights, save_seconds=math.inf)
     history, best, stats = loop.extra or ([], dict(score=-1.0), {})
     sets.stats |= stats
 
     for step in loop:
         epoch, i = step // per_epoch + 1, step % per_epoch
         if i == 0:
-            batches, lost = training_batches(args, *sets.at(epoch), seed, epoch), 0
+            batches, lost = training_batches(args, *sets.at(epoch), sets.seed, epoch), 0
             net.train()
         batch, labels = next(batches)
-        for _ in loop.units(len(labels)):  # one unit: the whole batch
+        for _ in loop.units(len(labels)):
             with autocast(args.precision, dist.device):
                 logits = fast(batch)
             loop.backward(F.cross_entropy(logits.float(), labels))
         lost += loop.update(lr=lr_at(epoch, args.resnet_lr, args.resnet_drops)) * len(labels)
         if i < per_epoch - 1:
             continue
+        # The end of an epoch: it is scored, and the weights of the best one are kept beside those that go on.
         row = dict(epoch=epoch, loss=float(lost) / sets.size) | {k: accuracy(net, s, args) for k, s in splits.items()}
         if not math.isfinite(row["loss"]):
             raise UserError(f"{chart}, epoch {epoch}: the loss is {row['loss']}; stopped. Try a lower --resnet-lr")
         history.append(row)
-        if row[select_on] > best["score"]:
-            best = dict(score=row[select_on], epoch=epoch, val=row["val"])
+        if row[sets.select_on] > best["score"]:
+            best = dict(score=row[sets.select_on], epoch=epoch, val=row["val"])
             loop.tensors = {n: t.detach().cpu().clone() for n, t in weights.items()}
-        if epoch % max(1, epochs // 10) == 0 and epoch < epochs:
+        if epoch % max(1, sets.epochs // 10) == 0 and epoch < sets.epochs:
             loop.extra = history, best, sets.stats
             loop.save()
 
-    report = about | dict(seed=seed, history=history) | best
+    report = about | dict(seed=sets.seed, history=history) | best
     if "test" in splits:
         net.load_state_dict(loop.tensors)
         report |= dict(test=accuracy(net, data.test, args), best_test_epoch=max(row["test"] for row in history))
-    if sets.stats:
+    if sets.stats:  # what the filter did in each synthetic set
         drawn, accepted, exhausted = map(sum, zip(*sets.stats.values(), strict=True))
         report |= dict(drawn=drawn, accepted=accepted / drawn, exhausted=exhausted)
         if exhausted:
@@ -494,115 +380,21 @@ def train_real(args, run, dist, data):
     seeds = [args.seed + i for i in range(args.clf_seeds if "real" in args.rows else 1)]
     with run.timed("real", "--resnet-batch"):
         for seed in distributed.my_items(seeds, dist):
-            # Official code: F, and with it the real reference, is chosen on validation images in every case.
-            how = args.real_epochs, seed, row_folder(run, "real", seed), dict(row="real", images=len(data.train[1]))
-            train_classifier(args, run, dist, data, RealSet(data.train), *how, "val")
+            sets, folder = RealSet(args, data.train, seed), row_folder(run, "real", seed)
+            train_classifier(args, run, dist, data, sets, folder, dict(row="real", images=sets.size))
     run.done("real", run.under(*(row_folder(run, "real", seed) for seed in seeds)), classifiers=len(seeds))
 
 
 def filtering_classifier(args, run, data):
-    """F: frozen, in evaluation mode; it has seen the real training split only."""
-    net = make_classifier(args, data, args.seed)
-    net.load_state_dict(load_tensors(row_folder(run, "real", args.seed) / "weights.safetensors"))
-    net = net.to(data.train[0].device, memory_format=torch.channels_last)
-    return net.eval().requires_grad_(False)
+    """F: it has seen the real training split only."""
+    file = row_folder(run, "real", args.seed) / "weights.safetensors"
+    return loaded(make_classifier(args, data, args.seed), file, data.train[0].device)
 
 
 # ---------------------------------------------------------------------------------------------
 # [2] gan: one BigGAN-deep per seed (Stage 2), StudioGAN's variant: spectral norm everywhere, BatchNorm conditioned on
 # [z, e_y], a projection discriminator, three updates of D for one of G, and an average of G, which is what is sampled.
 # Reads the real images, writes gan/seed<s>/epoch<e>.safetensors, the averaged generator at each epoch of the grid.
-
-
-def unit(x):
-    return x / (x.norm(dim=-1, keepdim=True) + 1e-12)
-
-
-def power_iteration(w, u):
-    """One iteration: v = n(W^T u), u' = n(W v), sigma = u'.(W v). W [k, out, rest], u [k, out] -> sigma [k], u'
-
-    Gradients reach sigma through W alone; u' and v count as constants.
-    """
-    v = unit(torch.einsum("koi,ko->ki", w.detach(), u))
-    wv = torch.einsum("koi,ki->ko", w, v)
-    u = unit(wv.detach())
-    return (u * wv).sum(1), u
-
-
-class Spectral:
-    """Mix-in of a layer with `weight`: it uses w_bar = W / sigma, which spectral_norm sets, with orthogonal W at the
-    start."""
-
-    def start(self):
-        nn.init.orthogonal_(self.weight)
-        if getattr(self, "bias", None) is not None:
-            nn.init.zeros_(self.bias)
-        self.register_buffer("u", F.normalize(torch.rand(len(self.weight)) * 2 - 1, dim=0))
-
-
-def spectral_groups(net):
-    """The layers of net with spectral norm, those of one shape together."""
-    groups = {}
-    for layer in net.modules():
-        if isinstance(layer, Spectral):
-            groups.setdefault(layer.weight.shape, []).append(layer)
-    return list(groups.values())
-
-
-def spectral_norm(groups):
-    """w_bar = W / sigma of every layer for the next forward pass; layers of one shape in one batched product, or the
-    power iterations would be most of a step's kernels.
-
-    Official code: evaluation performs the iteration too, from the stored u, but does not store its result.
-    """
-    for layers in groups:
-        # Columns in the order of channels_last, in which the weights lie on the device; sigma does not depend on it.
-        conv = layers[0].weight.ndim == 4
-        weights = [layer.weight.permute(0, 2, 3, 1) if conv else layer.weight for layer in layers]
-        with unmixed(weights[0].device):
-            w = torch.stack([weight.flatten(1) for weight in weights])
-            sigma, u = power_iteration(w, torch.stack([layer.u for layer in layers]))
-            w_bar = (w / sigma[:, None, None]).view(-1, *weights[0].shape)
-        if layers[0].training:
-            with torch.no_grad():
-                torch._foreach_copy_([layer.u for layer in layers], list(u))
-        for layer, own in zip(layers, w_bar.permute(0, 1, 4, 2, 3) if conv else w_bar, strict=True):
-            layer.w_bar = own
-
-
-@torch.no_grad()
-def bake(net):
-    """Fix W / sigma once: the same output as an evaluation, without the iteration. For sampling only."""
-    spectral_norm(net.eval().requires_grad_(False).norms)
-    net.baked = True
-    return net
-
-
-class SNConv(Spectral, nn.Conv2d):
-    def __init__(self, n_in, n_out, kernel, bias=True):
-        super().__init__(n_in, n_out, kernel, padding=kernel // 2, bias=bias)
-        self.start()
-
-    def forward(self, x):
-        return F.conv2d(x, self.w_bar, self.bias, padding=self.padding)
-
-
-class SNLinear(Spectral, nn.Linear):
-    def __init__(self, n_in, n_out, bias=True):
-        super().__init__(n_in, n_out, bias=bias)
-        self.start()
-
-    def forward(self, x):
-        return F.linear(x, self.w_bar, self.bias)
-
-
-class SNEmbedding(Spectral, nn.Embedding):
-    def __init__(self, n, dim):
-        super().__init__(n, dim)
-        self.start()
-
-    def forward(self, y):
-        return F.embedding(y, self.w_bar)
 
 
 class ConditionalBN(nn.Module):
@@ -661,8 +453,6 @@ class Generator(nn.Module):
     size: 32 as in the paper, or another multiple of 8; the first feature map then has size / 8 pixels per side.
     """
 
-    baked = False
-
     def __init__(self, n_classes, channels=3, width=128, latent=128, embedding=128, start="uniform", size=32):
         super().__init__()
         self.latent, self.channels, self.side, c = latent, 4 * width, size // 8, latent + embedding
@@ -676,8 +466,7 @@ class Generator(nn.Module):
         self.norms = spectral_groups(self)
 
     def forward(self, z, y):
-        if not self.baked:
-            spectral_norm(self.norms)
+        spectral_norm(self.norms)
         c = torch.cat([z, self.embed(y)], 1)  # the same condition for every layer; z is not split
         x = self.first(c).view(-1, self.channels, self.side, self.side)
         for name, block in self.blocks.items():
@@ -793,7 +582,10 @@ class BigGAN:
             return g_loss(self.d(self.g(z, y), y), self.args.gan_loss)
 
     def loop(self, run, chart, total, team, file, log_every):
-        """A micro-batch starts from the step's BatchNorm statistics, which are averaged; u is the same in each."""
+        """Counts the steps, adds up the micro-batches of all processes that share a GAN, saves and resumes.
+
+        A micro-batch starts from the step's BatchNorm statistics, which are averaged; u is the same in each.
+        """
         args, buffers = self.args, [*self.d.buffers(), *self.g.buffers()]
         how = dict(state=self.ema.state_dict(), buffers=buffers, others=[self.g_adam], log_every=log_every)
         micro = args.gan_micro_batch or args.gan_batch
@@ -821,27 +613,30 @@ class BigGAN:
         return of_d, of_g
 
 
-DRAWN_STEPS = 50  # whose latents are drawn at once
-
-
 def gan_batches(args, images, labels, seed, steps):
     """x, y, z of each of these steps, a function of (seed, step): z are the latents of all updates of the step."""
     device, b = labels.device, args.gan_batch
-    per_epoch, fresh = len(labels) // b, True  # the last incomplete batch is dropped
+    per_epoch = len(labels) // b  # the last incomplete batch is dropped
+
+    @lru_cache(1)
+    def order_of(epoch):
+        g = distributed.generator(seed, "gan", epoch, device=device)
+        order = torch.randperm(len(labels), generator=g, device=device)
+        return order, torch.rand(len(labels), generator=g, device=device) < 0.5
+
+    @lru_cache(1)
+    def latents(epoch, part):
+        g = distributed.generator(seed, "latents", epoch, part, device=device)
+        return torch.randn(DRAWN_STEPS, args.gan_d_steps + 1, b, args.gan_latent, generator=g, device=device)
+
     for step in steps:
         epoch, i = divmod(step, per_epoch)
-        if fresh or i == 0:
-            g = device_generator(device, seed, "gan", epoch)
-            order = torch.randperm(len(labels), generator=g, device=device)
-            coins = torch.rand(len(labels), generator=g, device=device) < 0.5
-        if fresh or i % DRAWN_STEPS == 0:
-            shape = DRAWN_STEPS, args.gan_d_steps + 1, b, args.gan_latent
-            g = device_generator(device, seed, "latents", epoch, i // DRAWN_STEPS)
-            z = torch.randn(shape, generator=g, device=device)
-        fresh, rows = False, order[i * b : (i + 1) * b]
+        order, coins = order_of(epoch)
+        rows = order[i * b : (i + 1) * b]
         x = in_unit_range(images[rows])
         x = mirrored(x, coins[rows]) if args.random_flip else x
-        yield x.contiguous(memory_format=torch.channels_last), labels[rows], z[i % DRAWN_STEPS]
+        z = latents(epoch, i // DRAWN_STEPS)[i % DRAWN_STEPS]
+        yield x.contiguous(memory_format=torch.channels_last), labels[rows], z
 
 
 def train_gans(args, run, dist, data, classifier, inception):
@@ -913,52 +708,63 @@ def measured(args, generator, classifier, real, seed, inception=None):
     fake = torch.cat([classifier.features(part) for part in x.split(500)])
     true = torch.cat([classifier.features(in_unit_range(part)) for part in real[0][:n].split(500)])
     probs = classifier.fc(fake).softmax(1)
-    found = dict(frechet=frechet_distance(true, fake), kernel=kernel_distance(true, fake))
-    found |= dict(score=inception_score(probs), accepted=keep_mask(probs, y, 0).float().mean().item())
-    return found | (inception_figures(inception, in_unit_range(real[0][:n]), x) if inception else {})
+    found = dict(frechet=distances.frechet_distance(true, fake), kernel=distances.kernel_distance(true, fake))
+    found |= dict(score=distances.inception_score(probs), accepted=(confidence(probs, y) > 0).float().mean().item())
+    return found | (distances.inception_figures(inception, in_unit_range(real[0][:n]), x) if inception else {})
 
 
 # ---------------------------------------------------------------------------------------------
-# Samples (Stage 3): from a generator, scored by F, filtered, and renewed every P epochs.
+# Samples (Stage 3), from the inside out. An idea of your own goes into filtered_set, if it is about which samples to
+# keep, or into SyntheticSets.at, if it is about when to draw new ones.
+#
+#     confidence       what F thinks of a sample
+#     filtered_set     filter: of each class n samples that F accepts
+#     ScoredGenerator  (z, c) -> an image and F's confidence in c
+#     Samples          a class's samples one after the other; expansion: z ~ N(0, sigma^2)
+#     SyntheticSets    recycle: the training set of each epoch; with several sources MultiGAN
 
 
 def confidence(probs, label):
-    """p[c] where F predicts the intended class c, else -1: what the filter compares. [B, C], [B] or int -> [B]"""
+    """What the filter compares: p[c] where F predicts the intended class c, else -1. [B, C], [B] or int -> [B]
+
+    Dynamic sample filtering keeps argmax p = c and p[c] > t, strictly: confidence > t. t = 0 still filters, since the
+    prediction must agree.
+    """
     label = torch.as_tensor(label, device=probs.device).expand(len(probs))
     p = probs.gather(1, label[:, None])[:, 0]
     return torch.where(probs.argmax(1) == label, p, -torch.ones_like(p))
 
 
-def keep_mask(probs, label, threshold):
-    """Dynamic sample filtering: argmax p = c and p[c] > t, strictly. [B, C], [B] or int -> bool [B]
-
-    t = 0 still filters: the prediction must agree.
-    """
-    return confidence(probs, label) > threshold
-
-
-def draw_size(n, m):
-    """Official code: samples in the next draw of a class of which m of n are there: n, later twice what is missing."""
-    return n - m if m == 0 else 2 * (n - m)
-
-
 def filtered_set(draw, classes, n, threshold, attempts):
     """Primitive `generate`: exactly n samples of each class that pass the filter, class by class.
 
-    draw({c: q}) -> {c: (x, confidence) of the next q samples of class c}. attempts: -1, or after how many draws a class
-    takes all of its last draw. Official code: those come after the accepted ones of the same draw, so these occur
-    twice; kept as it is. -> x [len(classes) n, ...], y, [samples looked at, accepted, classes that reached the limit]
+    draw({c: q}) -> {c: (x, confidence) of the next q samples of class c}, the paper's draw(c, q) for all classes at
+    once, which keeps a GPU busy. attempts: -1, or after how many draws a class takes all of its last draw. Official
+    code: those come after the accepted ones of the same draw, so these occur twice; kept as it is. -> x
+    [len(classes) n, ...], y, [samples looked at, accepted, classes that reached the limit]
     """
-    kept, m, draws, looked_at, accepted = {c: [] for c in classes}, dict.fromkeys(classes, 0), dict(), 0, 0
+    kept, m, draws = {c: [] for c in classes}, Counter(), Counter()  # of each class: samples, their number, draws
+    looked_at = accepted = 0
     while unfinished := [c for c in classes if m[c] < n]:
-        for c, (x, conf) in draw({c: draw_size(n, m[c]) for c in unfinished}).items():
+        # Official code: n samples, later twice what is missing.
+        q = {c: n if m[c] == 0 else 2 * (n - m[c]) for c in unfinished}
+        for c, (x, conf) in draw(q).items():
             passed = x[conf > threshold]
-            draws[c] = draws.get(c, 0) + 1
+            draws[c] += 1
             kept[c] += [passed, x] if draws[c] == attempts else [passed]
-            m[c], looked_at, accepted = sum(map(len, kept[c])), looked_at + len(x), accepted + len(passed)
+            m[c] = sum(map(len, kept[c]))
+            looked_at, accepted = looked_at + len(x), accepted + len(passed)
     x = torch.cat([torch.cat(kept[c])[:n] for c in classes])
     y = torch.tensor(list(classes), device=x.device).repeat_interleave(n)
     return x, y, [looked_at, accepted, sum(d == attempts for d in draws.values())]
+
+
+@torch.no_grad()
+def bake(net):
+    """Fix W / sigma once: the same output as an evaluation, without the iteration. For sampling only."""
+    spectral_norm(net.eval().requires_grad_(False).norms)
+    net.norms = []
+    return net
 
 
 class ScoredGenerator:
@@ -992,7 +798,7 @@ class Samples:
 
     def __init__(self, sampler, sigma, block, seeds):
         self.sampler, self.sigma, self.block, self.seeds = sampler, sigma, block, seeds
-        self.used = {}  # class -> samples so far
+        self.used = Counter()  # class -> samples so far
 
     def latents(self, c, start, count):
         """z of the samples start .. start + count - 1 of class c. -> [count, latent]"""
@@ -1003,10 +809,10 @@ class Samples:
 
     def draw(self, sizes):
         """{class: q} -> {class: (x [q, ...], confidence [q])}, all classes in one go"""
-        z = torch.cat([self.latents(c, self.used.get(c, 0), q) for c, q in sizes.items()])
+        z = torch.cat([self.latents(c, self.used[c], q) for c, q in sizes.items()])
         counts = list(sizes.values())
         drawn = self.sampler(z, torch.tensor(list(sizes)).repeat_interleave(torch.tensor(counts)))
-        self.used |= {c: self.used.get(c, 0) + q for c, q in sizes.items()}
+        self.used.update(sizes)
         return dict(zip(sizes, zip(*(part.split(counts) for part in drawn), strict=True), strict=True))
 
 
@@ -1017,23 +823,21 @@ def refreshed(old, new, n_classes, fraction, g):
     """
     n = len(old[1]) // n_classes
     fresh = round(fraction * n)
-    rows = torch.stack([torch.randperm(n, generator=g)[: n - fresh] for _ in range(n_classes)])  # [C, n - fresh]
-    parts = []
-    for c in range(n_classes):
-        kept = (c * n + rows[c]).to(old[1].device)
-        parts.append([torch.cat([o[kept], s[c * n : c * n + fresh]]) for o, s in zip(old, new, strict=True)])
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    draws = [torch.randperm(n, generator=g)[: n - fresh] for _ in range(n_classes)]
+    kept = torch.stack([c * n + rows for c, rows in enumerate(draws)])  # [C, n - fresh]
+    taken = torch.arange(n_classes * n).view(n_classes, n)[:, :fresh]
+    pairs = zip(old, new, strict=True)
+    return tuple(torch.cat([o[kept.to(o.device)], s[taken.to(o.device)]], 1).flatten(0, 1) for o, s in pairs)
 
 
 @dataclass
 class Source:
-    """One generator and how it is sampled: its seed, sampler, sigma, t; filtered False takes every sample."""
+    """One generator and how it is sampled. threshold: t, or None to take every sample"""
 
     seed: int
     sampler: ScoredGenerator
     sigma: float = 1.0
-    threshold: float = 0.0
-    filtered: bool = True
+    threshold: float | None = 0.0
 
 
 class SyntheticSets:
@@ -1046,31 +850,26 @@ class SyntheticSets:
         self.args, self.sources, self.n_classes, self.period = args, sources, n_classes, period
         self.n, self.seed = n // len(sources), seed
         self.size = self.n * len(sources) * n_classes
-        self.k, self.sets = None, []  # number of the current set; (x, y) of each source
+        self.epochs, self.select_on = args.resnet_epochs, args.select_on
+        self.k, self.sets = -1, []  # number of the current set; (x, y) of each source
         self.stats = {}  # "set GAN" -> what filtered_set tells of it
 
     def draw(self, source, k):
         """Set k of one source, class by class"""
         samples = Samples(source.sampler, source.sigma, self.n, (self.args.gen_seed, self.seed, source.seed, k))
-        threshold = source.threshold if source.filtered else -math.inf
+        threshold = -math.inf if source.threshold is None else source.threshold
         x, y, told = filtered_set(samples.draw, range(self.n_classes), self.n, threshold, self.args.attempts)
         self.stats[f"{k} {source.seed}"] = told
         return x, y
 
     def at(self, epoch):
-        """The images of an epoch, counted from 1: [N, C, 32, 32] in [-1, 1] and labels [N]"""
-        k = (epoch - 1) // self.period if self.period else 0
-        fraction = self.args.recycle_fraction
-        if self.k != k:
-            unbuilt = range(0 if self.k is None else self.k + 1, k + 1)  # with r < 1 a set consists of those before it
-            for j in unbuilt if fraction < 1 else [k]:
-                new = [self.draw(source, j) for source in self.sources]
-                if fraction < 1 and self.sets:
-                    g = distributed.generator(self.args.gen_seed, self.seed, "recycle", j)
-                    pairs = zip(self.sets, new, strict=True)
-                    new = [refreshed(old, now, self.n_classes, fraction, g) for old, now in pairs]
-                self.sets = new
-            self.k = k
+        """The images of an epoch, counted from 1 and never falling: [N, C, 32, 32] in [-1, 1] and labels [N]"""
+        k, r = (epoch - 1) // self.period if self.period else 0, self.args.recycle_fraction
+        for j in range(max(self.k + 1, k if r == 1 else 0), k + 1):  # with r < 1 a set consists of those before it
+            old, new = self.sets if r < 1 else [], [self.draw(source, j) for source in self.sources]
+            g = distributed.generator(self.args.gen_seed, self.seed, "recycle", j)
+            pairs = zip(old or new, new, strict=True)
+            self.k, self.sets = j, [refreshed(o, s, self.n_classes, r, g) if old else s for o, s in pairs]
         return tuple(torch.cat(part) for part in zip(*self.sets, strict=True))
 
 
@@ -1080,15 +879,14 @@ def n_samples(args, data):
 
 
 def load_sampler(args, run, data, classifier, seed, epoch):
-    generator = make_generator(args, data)
-    generator.load_state_dict(load_tensors(gan_file(run, seed, epoch)))
-    device = data.train[0].device
-    return ScoredGenerator(args, generator.to(device, memory_format=torch.channels_last), classifier)
+    generator = loaded(make_generator(args, data), gan_file(run, seed, epoch), data.train[0].device)
+    return ScoredGenerator(args, generator, classifier)
 
 
 # ---------------------------------------------------------------------------------------------
 # [3] search: greedy, for each GAN: checkpoint, then sigma, then threshold (Stage 5, steps 1 to 3). Reads gan/, writes
-# search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json; the candidates of all GANs are dealt out together.
+# search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json. A candidate costs the training of a classifier;
+# those of all GANs are dealt out to the processes together.
 
 
 def greedy_search(seeds, grids, evaluate):
@@ -1107,13 +905,20 @@ def grids_of(args):
 
 
 def search(args, run, dist, data, classifier):
+    n = n_samples(args, data)
+
     def scores_of(candidates):
+        """Train what has not been trained, each candidate on one process; what it scored on the split that chooses"""
         missing = [c for c in candidates if not (candidate_folder(run, *c) / "metrics.json").exists()]
         distributed.barrier(dist)  # before one of these is written
         for (seed, epoch), group in itertools.groupby(distributed.my_items(missing, dist), key=lambda c: c[:2]):
             sampler = load_sampler(args, run, data, classifier, seed, epoch)
             for candidate in group:
-                try_candidate(args, run, dist, data, sampler, *candidate)
+                *_, sigma, threshold = candidate
+                source, folder = Source(seed, sampler, sigma, threshold), candidate_folder(run, *candidate)
+                sets = SyntheticSets(args, [source], data.n_classes, n, args.seed, args.search_period)
+                about = dict(gan=seed, gan_epoch=epoch, sigma=sigma, threshold=threshold)
+                train_classifier(args, run, dist, data, sets, folder, about)
         distributed.barrier(dist)
         scores = [read_json(candidate_folder(run, *c) / "metrics.json")["score"] for c in candidates]
         for (seed, e, s, t), score in zip(candidates, scores, strict=True):
@@ -1132,39 +937,48 @@ def search(args, run, dist, data, classifier):
     run.done("search", run.under("search.json", "search"), choices=choices)
 
 
-def try_candidate(args, run, dist, data, sampler, seed, epoch, sigma, threshold):
-    source = Source(seed, sampler, sigma, threshold)
-    sets = SyntheticSets(args, [source], data.n_classes, n_samples(args, data), args.seed, args.search_period)
-    about = dict(gan=seed, gan_epoch=epoch, sigma=sigma, threshold=threshold)
-    how = args.resnet_epochs, args.seed, candidate_folder(run, seed, epoch, sigma, threshold), about, args.select_on
-    train_classifier(args, run, dist, data, sets, *how)
-
-
 def candidate_folder(run, seed, epoch, sigma, threshold):
     return run.path("search", f"gan{seed}", f"e{epoch}-s{sigma:g}-t{threshold:g}")
 
 
 # ---------------------------------------------------------------------------------------------
-# [4] final: the rows of the table, each with clf_seeds classifiers (Stage 5, step 4, and Stage 6).
+# [4] final: the rows of the table, each with clf_seeds classifiers (Stage 5, step 4, and Stage 6). A row adds one
+# technique to the row before; all use what the search has chosen for their GAN. For a row of your own: a line in ROWS,
+# its name in Row, and what is new about it in sets_of.
 # Reads search.json, gan/, and of search/ the winner's run, which is the first of row expansion; writes
 # classifier/runs/<row>-seed<s>/ and the best of the last row as classifier/.
 
 
-def sources_of(args, row, i, choices, sampler):
-    """Generators of run i of a row, and its period. Single rows take GAN i mod N. sampler(seed, epoch) draws."""
-    seeds = args.gan_seeds if row == "multi" else [args.gan_seeds[i % len(args.gan_seeds)]]
-    sources = []
-    for seed in seeds:
-        best = choices[str(seed)]
-        sigma = best["sigma"] if row in ("expansion", "single", "multi") else 1.0
-        filtered = row != "baseline"
-        sources.append(Source(seed, sampler(seed, best["epoch"]), sigma, best["threshold"] * filtered, filtered))
-    periods = dict(baseline=0, filter=0, single=args.final_period, multi=args.final_period)
-    return sources, periods.get(row, args.search_period)
+@dataclass(frozen=True)
+class Recipe:
+    """What a row trains on. period: the flag that says after how many epochs a new set is drawn; "": never"""
+
+    title: str
+    filtered: bool = True
+    period: str = ""
+    expanded: bool = False
+    every_gan: bool = False
+
+
+ROWS = {
+    "real": Recipe("real images", filtered=False),
+    "baseline": Recipe("GAN images as they come, one fixed set", filtered=False),
+    "filter": Recipe("+ filter"),
+    "recycle": Recipe("+ recycle", period="search_period"),
+    "expansion": Recipe("+ expansion", period="search_period", expanded=True),
+    "single": Recipe("+ new set in every epoch: GaFi, one GAN", period="final_period", expanded=True),
+    "multi": Recipe("GaFi, MultiGAN", period="final_period", expanded=True, every_gan=True),
+}
 
 
 def sets_of(args, data, row, i, choices, sampler):
-    sources, period = sources_of(args, row, i, choices, sampler)
+    """The sets of run i of a row. Rows of one GAN take GAN i mod N. sampler(seed, epoch) draws."""
+    recipe, sources = ROWS[row], []
+    for seed in args.gan_seeds if recipe.every_gan else [args.gan_seeds[i % len(args.gan_seeds)]]:
+        best = choices[str(seed)]
+        sigma, t = best["sigma"] if recipe.expanded else 1.0, best["threshold"] if recipe.filtered else None
+        sources.append(Source(seed, sampler(seed, best["epoch"]), sigma, t))
+    period = getattr(args, recipe.period) if recipe.period else 0
     return SyntheticSets(args, sources, data.n_classes, n_samples(args, data), args.seed + i, period)
 
 
@@ -1179,8 +993,7 @@ def final(args, run, dist, data, classifier):
             if row == "expansion" and i == 0:
                 gan = sets.sources[0].seed
                 take_over(args, data, candidate_folder(run, gan, *choices[str(gan)].values()), folder, about)
-            how = args.resnet_epochs, args.seed + i, folder, about, args.select_on
-            train_classifier(args, run, dist, data, sets, *how)
+            train_classifier(args, run, dist, data, sets, folder, about)
         distributed.barrier(dist)
         if dist.main:
             best = max(row_metrics(args, run, args.rows[-1]), key=lambda m: (m["score"], -m["seed"]))
@@ -1196,9 +1009,7 @@ def take_over(args, data, search_run, folder, about):
     """A run of the search as one of a row: what train_classifier would write, but for the test scores of its epochs."""
     weights = search_run / "weights.safetensors"
     if weights.exists() and not (folder / "metrics.json").exists():
-        net = make_classifier(args, data, 0)
-        net.load_state_dict(load_tensors(weights))
-        test = accuracy(net.to(data.test[0].device, memory_format=torch.channels_last), data.test, args)
+        test = accuracy(loaded(make_classifier(args, data, 0), weights, data.test[0].device), data.test, args)
         save_tensors(folder / "weights.safetensors", load_tensors(weights))
         write_json(folder / "metrics.json", read_json(search_run / "metrics.json") | about | dict(test=test))
 
@@ -1213,23 +1024,12 @@ def row_metrics(args, run, row):
 # [5] evaluate: load the saved classifier from its folder, score it, write pictures, table and report.
 # Reads classifier/, gan/, search.json; writes images/, results.json, samples.png, report.html.
 
-ROW_NAMES = {
-    "real": "real images",
-    "baseline": "GAN images as they come, one fixed set",
-    "filter": "+ filter",
-    "recycle": "+ recycle",
-    "expansion": "+ expansion",
-    "single": "+ new set in every epoch: GaFi, one GAN",
-    "multi": "GaFi, MultiGAN",
-}
-
 
 def evaluate(args, run, dist, data, classifier):
     with run.timed("evaluate"):
         saved = read_json(run.path("classifier", "config.json"))
         net = ResNet(saved["classes"], saved["channels"], saved["width"], saved["blocks"])
-        net.load_state_dict(load_tensors(run.path("classifier", "model.safetensors")))
-        net = net.to(dist.device, memory_format=torch.channels_last)
+        net = loaded(net, run.path("classifier", "model.safetensors"), dist.device)
         predicted, labels = predictions(net, data.test[0], args).cpu(), data.test[1].cpu()
         top1 = 100 * (predicted == labels).float().mean().item()
         recorded = read_json(row_folder(run, saved["row"], saved["seed"]) / "metrics.json")["test"]
@@ -1243,74 +1043,61 @@ def evaluate(args, run, dist, data, classifier):
 def show_samples(args, run, data, classifier, saved):
     """images/: from the first set that the saved classifier saw (a PNG is rounded to 8 bits; the training was not), the
     GANs in turn. samples.png: real images, those beside the baseline's. -> number of images, near-copies in that set"""
-    folders, names, shown = class_folders(data.class_names), data.class_names, {}
+    names, choices = data.class_names, read_json(run.path("search.json"))
     sampler = partial(load_sampler, args, run, data, classifier)
-    x, y = data.train
-    shown["real"] = [as_picture(in_unit_range(x[(y == c).nonzero()[0, 0]])) for c in range(data.n_classes)]
+    known, test = as_images(*seen_by_gans(args, data), names), as_images(*data.test, names)
+    shown, rows = {"real": images.of_each_class(known)}, []
     for row in dict.fromkeys(["baseline", saved["row"]]):
-        sets = sets_of(args, data, row, saved["seed"] - args.seed, read_json(run.path("search.json")), sampler)
-        (x, y), sources = sets.at(1), sets.sources
-        turns = torch.arange(len(sources) * sets.n).view(len(sources), sets.n).T.flatten()
-        by_class = [x[y == c][turns[: max(args.export_images, 4)]] for c in range(data.n_classes)]
-        for k in range(min(4, len(by_class[0]))):
-            name = "GAN, as it comes" if row == "baseline" else f"GaFi, {row}"
-            shown[f"{name} {k}"] = [as_picture(of_class[k]) for of_class in by_class]
-    rows = []
+        sets = sets_of(args, data, row, saved["seed"] - args.seed, choices, sampler)
+        drawn, sources, size = as_images(*sets.at(1), names), sets.sources, sets.size // len(names)
+        turns = torch.arange(size).view(len(sources), sets.n).T.flatten().tolist()  # a class has GAN after GAN
+        name = "GAN, as it comes" if row == "baseline" else f"GaFi, {row}"
+        shown |= {f"{name} {k}": images.of_each_class(drawn, turns[k]) for k in range(min(4, size))}
     with images.ImageWriter() as writer:
-        for c, of_class in enumerate(by_class):
-            for k, image in enumerate(of_class[: args.export_images]):
-                file, source = f"{folders[c]}/{k}.png", sources[k % len(sources)]
+        for c, folder in enumerate(class_folders(names)):
+            for k, turn in enumerate(turns[: args.export_images]):
+                file, source = f"{folder}/{k}.png", sources[k % len(sources)]
                 what = dict(file_name=file, label=c, class_name=names[c], row=saved["row"], gan=source.seed)
-                threshold = source.threshold if source.filtered else None
-                rows.append(what | dict(sigma=source.sigma, threshold=threshold))
-                writer.save(run.path("images", file), as_picture(image))
+                rows.append(what | dict(sigma=source.sigma, threshold=source.threshold))
+                writer.save(run.path("images", file), drawn.open(drawn.of_class(c)[turn]))
     runs.write_metadata(run.path("images"), rows)
     images.samples_grid(run.path("samples.png"), list(shown.values()), list(shown), names, size=64)
-    known, test = as_images(*seen_by_gans(args, data), names), as_images(*data.test, names)
-    drawn = {saved["row"]: as_images(x, y, names)}
-    return len(rows), near_copies(run, drawn, known, test, args.workers, run.dist.alone())
+    return len(rows), near_copies(run, {saved["row"]: drawn}, known, test, args.workers, run.dist.alone())
 
 
 def tables(args, run, data, predicted, labels, top1, about):
+    """results.json and report.html"""
     metrics, rows = {}, []
     for row in args.rows:
-        found = row_metrics(args, run, row)
-        scores = [m["test"] for m in found]
+        found, title = row_metrics(args, run, row), ROWS[row].title
         if not found:
-            rows.append([ROW_NAMES[row], "not run", "", "", "", ""])
+            rows.append([title, "not run", "", "", "", ""])
             continue
-        mean, std = mean_std(scores)
-        metrics[row] = dict(mean=mean, std=std, per_seed=scores, images=found[0]["images"])
-        for key in ("val", "best_test_epoch", "accepted"):  # the run taken over from the search has no test epochs
-            if values := [m[key] for m in found if key in m]:
-                metrics[row][key] = mean_std(values)[0]
-        gap = metrics[row]["gap"] = metrics["real"]["mean"] - mean if "real" in metrics else None
-        cells = [f"{metrics[row][key]:.1f}" if key in metrics[row] else "" for key in ("val", "best_test_epoch")]
+        metrics[row] = line = over_seeds([m["test"] for m in found]) | dict(images=found[0]["images"])
+        line |= means(found, "val", "best_test_epoch", "accepted")  # a run of the search has no test epochs
+        gap = line["gap"] = metrics["real"]["mean"] - line["mean"] if "real" in metrics else None
         below = "" if gap is None or row == "real" else f"{gap:.1f}"
-        accepted = "" if row in ("real", "baseline") else f"{100 * metrics[row]['accepted']:.0f} %"
-        rows.append([ROW_NAMES[row], spread(scores), below, *cells, accepted])
+        cells = [f"{line[key]:.1f}" if key in line else "" for key in ("val", "best_test_epoch")]
+        accepted = "" if row in ("real", "baseline") else f"{100 * line['accepted']:.0f} %"
+        rows.append([title, spread(line["per_seed"]), below, *cells, accepted])
 
-    choices, names = read_json(run.path("search.json")), data.class_names
-    per_class = {name: 100 * (predicted[labels == c] == c).float().mean().item() for c, name in enumerate(names)}
+    choices = read_json(run.path("search.json"))
     baselines = {row: metrics.pop(row) for row in ("real", "baseline") if row in metrics}
-    metrics |= dict(saved_classifier=dict(top1=top1, per_class=per_class), search=choices, selected_on=args.select_on)
+    saved = dict(top1=top1, per_class=per_class(predicted, labels, data.class_names))
+    metrics |= dict(saved_classifier=saved, search=choices, selected_on=args.select_on)
     run.results(paper="arXiv:2305.10118", metrics=metrics, baselines=baselines, **about)
     top = "test top-1" if args.select_on == "val" else "test top-1 (official selection: on test)"
     header = ["training set", top, "below real", "validation", "its best test epoch", "accepted"]
     chosen = [[seed, c["epoch"], f"{c['sigma']:.2f}", f"{c['threshold']:.1f}"] for seed, c in choices.items()]
-    shown = {
-        "Top-1 on the test split": (header, rows),
-        "What the search chose": (["GAN", "epoch", "sigma", "t"], chosen),
-    }
+    shown = {"Top-1 on the test split": (header, rows)}
+    shown["What the search chose"] = ["GAN", "epoch", "sigma", "t"], chosen
     summary = f"{args.dataset}: {len(args.gan_seeds)} GANs of {args.gan_epochs} epochs, chosen on {args.select_on}"
-    conclude(run, f"GaFi on {args.dataset}", summary, shown, labels, predicted, names)
+    conclude(run, f"GaFi on {args.dataset}", summary, shown, labels, predicted, data.class_names)
 
 
 # ---------------------------------------------------------------------------------------------
 
 SPEED_FLAGS = ["gen_micro_batch"]
-MOST_VALUES = 1000  # of a grid: each is a training for every GAN
-
 NEEDS = dict(gan="real", search="gan", final="search", evaluate="final")
 # What no stage before this one reads; it may change while the stage has not begun.
 LATER = {
@@ -1322,48 +1109,30 @@ LATER = {
 }
 
 
-def refuse(problems):
-    """UserError for the first of (is it so, what to say)."""
-    for found, text in problems:
-        if found:
-            raise UserError(text)
-
-
 def check_args(args):
     """What ranges of single numbers do not tell."""
     check(args)
-    padded = args.dataset == "fashionmnist" and args.image_size < 28
-    refuse([
-        (args.image_size % 8, f"--image-size {args.image_size}: a multiple of 8 is needed"),
-        (padded, f"--image-size {args.image_size}: FashionMNIST is padded from 28 pixels, not shrunk"),
-        (args.attempts == 0, "--attempts is 0; it must be at least 1, or -1 for no limit"),
-        (args.gan_micro_batch == 1, "--gan-micro-batch 1: BatchNorm needs two images or more; 0 is the whole batch"),
-    ])  # fmt: skip
-    for flag in ("ckpt_grid", "sigma_grid", "threshold_grid"):
-        first, last, step = getattr(args, flag)
-        name = f"--{flag.replace('_', '-')} {first} {last} {step}"
-        wrong, many = last < first or step < 0.001, (last - first) / max(step, 0.001) > MOST_VALUES
-        refuse([
-            (wrong, f"{name}: first, last and step, the last not before the first, the step >= 0.001"),
-            (many, f"{name}: more than {MOST_VALUES} values, each a training"),
-        ])  # fmt: skip
-    for flag in ("rows", "gan_seeds"):
-        given = getattr(args, flag)
-        wrong = not given or len(set(given)) < len(given)
-        refuse([(wrong, f"--{flag.replace('_', '-')} {' '.join(map(str, given))}: one or more, each once")])
+    size, padded = f"--image-size {args.image_size}", args.dataset == "fashionmnist"
+    refuse(args.image_size % 8, f"{size}: a multiple of 8 is needed")
+    refuse(padded and args.image_size < 28, f"{size}: FashionMNIST is padded from 28 pixels, not shrunk")
+    refuse(args.attempts == 0, "--attempts is 0; it must be at least 1, or -1 for no limit")
+    refuse(args.gan_micro_batch == 1, "--gan-micro-batch 1: BatchNorm needs two images or more; 0 is the whole batch")
+    check_grid("--ckpt-grid", *args.ckpt_grid)
+    check_grid("--sigma-grid", *args.sigma_grid)
+    check_grid("--threshold-grid", *args.threshold_grid)
+    each_once("--rows", args.rows)
+    each_once("--gan-seeds", args.gan_seeds)
     late = f"--ckpt-grid: begins at epoch {args.ckpt_grid[0]}, after the last of {args.gan_epochs}"
-    saved = "--rows: the classifier of the last row is saved, so real cannot be the last"
-    refuse([(not checkpoints(args), late), (args.rows[-1] == "real", saved)])
+    refuse(not checkpoints(args), late)
+    refuse(args.rows[-1] == "real", "--rows: the classifier of the last row is saved, so real cannot be the last")
 
 
 def check_data(args, data):
     """Is there enough of it?"""
     seen = len(data.train[1]) + len(data.val[1]) * (args.gan_images == "train+val")
     n, least = n_samples(args, data), len(args.gan_seeds) if "multi" in args.rows else 1
-    refuse([
-        (args.gan_batch > seen, f"--gan-batch {args.gan_batch}: there are only {seen} images to train the GAN on"),
-        (n < least, f"--class-samples: {n} images per class; at least {least} are needed, one of every GAN"),
-    ])  # fmt: skip
+    refuse(args.gan_batch > seen, f"--gan-batch {args.gan_batch}: there are only {seen} images to train the GAN on")
+    refuse(n < least, f"--class-samples: {n} images per class; at least {least} are needed, one of every GAN")
 
 
 def networks(args, data):
@@ -1381,32 +1150,27 @@ def main(args):
     if args.plan:
         return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device)
-    splits = load_splits(args, dist)
-    data = load_data(args, dist, splits)
+    data = load_data(args, dist)
     check_data(args, data)
 
     # The device draws augmentation and GAN latents, and every kind of device has its own random numbers.
     used = dict(device=dist.device.type)
-    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER, pictures=splits)
+    run = runs.open_run("gafi", args, dist, SPEED_FLAGS, models=used, later=LATER, pictures=data.files)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(run, todo, NEEDS)
-    inception = None
-    if args.gan_inception and "gan" in todo:  # before the first stage, and the download once
-        load = partial(inception_metrics, flag="--gan-inception")
-        distributed.on_rank_0(lambda: load(torch.device("cpu")) and None, dist)
-        inception = load(dist.device)
+    wanted = args.gan_inception and "gan" in todo
+    inception = distances.downloaded_inception(dist, "--gan-inception") if wanted else None
     if "real" in todo:
         train_real(args, run, dist, data)
-    if set(todo) - {"real"}:
-        classifier = filtering_classifier(args, run, data)
-        if "gan" in todo:
-            train_gans(args, run, dist, data, classifier, inception)
-        if "search" in todo:
-            search(args, run, dist, data, classifier)
-        if "final" in todo:
-            final(args, run, dist, data, classifier)
-        if "evaluate" in todo:
-            evaluate(args, run, dist, data, classifier)
+    classifier = filtering_classifier(args, run, data) if set(todo) - {"real"} else None
+    if "gan" in todo:
+        train_gans(args, run, dist, data, classifier, inception)
+    if "search" in todo:
+        search(args, run, dist, data, classifier)
+    if "final" in todo:
+        final(args, run, dist, data, classifier)
+    if "evaluate" in todo:
+        evaluate(args, run, dist, data, classifier)
     distributed.cleanup(dist)
 
 

@@ -21,6 +21,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
+def unmixed(device: torch.device) -> AbstractContextManager:
+    """float32 inside of an autocast. On the device meta, where --plan counts, there is none to be left."""
+    return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
+
+
 def load_pipeline(path: str, device: torch.device, precision: str, **more: Any) -> Any:
     """The stock StableDiffusionPipeline in path (of models.check_models), frozen, on the device, no safety checker.
 

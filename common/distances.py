@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from common.distributed import Dist, on_rank_0
 from common.launch import UserError
 
 
@@ -43,6 +44,12 @@ def inception_metrics(device: torch.device, flag: str) -> tuple[Any, Any]:
         raise UserError(f"{flag}: pip install torchmetrics torch-fidelity") from error
     except OSError as error:  # urllib's errors are
         raise UserError(f"{flag}: the weights of Inception could not be downloaded ({error})") from error
+
+
+def downloaded_inception(dist: Dist, flag: str) -> tuple[Any, Any]:
+    """inception_metrics on the device of each process; the first downloads the weights, the others then have them."""
+    on_rank_0(lambda: inception_metrics(torch.device("cpu"), flag) and None, dist)
+    return inception_metrics(dist.device, flag)
 
 
 @torch.no_grad()

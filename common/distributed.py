@@ -256,9 +256,9 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator(*parts: int | str) -> torch.Generator:
-    """CPU generator seeded with seed_of(*parts). Draw on CPU and move: GPU generators differ between devices."""
-    return torch.Generator().manual_seed(seed_of(*parts))
+def generator(*parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """Generator seeded with seed_of(*parts). Draw on CPU and move: those of other devices differ among themselves."""
+    return torch.Generator(device).manual_seed(seed_of(*parts))
 
 
 def seed_global(seed: int, device: torch.device | None = None) -> None:

@@ -146,6 +146,14 @@ def load_tensors(path: str | Path) -> "dict[str, torch.Tensor]":
         return load_file(path)
 
 
+def loaded(net: "torch.nn.Module", path: str | Path, device: "torch.device") -> "torch.nn.Module":
+    """net with the weights of a safetensors file, on the device as channels_last, frozen and in evaluation mode."""
+    import torch
+
+    net.load_state_dict(load_tensors(path))
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
 def tensors_metadata(path: str | Path) -> str:
     """The text given to save_tensors, "" for none; reads the header only. Raises UserError like load_tensors."""
     from safetensors import safe_open

@@ -187,6 +187,15 @@ def test_tensors_round_trip_with_equal_bytes(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors", "c.safetensors"]
 
 
+def test_a_saved_network_is_loaded_to_be_used(tmp_path):
+    saved, other = (torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3)) for _ in range(2))
+    save_tensors(tmp_path / "net.safetensors", saved.state_dict())
+    net = files.loaded(other, tmp_path / "net.safetensors", torch.device("cpu"))
+    assert all(torch.equal(x, saved.state_dict()[name]) for name, x in net.state_dict().items())
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("read", [load_tensors, files.tensors_metadata])
 def test_damaged_tensors_are_named(tmp_path, read):
     save_tensors(tmp_path / "x", {"a": torch.zeros(100)})

@@ -17,11 +17,11 @@ from PIL import Image
 from torch import nn
 
 import gafi as gf
-from common import datasets, distances, distributed
+from common import datasets, distances, distributed, spectral
 from common.cli import Frame
 from common.files import load_tensors, save_tensors, write_json
 from common.launch import UserError
-from common.pixels import Pixels, as_picture, in_unit_range, prepared
+from common.pixels import Pixels, as_images, in_unit_range, prepared
 
 ONE = distributed.Dist(0, 0, 1, torch.device("cpu"))
 
@@ -75,7 +75,7 @@ def test_golden_spectral_norm(g, name):
     w = g[f"{name}.weight"]
     layer = gf.SNConv(w.shape[1], w.shape[0], 3) if w.ndim == 4 else gf.SNLinear(w.shape[1], w.shape[0])
     fill(layer, {"weight": w, "u": g[f"{name}.u"]}, strict=False)
-    sigma, u = gf.power_iteration(w.flatten(1)[None], layer.u[None])
+    sigma, u = spectral.power_iteration(w.flatten(1)[None], layer.u[None])
     rel(sigma, g[f"{name}.sigma"].reshape(1), 1e-5)
     rel(u[0], g[f"{name}.u_new"], 1e-5)
     w_bar = normed(layer.train()).w_bar
@@ -209,7 +209,7 @@ def loop_of(gan, tmp_path):
 @pytest.mark.parametrize("kind", ["detached", "through"])
 def test_golden_training_step(g, kind, tmp_path, monkeypatch):
     if kind == "through":
-        monkeypatch.setattr(gf, "power_iteration", through_iteration)
+        monkeypatch.setattr(spectral, "power_iteration", through_iteration)
     args = gf.Args(gan_width=4, gan_latent=4, gan_lr=g["step.lr"].item(), gan_ema=0.9, gan_ema_start=0, gan_batch=99)
     monkeypatch.setattr(gf, "make_generator", lambda *_: gf.Generator(3, 3, 4, 4, 3))
     gan = gf.BigGAN(args, about(3, 3), 0, torch.device("cpu"))
@@ -300,7 +300,7 @@ def test_golden_filter(g, case):
 
 
 def test_golden_mask(g):
-    ours = [gf.keep_mask(g["mask.probs"], g["mask.class"], t) for t in g["mask.thresholds"]]
+    ours = [gf.confidence(g["mask.probs"], g["mask.class"]) > t for t in g["mask.thresholds"]]
     assert torch.equal(torch.stack(ours).to(torch.uint8), g["mask.keep"])
 
 
@@ -312,9 +312,9 @@ def test_golden_augmentation(g):
 
 def test_golden_distances(g):
     real, fake = g["fid.real"], g["fid.fake"]
-    close(one(gf.frechet_distance(real, fake)), g["fid.value"].double(), 1e-4)
-    close(one(gf.kernel_distance(real, fake)), g["kid.value"].double(), 1e-4)
-    rel(one(gf.inception_score(g["is.probs"])), g["is.value"], 1e-5)
+    close(one(distances.frechet_distance(real, fake)), g["fid.value"].double(), 1e-4)
+    close(one(distances.kernel_distance(real, fake)), g["kid.value"].double(), 1e-4)
+    rel(one(distances.inception_score(g["is.probs"])), g["is.value"], 1e-5)
 
 
 def test_golden_grids(g):
@@ -437,7 +437,7 @@ def test_baked_weights_give_the_same_images(tmp_path):
     with torch.no_grad():
         before = gan.ema.eval()(z, y)
         gf.ScoredGenerator(args, gan.ema, None)
-        assert gan.ema.baked and not gan.g.baked
+        assert gan.g.norms and not gan.ema.norms
         gan.ema.first.u.zero_()  # it is not looked at again
         assert torch.equal(gan.ema(z, y), before)
 
@@ -608,10 +608,6 @@ def test_accepted_samples_become_fewer_with_the_threshold():
     assert shares == pytest.approx([0.7, 0.49, 0.28, 0.07], abs=0.08)
 
 
-def test_draw_sizes():
-    assert [gf.draw_size(12, m) for m in (0, 5, 11)] == [12, 14, 2]
-
-
 def test_stream_is_a_function_of_class_and_index_and_expansion_scales_it():
     a, b = gf.Samples(Fake(), 1.0, 7, (1,)), gf.Samples(Fake(), 1.5, 7, (1,))
     whole = a.latents(2, 0, 21)
@@ -680,7 +676,7 @@ def test_rates_and_decay():
 def test_augmentation():
     x = torch.rand(400, 3, 32, 32) * 2 - 1
     g = torch.Generator().manual_seed(0)
-    _, _, h, w = gf.cutout_boxes(20_000, 32, g)
+    _, _, h, w = gf.cutout_boxes(20_000, 32, 0.2, 0.5, g)
     for side in (h, w):
         assert side.min() == 7 and side.max() == 16
     cut = gf.augmented(x, gf.Args(random_flip=False, random_crop=False), g)
@@ -729,8 +725,10 @@ def test_epoch_is_chosen_on_the_split_that_is_named(select_on, tmp_path, monkeyp
     monkeypatch.setattr(gf, "accuracy", accuracy)
     monkeypatch.setattr(gf, "make_classifier", lambda *_: Replay())
     run = SimpleNamespace(dir=tmp_path)
-    how = 3, 0, tmp_path, dict(row="real"), select_on
-    gf.train_classifier(gf.Args(), run, ONE, data, gf.RealSet(data.train), *how)
+    args = gf.Args(real_epochs=3)
+    sets = gf.RealSet(args, data.train, 0)
+    sets.select_on = select_on
+    gf.train_classifier(args, run, ONE, data, sets, tmp_path, dict(row="real"))
     found = json.loads((tmp_path / "metrics.json").read_text())
     best = dict(val=1, test=2)[select_on]
     assert (found["epoch"], found["score"]) == (best + 1, figures[select_on][best])
@@ -743,13 +741,13 @@ def test_search_and_rows_train_on_what_they_record(select_on, monkeypatch, tmp_p
     """And choose on --select-on, but for the filtering classifier."""
     asked, chosen_on = {}, select_on
 
-    def train(args, run, dist, data, sets, epochs, seed, folder, about, select_on):
-        asked.setdefault(about.get("row", "search"), set()).add(select_on)
+    def train(args, run, dist, data, sets, folder, about):
+        asked.setdefault(about.get("row", "search"), set()).add(sets.select_on)
         if "gan_epoch" in about:
             (source,) = sets.sources
-            tried = (source.seed, source.sigma, source.threshold, source.filtered, sets.period, sets.n)
-            assert tried == (5, about["sigma"], about["threshold"], True, 10, 2) and epochs == 100
-        write_json(folder / "metrics.json", about | dict(score=1.0, seed=seed))
+            tried = (source.seed, source.sigma, source.threshold, sets.period, sets.n)
+            assert tried == (5, about["sigma"], about["threshold"], 10, 2) and sets.epochs == 100
+        write_json(folder / "metrics.json", about | dict(score=1.0, seed=sets.seed))
         save_tensors(folder / "weights.safetensors", dict(w=torch.zeros(1)))
 
     class Run:
@@ -787,19 +785,20 @@ def test_search_visits_the_grids_in_order_and_ties_go_to_the_first():
 
 
 def test_rows_of_the_table():
-    args = gf.Args(gan_seeds=(5, 6, 7))
+    args = gf.Args(gan_seeds=(5, 6, 7), class_samples=9)
     choices = {str(s): dict(epoch=10 * s, sigma=1 + s / 10, threshold=s / 10) for s in args.gan_seeds}
     made = {}
     for row in args.rows[1:]:
-        sources, period = gf.sources_of(args, row, 1, choices, lambda seed, epoch: (seed, epoch))
-        made[row] = [(s.seed, s.sigma, s.threshold, s.filtered) for s in sources], period
-        assert all(s.sampler == (s.seed, 10 * s.seed) for s in sources)
-    assert made["baseline"] == ([(6, 1.0, 0.0, False)], 0)
-    assert made["filter"] == ([(6, 1.0, 0.6, True)], 0)
-    assert made["recycle"] == ([(6, 1.0, 0.6, True)], 10)
-    assert made["expansion"] == ([(6, 1.6, 0.6, True)], 10)
-    assert made["single"] == ([(6, 1.6, 0.6, True)], 1)
-    assert made["multi"] == ([(5, 1.5, 0.5, True), (6, 1.6, 0.6, True), (7, 1.7, 0.7, True)], 1)
+        made_of = gf.sets_of(args, about(3, 1), row, 1, choices, lambda seed, epoch: (seed, epoch))
+        made[row] = [(s.seed, s.sigma, s.threshold) for s in made_of.sources], made_of.period
+        assert all(s.sampler == (s.seed, 10 * s.seed) for s in made_of.sources)
+        assert made_of.n == (3 if row == "multi" else 9) and made_of.seed == args.seed + 1
+    assert made["baseline"] == ([(6, 1.0, None)], 0)
+    assert made["filter"] == ([(6, 1.0, 0.6)], 0)
+    assert made["recycle"] == ([(6, 1.0, 0.6)], 10)
+    assert made["expansion"] == ([(6, 1.6, 0.6)], 10)
+    assert made["single"] == ([(6, 1.6, 0.6)], 1)
+    assert made["multi"] == ([(5, 1.5, 0.5), (6, 1.6, 0.6), (7, 1.7, 0.7)], 1)
 
 
 def test_multigan_shares_the_images_and_with_one_gan_is_that_gan():
@@ -808,9 +807,10 @@ def test_multigan_shares_the_images_and_with_one_gan_is_that_gan():
     assert len(x) == 3 * 3 * 3 and torch.bincount(y).tolist() == [9, 9, 9]
     assert [len(part[0]) for part in three.sets] == [9, 9, 9]
     assert torch.equal(sets(1, sources=1).at(4)[0], sets(1).at(4)[0])
-    args = gf.Args(gan_seeds=(5,))
+    args = gf.Args(gan_seeds=(5,), class_samples=9)
     choices = {"5": dict(epoch=1, sigma=1.2, threshold=0.1)}
-    single, multi = (gf.sources_of(args, row, 2, choices, lambda *_: None) for row in ("single", "multi"))
+    both = [gf.sets_of(args, about(3, 1), row, 2, choices, lambda *_: None) for row in ("single", "multi")]
+    single, multi = ((made.sources, made.period, made.n) for made in both)
     assert single == multi
 
 
@@ -977,12 +977,12 @@ def plain_augmentation(image, flip, top, left, noise, box, pad):
 def test_classifier_training_equals_a_plain_loop_over_stock_parts(flip, tmp_path, monkeypatch):
     """torch's SGD with Nesterov momentum, decay by hand; after a drop of the rate the velocity lives on."""
     args = gf.Args(image_size=8, resnet_width=4, resnet_blocks=1, resnet_batch=5, resnet_lr=0.05, resnet_wd=0.01)
-    args = dataclasses.replace(args, resnet_momentum=0.8, resnet_drops=(2, 4), random_flip=flip)
+    args = dataclasses.replace(args, resnet_momentum=0.8, resnet_drops=(2, 4), random_flip=flip, real_epochs=4)
     data, figures = tiny_data(), iter(range(100))
     monkeypatch.setattr(gf, "accuracy", lambda *_: float(next(figures)))  # the last epoch is the best
     monkeypatch.setattr(gf, "AT_ONCE", 2)
-    how = 4, 9, tmp_path, {}, "val"
-    gf.train_classifier(args, SimpleNamespace(dir=tmp_path), ONE, data, gf.RealSet(data.train), *how)
+    run, sets = SimpleNamespace(dir=tmp_path), gf.RealSet(args, data.train, 9)
+    gf.train_classifier(args, run, ONE, data, sets, tmp_path, {})
     assert next(figures) == 4, "the validation images after every epoch, and no others"
 
     torch.manual_seed(distributed.seed_of(9, "classifier"))
@@ -1021,7 +1021,7 @@ def test_sets_equal_a_plain_filter_loop(filtered):
     """Two generators, each with its own sigma and threshold, and a new set every two epochs."""
     args, seed, n = gf.Args(gen_seed=4), 3, 8
     about = {5: (1.5, 0.3), 6: (0.7, 0.6)}  # GAN -> sigma, threshold
-    sources = [gf.Source(gan, Fake(0.8), *how, filtered) for gan, how in about.items()]
+    sources = [gf.Source(gan, Fake(0.8), sigma, t if filtered else None) for gan, (sigma, t) in about.items()]
     made = gf.SyntheticSets(args, sources, 3, 2 * n, seed, 2)
     for epoch in (1, 2, 3, 5):
         images, labels = [], []
@@ -1069,8 +1069,8 @@ def test_inception_figures_are_the_distances_on_those_features():
     features, of_bytes = [toy(x) for x in shown], toy((shown[1] * 255).byte())  # torchmetrics' IS shows it bytes
     for _ in range(2):  # the second time nothing is left of the first but the real images
         found = distances.inception_figures(metrics, real, fake)
-        assert found["fid"] == pytest.approx(gf.frechet_distance(*features), abs=1e-4)
-        assert found["inception_score"] == pytest.approx(gf.inception_score(of_bytes.softmax(1)), abs=1e-3)
+        assert found["fid"] == pytest.approx(distances.frechet_distance(*features), abs=1e-4)
+        assert found["inception_score"] == pytest.approx(distances.inception_score(of_bytes.softmax(1)), abs=1e-3)
         assert fid.real_features_num_samples == 250, "real images are looked at once"
 
 
@@ -1217,7 +1217,7 @@ def test_what_cannot_work_is_told_before_the_first_stage(what, tmp_path, monkeyp
     def offline(device, flag):
         raise UserError(f"{flag}: offline")
 
-    monkeypatch.setattr(gf, "inception_metrics", offline)
+    monkeypatch.setattr(distances, "inception_metrics", offline)
     monkeypatch.setattr(gf, "train_real", lambda *_: pytest.fail("the first stage was begun"))
     flags = dict(batch=dict(gan_batch=1001), inception=dict(gan_inception=True))[what]
     args = gf.Args(**gf.PRESETS["digits"] | flags, output_dir=str(tmp_path / "run"), device="cpu")
@@ -1317,8 +1317,8 @@ def test_pictures_are_those_that_the_saved_classifier_saw(small):
         row, k = json.loads(line), int(Path(json.loads(line)["file_name"]).stem)
         shown = torch.from_numpy(np.asarray(Image.open(out / "images" / row["file_name"]).convert("L")).copy())
         assert (row["gan"], row["sigma"]) == ([42, 137][k % 2], choices[str(row["gan"])]["sigma"])
-        expected = as_picture(by_gan[row["gan"]][row["label"], k // 2])[0]
-        assert (shown.int() - expected.int()).abs().max() <= 1
+        seen = as_images(by_gan[row["gan"]][row["label"]], torch.zeros(10), ["one"])
+        assert (shown.int() - torch.from_numpy(seen.pixels[k // 2]).int()).abs().max() <= 1
 
 
 def test_expansion_begins_with_the_winner_of_the_search(small):

@@ -24,6 +24,32 @@ def cost(net: torch.nn.Module, size: int, train: int) -> Cost:
     return Cost(found.tflop / COUNTED, found.held / COUNTED, found.numbers)
 
 
+def gan_work(args: Any, nets: tuple[Cost, ...], seen: int, checkpoints: int, precision: str) -> Work:
+    """nets: generator, its forward pass alone, discriminator; seen: images in an epoch; checkpoints: number kept"""
+    (g, g_alone, d), many = nets, len(args.gan_seeds)
+    steps, micro = args.gan_epochs * (seen // args.gan_batch), args.gan_micro_batch or args.gan_batch
+    # An update of D: a fake image without gradients, D on it and on a real one; of G: through a D that stays.
+    one = args.gan_d_steps * (g_alone.tflop + 2 * d.tflop) + g.tflop + d.tflop * FROZEN / TRAINED
+    images, pixels = many * steps * args.gan_batch, channels_of(args) * args.image_size**2
+    return Work(
+        "gan", f"{many} x {steps:,} steps", images * one, images * (3 * args.gan_d_steps + 2), jobs=many,
+        disk=4 * many * checkpoints * g.numbers, units=math.ceil(args.gan_batch / micro),
+        gpu=20 * (g.numbers + d.numbers) + micro * (g.held + 2 * d.held) + seen * pixels,
+        precision=precision, flag="--gan-micro-batch",
+    )  # fmt: skip
+
+
+def channels_of(args: Any) -> int:
+    return 1 if args.dataset in ("digits", "fashionmnist") else 3
+
+
+def drawn_sets(args: Any, row: str) -> int:
+    """How many synthetic sets one classifier of a row is trained on."""
+    never = args.resnet_epochs
+    period = dict(baseline=never, filter=never, single=args.final_period, multi=args.final_period)
+    return math.ceil(args.resnet_epochs / period.get(row, args.search_period))
+
+
 def plan(args: Any, networks: Any, grids: Sequence[int]) -> tuple[list[Work], list[str]]:
     """-> the work of the planned stages, what must be there. networks: makes generator, discriminator and classifier
     for a number of classes and of channels; grids: how many checkpoints, sigmas and thresholds are tried."""
@@ -31,18 +57,17 @@ def plan(args: Any, networks: Any, grids: Sequence[int]) -> tuple[list[Work], li
     both = n_train + n_val
     if args.dataset == "cinic10" or not n_val:
         n_val = args.val_per_class * n_classes
-    n_train, channels = both - n_val, 1 if args.dataset in ("digits", "fashionmnist") else 3
+    n_train, channels = both - n_val, channels_of(args)
     with torch.device("meta"):
         nets = networks(args, SimpleNamespace(n_classes=n_classes, channels=channels))
     for kind, net in zip("gdf", nets, strict=True):
         net.kind, net.in_channels, net.latent = kind, channels, args.gan_latent
     g, d, f = (cost(net, args.image_size, TRAINED) for net in nets)
     g_alone, f_alone = (cost(net, args.image_size, FORWARD) for net in (nets[0], nets[2]))
-    d_frozen = d.tflop * FROZEN / TRAINED
 
     fp32 = "fp32" if args.plan == "cpu" else "tf32"  # what PyTorch's convolutions compute in on these GPUs
     precision, half = (fp32, 1.0) if args.precision == "fp32" else ("bf16", 0.5)
-    pixels = channels * args.image_size**2
+    pixels, epochs = channels * args.image_size**2, args.resnet_epochs
     weights = 12 * f.numbers + half * args.resnet_batch * f.held
     sampling = half * args.gen_micro_batch * (g_alone.held + f_alone.held)
     n_set = n_classes * (args.class_samples or n_train // n_classes)
@@ -62,29 +87,18 @@ def plan(args: Any, networks: Any, grids: Sequence[int]) -> tuple[list[Work], li
         if args.dataset not in SQUARE or args.dataset == "cinic10":  # the others are read as one file
             works[-1].loads, works[-1].load_size = both + n_test, 2 * args.image_size
     if "gan" in args.stages:
-        seen, many = both if args.gan_images == "train+val" else n_train, len(args.gan_seeds)
-        steps, micro = args.gan_epochs * (seen // args.gan_batch), args.gan_micro_batch or args.gan_batch
-        # An update of D: a fake image without gradients, D on it and on a real one; of G: through a D that stays.
-        one = args.gan_d_steps * (g_alone.tflop + 2 * d.tflop) + g.tflop + d_frozen
-        numbers, images = g.numbers + d.numbers, many * steps * args.gan_batch
-        works.append(Work(
-            "gan", f"{many} x {steps:,} steps", images * one, images * (3 * args.gan_d_steps + 2), jobs=many,
-            disk=4 * many * grids[0] * g.numbers, units=math.ceil(args.gan_batch / micro),
-            gpu=20 * numbers + micro * (g.held + 2 * d.held) + seen * pixels,
-            precision=fp32 if args.gan_precision == "fp32" else "bf16", flag="--gan-micro-batch",
-        ))  # fmt: skip
+        seen = both if args.gan_images == "train+val" else n_train
+        works.append(gan_work(args, (g, g_alone, d), seen, grids[0], fp32 if args.gan_precision == "fp32" else "bf16"))
     if "search" in args.stages:
-        sets, tests = math.ceil(args.resnet_epochs / args.search_period), args.select_on == "test"
         # What a later step tries again is not trained again.
         for name, values in dict(checkpoint=grids[0], sigma=grids[1] - 1, threshold=grids[2] - 1).items():
-            runs = values * len(args.gan_seeds)
-            classifiers("search", runs, sets, n_set, args.resnet_epochs, tests, f"{name}: ")
+            runs, sets = values * len(args.gan_seeds), drawn_sets(args, "recycle")
+            classifiers("search", runs, sets, n_set, epochs, args.select_on == "test", f"{name}: ")
     if "final" in args.stages:
-        rows, epochs = [row for row in args.rows if row != "real"], args.resnet_epochs
-        period = dict(baseline=epochs, filter=epochs, single=args.final_period, multi=args.final_period)
-        sets = [math.ceil(epochs / period.get(row, args.search_period)) for row in rows]
+        rows = [row for row in args.rows if row != "real"]
         runs = len(rows) * args.clf_seeds - ("expansion" in rows)  # the winner of the search is its first
-        classifiers("final", runs, sum(sets) / len(sets), n_set, epochs, True)
+        sets = sum(drawn_sets(args, row) for row in rows) / len(rows)
+        classifiers("final", runs, sets, n_set, epochs, True)
     if "evaluate" in args.stages:
         drawn, images = 2 * n_set / KEPT, n_classes * args.export_images
         tflop = n_test * f_alone.tflop + drawn * (g_alone.tflop + f_alone.tflop)

@@ -68,6 +68,12 @@ FAULTS = {
     ],
     "common/inputs.py": [
         Fault(
+            "grids without limit",
+            "refuse(many > most,",
+            "refuse(False,",
+            tests="tests/test_gafi.py::test_bad_flags_are_refused_by_name tests/test_common_inputs.py",
+        ),
+        Fault(
             "no picture is decoded at the start",
             "            verify(images, _memory(Path(images.root)), bar.update)\n",
             "            pass\n",
