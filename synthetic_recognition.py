@@ -30,7 +30,7 @@ Differs:
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from common.cli import Count, Fraction, Frame, Natural, NonNegative, Positive, Range, Share, check, parse, start
+from common.cli import Count, Frame, Natural, NonNegative, Positive, Range, Share, check, parse, start
 
 Stage = Literal["select", "sentences", "generate", "filter", "train", "evaluate"]
 Row = Literal[
@@ -104,8 +104,6 @@ class Args(Frame):
     # ---- [4] filter ------------------------------------------------------------------------------
     filter_keep: Natural = 800
     """images per class after the CLIP filter; 0: all above the threshold 1/C"""
-    train_lowres: Natural = 0
-    """shrink training images to this side before CLIP's transform (officially 32 CIFAR, 64 EuroSAT in a comment)"""
 
     # ---- [5] train: zero-shot and few-shot -------------------------------------------------------
     clf_seeds: Count = 3
@@ -114,8 +112,6 @@ class Args(Frame):
     """AdamW learning rate of the head, cosine to 0 (few-shot 1e-3)"""
     phase_lr: Positive = 2e-3
     """the same in each phase of the rows syn-real and real-syn (Table 7)"""
-    head_warmup: Natural = 0
-    """warm-up steps"""
     head_wd: NonNegative = 0.1
     """weight decay, on the bias too"""
     head_epochs: Count = 30
@@ -128,8 +124,6 @@ class Args(Frame):
     """weight of the soft term in SCE; rows -ce take 0"""
     sl_temperature: Positive = 2.0
     """T, divides the teacher's logits only"""
-    label_smoothing: Fraction = 0.0
-    """label smoothing of the hard term"""
     real_weight: NonNegative = 1.0
     """weight of the real images' cross-entropy"""
     syn_weight: NonNegative = 1.0
@@ -261,7 +255,6 @@ if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
 import copy
-import json
 import math
 import random
 import re
@@ -278,14 +271,15 @@ from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from torch import nn
-from torchvision.transforms import Normalize, ToTensor, v2
+from torchvision.transforms import v2
 
 from common import datasets, distributed, images, models, painter
 from common import run as runs
 from common.clip import encode_texts, load_clip, save_clip
 from common.diffusion import autocast
 from common.distributed import seed_global, seed_of
-from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, tensors_metadata, write_json
+from common.features import Features, clip_loader, tower_features
+from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised
@@ -297,7 +291,6 @@ from common.plans import synthetic_recognition as planned
 from common.report import compare_saved, conclude, mean_std, spread
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PART = 1024  # images in one file of features; an interrupted filter loses at most that many
 
 
 # ---------------------------------------------------------------------------------------------
@@ -677,99 +670,12 @@ def class_texts(clip, names, templates):
     return encode_texts(clip, texts).view(len(names), len(templates), -1)
 
 
-def clip_view(image, steps, lowres=0):
-    """PIL image -> uint8 [3, S, S] as a CLIP sees it; lowres: shrunk to that shorter side before"""
-    image = v2.functional.resize(image, lowres, v2.InterpolationMode.BICUBIC) if lowres else image
-    for step in steps:
-        image = step(image)
-    return v2.functional.pil_to_tensor(image)
-
-
-def pictures(args, clips, source, lowres, device):
-    """Loader of `source` for these CLIPs, a view for each: what their own transforms do before they make floats."""
-    steps = [[t for t in c.preprocess.transforms if not isinstance(t, (ToTensor, Normalize))] for c in clips]
-    views = [partial(clip_view, steps=s, lowres=lowres) for s in steps]
-    view = (lambda image: tuple(v(image) for v in views)) if len(views) > 1 else views[0]
-    return Loader(source, view, device, args.workers)
-
-
-@torch.no_grad()
-def encoded(clip, x, b, tower=None):
-    """uint8 [B, 3, S, S] -> features [B, D], always in full micro-batches: the same bits in any company.
-
-    tower: instead of the CLIP's own image tower.
-    """
-    n = len(x)
-    x = torch.cat([x, x[-1:].expand(b - n, *x.shape[1:])]) if n < b else x
-    return (tower or clip.model.visual)(normalised(x, clip.mean, clip.std))[:n].float()
-
-
-def list_key(source):
-    """The images of a list by name; of a generated one by its formula"""
-    if isinstance(source, datasets.Generated):
-        return seed_of(source.root.name, int(source.starts[-1]), *source.folders)
-    return seed_of(*source.keys)
-
-
-class Features:
-    """What the head's CLIP sees of a set, and the filter's confidences, in files of PART images."""
-
-    def __init__(self, args, run, clips, name, source):
-        self.args, self.clips, self.source, self.folder = args, clips, source, run.path("features", name)
-        self.lowres = 0 if name == "test" else args.train_lowres
-        self.parts = [range(i, min(i + PART, len(source))) for i in range(0, len(source), PART)]
-        # Trap T2: another CLIP, its files, transform, list of images or low resolution is another key.
-        what = [models.fingerprint(models.resolve(clip.name, "clip")) for clip in clips]
-        what += [json.dumps(clips[0].preprocess_config, default=str), self.lowres, list_key(source)]
-        self.key = f"{seed_of(*what):016x}"
-
-    def file(self, part):
-        return self.folder / f"{part.start}.safetensors"
-
-    def write(self, dist, judge=None):
-        """This process's share of the parts; what an earlier attempt wrote stays. judge: the filter's text weights."""
-        left = distributed.on_rank_0(lambda: [part for part in self.parts if not self.file(part).exists()], dist)
-        mine = distributed.my_items(left, dist)
-        b, clips = self.args.gen_micro_batch, self.clips
-        if judge is None or clips[0] is clips[1]:
-            clips = clips[:1]
-        stream = pictures(self.args, clips, self.source, self.lowres, dist.device)(
-            rows for part in mine for rows in chunks(part, b)
-        )
-        with distributed.progress(sum(map(len, left)), f"filter {self.folder.name}", dist, together=True) as bar:
-            for part in mine:
-                found = []
-                for _ in chunks(part, b):
-                    views = next(stream)
-                    views = views if isinstance(views, tuple) else (views,)
-                    found.append([encoded(clip, x, b).cpu() for clip, x in zip(clips, views, strict=True)])
-                    bar.update(len(views[0]))
-                features = [torch.cat(of_clip) for of_clip in zip(*found, strict=True)]
-                tensors = dict(features=features[0])
-                if judge is not None:
-                    labels = torch.from_numpy(self.source.labels[part.start : part.stop])
-                    tensors["confidence"] = own_confidence(features[-1], judge, labels)
-                save_tensors(self.file(part), tensors, self.key)
-
-    def read(self, name, rows=None):
-        """Tensor `name` of these rows, ascending; None: of all. Refuses what another CLIP or list of images left."""
-        found = []
-        for part in self.parts:
-            own = None if rows is None else rows[(rows >= part.start) & (rows < part.stop)] - part.start
-            if own is None or len(own):
-                if tensors_metadata(self.file(part)) != self.key:
-                    what = "features of other images or another CLIP; use a new --output-dir"
-                    raise UserError(f"{self.file(part)}: {what}")
-                tensor = load_tensors(self.file(part))[name]
-                found.append(tensor if own is None else tensor[own])
-        return torch.cat(found) if found else torch.zeros(0, self.clips[0].config["embed_dim"])
-
-
 def feature_sets(args, run, clips, names, shots, test):
     """{set: Features} of all that is drawn, the test split and the shots"""
     sources = {name: generated_set(run, name, names, n) for name, n in image_sets(args).items()}
     sources |= {"test": test} | ({} if shots is None else {"shots": shots})
-    return {name: Features(args, run, clips, name, source) for name, source in sources.items()}
+    more = (clips, args.gen_micro_batch, args.workers)
+    return {name: Features(run.path("features", name), more[0], source, *more[1:]) for name, source in sources.items()}
 
 
 def filter_images(args, run, dist, clips, names, shots, picks, test):
@@ -780,8 +686,9 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
         judge = text_weights(clips[1], names, templates)
         head = judge if clips[0] is clips[1] else text_weights(clips[0], names, templates)
         sets = feature_sets(args, run, clips, names, shots, test)
+        judged = lambda f, c: {"confidence": own_confidence(f, judge, c)}  # noqa: E731
         for name, features in sets.items():
-            features.write(dist, judge if name in image_sets(args) else None)
+            features.write(dist, judged if name in image_sets(args) else None)
         distributed.barrier(dist)
         if dist.main:
             save_tensors(run.path("features", "head.safetensors"), {"weight": head})
@@ -812,7 +719,7 @@ def picture_of_dropped(run, names, worst, sets):
     """filtered.png: of each set and class the images that CLIP trusts least"""
     rows = {}
     for name, per_class in worst.items():
-        source = sets[name].source
+        source = sets[name].images
         for j in range(len(per_class[0])):
             column = [int(source.starts[c]) + own[j] for c, own in enumerate(per_class)]
             rows[f"{name}, rank {j + 1} from below"] = [partial(source.open, row) for row in column]
@@ -840,17 +747,15 @@ def soft_loss(z, z0, T):
     return F.cross_entropy(z, (z0 / T).softmax(-1))
 
 
-def tuning_loss(z, z0, y, sl, T, smoothing=0.0):
+def tuning_loss(z, z0, y, sl, T):
     """SCE: sl * soft + (1 - sl) * CE. z, z0 [B, C] student and teacher logits, y [B]. sl = 0: CE, z0 unused"""
-    hard = F.cross_entropy(z, y, label_smoothing=smoothing)
+    hard = F.cross_entropy(z, y)
     return sl * soft_loss(z, z0, T) + (1 - sl) * hard if sl else hard
 
 
-def head_rate(step, total, base, warmup=0):
-    """Official code: base (s + 1) / w in the warm-up, then half a cosine to 0 without floor."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) * base
+def head_rate(step, total, base):
+    """Half a cosine from base to 0, without floor; all published commands leave the official warm-up at 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / total)) * base
 
 
 @dataclass(frozen=True)
@@ -892,7 +797,7 @@ class Course:
         if real in ("after", "before"):
             self.phases, self.lr = [Phase(0, n_syn, *sizes), Phase(n_real, 0, *sizes)], args.phase_lr
             self.phases = self.phases[::-1] if real == "before" else self.phases
-        self.real, self.warmup = real, args.head_warmup
+        self.real = real
         self.starts = np.cumsum([0, *(p.epochs * p.per_epoch for p in self.phases)]).tolist()
         self.drawn = lru_cache(2)(lambda i, epoch: self.phases[i].pairs(epoch, seed))
 
@@ -910,14 +815,14 @@ class Course:
 
     def rate(self, step):
         i, s = self.place(step)
-        return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr, self.warmup)
+        return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr)
 
     def ends_epoch(self, step):
         i, s = self.place(step)
         return (s + 1) % self.phases[i].per_epoch == 0
 
 
-def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(1.0, 1.0), smoothing=0.0, fresh=()):
+def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(1.0, 1.0), fresh=()):
     """Tune W, b and all else in the loop's optimizer, one AdamW step per pair of batches; yields step and loss.
 
     real, syn: rows -> features [B, D], labels [B]; teacher: rows of syn -> logits of the untouched CLIP, which the
@@ -936,7 +841,7 @@ def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(
                 f, y = syn(rows_syn)
                 with torch.no_grad():
                     z0 = teacher(rows_syn)
-                loss = loss + weights[1] * tuning_loss(head_logits(f, W, b), z0, y, sl, T, smoothing)
+                loss = loss + weights[1] * tuning_loss(head_logits(f, W, b), z0, y, sl, T)
             loop.backward(loss)
         loss = loop.update(lr=rate_at(step), clip=1.0)
         loop.log(loss=loss)
@@ -973,12 +878,12 @@ class HeadData:
         self.read = lru_cache(1)(self._read)
 
     def labels(self, name, rows=None):
-        labels = torch.from_numpy(self.sets[name].source.labels)
+        labels = torch.from_numpy(self.sets[name].images.labels)
         return (labels if rows is None else labels[rows]).to(self.device)
 
     def _read(self, name, cf):
         """Rows of a set that take part, their features and labels"""
-        rows = self.keep[name] if cf else np.arange(len(self.sets[name].source))
+        rows = self.keep[name] if cf else np.arange(len(self.sets[name].images))
         return rows, self.sets[name].read("features", rows).to(self.device), self.labels(name, rows)
 
     def real(self, m):
@@ -1022,21 +927,21 @@ def train_head(args, run, team, clip, row, m, seed, data):
         if tower is None or not len(rows):
             return lambda i: (f[i], y[i])
         batches = (rows[pair[which]].tolist() for pair in map(course.pair, loop.steps) if len(pair[which]))
-        stream = pictures(args, [clip], data.sets[name].source, args.train_lowres, team.device)(batches)
+        stream = clip_loader([clip], data.sets[name].images, team.device, args.workers)(batches)
         return lambda i: (tower(normalised(next(stream), clip.mean, clip.std)).float(), y[i])
 
     name_syn = f"rg{m}" if line.data == "rg" else line.data
     steps = tune_head(
         loop, W, b, course.pair, course.rate, source("shots", *real, 0), source(name_syn, *syn, 1),
         lambda i: head_logits(syn[1][i], data.W0, 0.0), args.sl if line.sce else 0.0, args.sl_temperature,
-        (args.real_weight, args.syn_weight), args.label_smoothing, fresh=course.starts[1:-1],
+        (args.real_weight, args.syn_weight), fresh=course.starts[1:-1],
     )  # fmt: skip
-    best = loop.extra or 0.0
+    best, how = loop.extra or 0.0, (args.gen_micro_batch, team.device, args.workers)
     for step, _ in steps:
         if course.ends_epoch(step):  # where the official code looks
             x = data.test
             if tower is not None:
-                x = tower_features(args, clip, tower, data.sets["test"].source, range(len(x)), team.device)
+                x = tower_features(clip, tower, data.sets["test"].images, range(len(x)), *how)
             with torch.no_grad():
                 score = top1(head_logits(x, W, b), data.y_test)
             loop.extra = best = max(best, score)
@@ -1063,16 +968,6 @@ def last_share(tower, share):
         p.requires_grad_(take)
         chosen += [p] * take
     return chosen
-
-
-def tower_features(args, clip, tower, source, rows, device):
-    """Features [N, D] of these test images by this image tower, in eval mode meanwhile"""
-    mode, b = tower.training, args.gen_micro_batch
-    stream = pictures(args, [clip], source, 0, device)(chunks(rows, b))
-    tower.eval()
-    x = torch.cat([encoded(clip, x, b, tower) for x in stream])
-    tower.train(mode)
-    return x
 
 
 def top1(logits, labels):
@@ -1439,7 +1334,7 @@ def saved_predictions(args, run, dist, test):
         logits = predictions_of(args, dist.device, net, test, rows)
     else:
         clip, head = load_clip(str(folder), dist.device), load_tensors(folder / "head.safetensors")
-        f = tower_features(args, clip, clip.model.visual, test, rows, dist.device).cpu()
+        f = tower_features(clip, clip.model.visual, test, rows, args.gen_micro_batch, dist.device, args.workers).cpu()
         logits = head_logits(f, head["weight"], head["bias"])
     return distributed.gather_rows(logits.argmax(1), dist)
 
@@ -1594,9 +1489,9 @@ LATER = {
     "sentences": "sentence_model sentences sentence_check",
     "generate": "sd_model upsampler gen_images_per_class rg_images gen_prefix gen_resolution gen_save_size "
     "gen_guidance gen_steps rg_steps",
-    "filter": "head_clip filter_clip template filter_keep train_lowres",
-    "train": "clf_seeds head_lr phase_lr head_warmup head_wd head_epochs head_batch head_batch_real sl sl_temperature "
-    "label_smoothing real_weight syn_weight tune_share freeze_bn backbone real_weights recipe pre_ moco_ transfer_",
+    "filter": "head_clip filter_clip template filter_keep",
+    "train": "clf_seeds head_lr phase_lr head_wd head_epochs head_batch head_batch_real sl sl_temperature "
+    "real_weight syn_weight tune_share freeze_bn backbone real_weights recipe pre_ moco_ transfer_",
 }
 
 
