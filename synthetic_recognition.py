@@ -256,7 +256,6 @@ if __name__ == "__main__":
 
 import copy
 import math
-import random
 import re
 from functools import lru_cache, partial
 from pathlib import Path
@@ -265,33 +264,38 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
 from safetensors import SafetensorError, safe_open
-from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
-from torch import nn
 from torchvision.transforms import v2
 
 from common import datasets, distributed, images, models, painter
 from common import run as runs
 from common.clip import encode_texts, load_clip, save_clip
-from common.diffusion import autocast
 from common.distributed import seed_global, seed_of
 from common.features import Features, clip_loader, tower_features
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order
 from common.launch import UserError
 from common.loader import Loader, normalised
-from common.loop import Loop, gather_units
+from common.loop import Loop
 from common.names import imagenet_names, spoken
 from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import synthetic_recognition as planned
+from common.pretraining import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MoCo,
+    Objective,
+    Recipe,
+    augmentation,
+    cosine,
+    new_backbone,
+    steps_per_epoch,
+    train_network,
+)  # fmt: skip
 from common.report import compare_saved, conclude, mean_std, spread
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 # ---------------------------------------------------------------------------------------------
 # What is said and trained: prompts by data set, rows of the tables, sets of images.
@@ -1004,63 +1008,14 @@ def info_nce(q, k, queue, temperature=0.2):
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
-def repeated(position, n, repeats):
-    """DeiT's repeated augmentation: where position looks in the stream of shuffles of n entries. An epoch visits the
-    first n / repeats of its shuffle, each `repeats` times in a row; it stays n long."""
-    epoch, i = divmod(position, n)
-    return epoch * n + i // repeats
-
-
-class DecodedOnce:
-    """Images of which the last two opened are kept: repeated augmentation asks for one several times in a row."""
-
-    def __init__(self, source):
-        self.open = lru_cache(2)(source.open)
-
-    def __getitem__(self, row):
-        return self.open(row)
-
-
-def augmentation(kind, size, flip):
-    """PIL RGB -> uint8 [3, size, size]. kind: plain (crop, mirror), deit (timm's), moco (v2, aug+)"""
-    smallest = 0.08 if flip else 0.7  # digits and signs change when mirrored or cut to a corner
-    if kind == "deit":
-        transform = timm.data.create_transform(
-            size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
-            re_prob=0.0, hflip=0.5 * flip, scale=(smallest, 1.0), use_prefetcher=True,
-        )  # fmt: skip
-        for op in next(t for t in transform.transforms if isinstance(t, RandAugment)).ops:
-            if op.name == "PosterizeIncreasing":  # asks for 0 bits, black, once in a while; Pillow 13 refuses
-                op.aug_fn = lambda image, bits, **_: ImageOps.posterize(image, max(1, bits))
-        return lambda image: torch.as_tensor(transform(image))
-    steps = [v2.RandomResizedCrop(size, scale=(0.2 if kind == "moco" and flip else smallest, 1.0))]
-    steps += [v2.RandomHorizontalFlip()] if flip else []
-    if kind == "moco":
-        blur = v2.GaussianBlur(max(3, size // 10 // 2 * 2 + 1), (0.1, 2.0))
-        steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
-        steps += [v2.RandomApply([blur], 0.5)]
-    one = v2.Compose([*steps, v2.PILToTensor()])
-    return (lambda image: (one(image), one(image))) if kind == "moco" else one
-
-
-class Supervised:
+class Supervised(Objective):
     """Cross-entropy with the label; with `mix` DeiT's mixup 0.8, cutmix 1 and label smoothing 0.1, with `erase` its
-    random erasing.
-
-    An objective has modules (trained, with their BatchNorm), begin(step) before a step, loss(views of normalised
-    pixels, y [B], step) -> mean loss and rows [B, D] or None, end(rows of the whole step) after it, and state: what
-    else it changes, {name: tensor}.
-    """
-
-    state = {}
+    random erasing."""
 
     def __init__(self, net, n_classes, seed, mix=False, erase=False):
         self.modules, self.net, self.seed = [net], net, seed
         self.mix = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=n_classes) if mix else None
         self.erase = RandomErasing(0.25, mode="pixel", device=next(net.parameters()).device) if erase else lambda x: x
-
-    def begin(self, step):
-        pass
 
     def loss(self, views, y, step):
         x = self.erase(views[0])
@@ -1069,169 +1024,43 @@ class Supervised:
             x, y = self.mix(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])  # timm mixes an even number
         return F.cross_entropy(self.net(x).float(), y), None
 
-    def end(self, rows):
-        pass
-
-
-class MoCo:
-    """MoCo v2: two views of an image agree, those of the queue do not. The key network follows with momentum 0.999.
-
-    The queue moves once per step, by the keys of the whole step in one order, so it does not depend on the number of
-    processes. Shuffled BatchNorm: keys are normalised in other company than their queries, or the statistics of a
-    shared group would tell them apart.
-    """
-
-    def __init__(self, net, seed, device, size, dim=128, momentum=0.999):
-        seed_global(seed_of(seed, "moco"))
-        width, self.seed, self.momentum = net.num_features, seed, momentum
-        head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim)).to(device)
-        self.query, self.key = (net, head), [copy.deepcopy(m).requires_grad_(False) for m in (net, head)]
-        net.get_classifier().requires_grad_(False)
-        self.modules = [*self.query, *self.key]
-        queue = torch.randn(size, dim, generator=distributed.generator(seed, "queue"))
-        self.queue = F.normalize(queue, dim=1).to(device)
-        follow = {f"{i}.{k}": p for i, m in enumerate(self.key) for k, p in m.named_parameters()}
-        self.state = {"queue": self.queue} | follow
-
-    @torch.no_grad()
-    def begin(self, step):
-        for old, new in zip(self.key, self.query, strict=True):
-            for p, q in zip(old.parameters(), new.parameters(), strict=True):
-                p.mul_(self.momentum).add_(q, alpha=1 - self.momentum)
-
-    def embed(self, towers, x):
-        """Unit rows [B, dim]; BatchNorm sees the halves one by one."""
-        net, head = towers
-        f = [net.forward_head(net.forward_features(part), pre_logits=True) for part in x.chunk(min(2, len(x) // 2))]
-        return F.normalize(head(torch.cat(f)).float(), dim=1)
-
-    def loss(self, views, y, step):
-        order = torch.randperm(len(y), generator=distributed.generator(self.seed, "shuffle", step)).to(y.device)
-        with torch.no_grad():
-            k = self.embed(self.key, views[1][order])[order.argsort()]
-        return info_nce(self.embed(self.query, views[0]), k, self.queue), k
-
-    def end(self, rows):
-        self.queue.copy_(torch.cat([rows, self.queue])[: len(self.queue)])
-
-
-def steps_per_epoch(n, batch):
-    return max(1, math.ceil((n - 1) / batch))  # a last batch of one image is left out: BatchNorm
-
-
-def train_network(
-    args, run, team, chart, file, objective, source, kind, batch, epochs, optimizer, rate, seed, repeats=1
-):
-    """The training loop of pre-training and transfer. kind: augmentation; rate(epoch as float) -> learning rate.
-
-    Micro-batches, BatchNorm's running statistics and MoCo's keys are put together in one order, so any number of
-    processes gives the same bits.
-    """
-    n, per_epoch = len(source), steps_per_epoch(len(source), batch)
-    order, labels = distributed.Order(n, seed), torch.from_numpy(source.labels)
-    buffers = [b for m in objective.modules for b in m.buffers()]
-    settings = dict(file=file, buffers=buffers, state=objective.state)
-    params = [p for p in (p for g in optimizer.param_groups for p in g["params"]) if p.requires_grad]
-    loop = Loop(run, chart, epochs * per_epoch, optimizer, team, args.pre_micro_batch, params=params, **settings)
-
-    @lru_cache(16)
-    def batch_at(step):
-        """[(image, position in the endless stream)]; an epoch's last batch may be short"""
-        epoch, i = divmod(step, per_epoch)
-        begin, end = epoch * n + i * batch, (epoch + 1) * n
-        return [(order[repeated(p, n, repeats)], p) for p in range(begin, min(begin + batch, end))]
-
-    view = augmentation(kind, args.pre_size, args.pre_flip)
-    stream = Loader(DecodedOnce(source), view, team.device, args.workers, (seed, "data", "augment"))(
-        part for step in loop.steps for part in loop.mine(batch_at(step))
-    )
-    for step in loop:
-        for m in objective.modules:
-            m.train()
-        objective.begin(step)
-        y, keys = labels[[row for row, _ in batch_at(step)]].to(team.device), {}
-        for u in loop.units(len(y)):
-            seed_global(seed_of(seed, "unit", step, loop.unit), team.device)  # for stochastic depth and erasing
-            random.seed(seed_of(seed, "unit", step, loop.unit))
-            views = next(stream)
-            views = [
-                normalised(x, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
-                for x in (views if isinstance(views, tuple) else (views,))
-            ]
-            with autocast(args.precision, team.device):
-                loss, rows = objective.loss(views, y[u], step)
-            loop.backward(loss * len(y[u]) / len(y))
-            if rows is not None:
-                keys[loop.unit] = rows
-        everyone = torch.cat(gather_units(keys, loop.n_units, team)) if objective.state else None
-        loop.log(loss=loop.update(lr=rate(step / per_epoch)))
-        objective.end(everyone)
-    return loop
-
-
-def new_backbone(args, n_classes, seed, device, weights=None, drop_path=0.0):
-    """timm model with a new head of n_classes; random numbers are a function of seed.
-
-    weights: None, "imagenet" (timm's), or the file of a model of this architecture, whose head is left out. drop_path:
-    stochastic depth.
-    """
-    more = dict(drop_path_rate=drop_path) if drop_path else {}
-    if weights == "imagenet":  # by its file, which is in safetensors: timm itself would take a pickle too
-        file = models.check_models([("--backbone", args.backbone, "timm")])["--backbone"]
-        more |= dict(pretrained_cfg_overlay=dict(file=file))
-    seed_global(seed_of(seed, "backbone"))
-    try:
-        net = timm.create_model(args.backbone, pretrained=weights == "imagenet", num_classes=n_classes, **more)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"--backbone {args.backbone}: {' '.join(str(error).split())[:200]}") from error
-    if weights not in (None, "imagenet"):
-        heads = net.default_cfg["classifier"]
-        heads = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
-        state = {k: v for k, v in load_tensors(weights).items() if not k.startswith(heads)}
-        wanted = {k: v.shape for k, v in net.state_dict().items() if not k.startswith(heads)}
-        if {k: v.shape for k, v in state.items()} != wanted:
-            raise UserError(f"{weights}: these are no weights of --backbone {args.backbone}")
-        net.load_state_dict(state, strict=False)
-        # Another head than the one the body began its pre-training with: it would know that one's directions.
-        seed_global(seed_of(seed, "new head"))
-        net.reset_classifier(n_classes)
-    return net.to(device, memory_format=torch.channels_last)
-
 
 def pre_recipe(args, net, n_classes, base, seed):
-    """-> objective, augmentation, optimizer, rate(epoch): those of Sec. C.5.3, of DeiT and of MoCo v2"""
-    if args.recipe == "moco":
-        objective = MoCo(net, seed, next(net.parameters()).device, args.moco_queue)
-        params = [p for m in objective.query for p in m.parameters() if p.requires_grad]
+    """-> objective, Recipe: adamw and sgd are those of Sec. C.5.3, the others the published ones of DeiT and MoCo v2"""
+    deit, moco, epochs = args.recipe == "deit", args.recipe == "moco", args.pre_epochs
+    if moco:
+        objective = MoCo(net, info_nce, seed, next(net.parameters()).device, args.moco_queue)
+    else:
+        objective = Supervised(net, n_classes, seed, mix=deit, erase=deit)
+    if args.recipe in ("sgd", "moco"):
+        params = [p for m in objective.modules for p in m.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(params, lr=base, momentum=0.9, weight_decay=args.pre_wd)
-        return objective, "moco", optimizer, lambda e: cosine(e / args.pre_epochs, base)
-    deit = args.recipe == "deit"
-    objective = Supervised(net, n_classes, seed, mix=deit, erase=deit)
-    if args.recipe == "sgd":
-        optimizer = torch.optim.SGD(net.parameters(), lr=base, momentum=0.9, weight_decay=args.pre_wd)
-        return objective, "plain", optimizer, lambda e: base * 0.1 ** (e // 30)
-    optimizer = create_optimizer_v2(net, "adamw", lr=base, weight_decay=args.pre_wd, filter_bias_and_bn=deit)
-    if not deit:
-        return objective, "plain", optimizer, lambda e: cosine(e / args.pre_epochs, base)
-    warm = lambda e: 1e-6 + (base - 1e-6) * e / 5  # noqa: E731
-    return objective, "deit", optimizer, lambda e: warm(e) if e < 5 else cosine(e / args.pre_epochs, base, 1e-5)
+    else:
+        optimizer = create_optimizer_v2(net, "adamw", lr=base, weight_decay=args.pre_wd, filter_bias_and_bn=deit)
+    rates = {
+        "adamw": lambda e: cosine(e / epochs, base),
+        "sgd": lambda e: base * 0.1 ** (e // 30),
+        "deit": lambda e: 1e-6 + (base - 1e-6) * e / 5 if e < 5 else cosine(e / epochs, base, 1e-5),
+        "moco": lambda e: cosine(e / epochs, base),
+    }
+    view = augmentation(args.recipe if deit or moco else "plain", args.pre_size, args.pre_flip)
+    return objective, Recipe(optimizer, rates[args.recipe], view, args.pre_batch, epochs, repeats=3 if deit else 1)
 
 
-def cosine(share, high, low=0.0):
-    """Half a cosine from high at share 0 to low at share 1"""
-    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * share))
+def backbone_loop(args, run, team, chart, file, objective, images, recipe, seed):
+    """train_network with what the flags say about every network of a run"""
+    more = dict(micro_batch=args.pre_micro_batch, precision=args.precision, workers=args.workers)
+    return train_network(run, team, chart, file, objective, images, recipe, seed, **more)
 
 
 def pretrain(args, run, team, folder, source, n_classes, seed, weights=None):
     """Pre-train one backbone, unless folder/pretrained.safetensors is there. weights: where it starts; None: random"""
     if (folder / "pretrained.safetensors").exists():
         return
-    net = new_backbone(args, n_classes, seed, team.device, weights, 0.1 if args.recipe == "deit" else 0.0)
-    base, repeats = args.pre_lr_real if weights else args.pre_lr, 3 if args.recipe == "deit" else 1
-    objective, kind, optimizer, rate = pre_recipe(args, net, n_classes, base, seed)
+    net = new_backbone(args.backbone, n_classes, seed, team.device, weights, 0.1 if args.recipe == "deit" else 0.0)
+    objective, recipe = pre_recipe(args, net, n_classes, args.pre_lr_real if weights else args.pre_lr, seed)
     chart, file = f"pretrain/{folder.name}", folder / "checkpoint.safetensors"
-    rest = (args.pre_batch, args.pre_epochs, optimizer, rate, seed, repeats)
-    loop = train_network(args, run, team, chart, file, objective, source, kind, *rest)
+    loop = backbone_loop(args, run, team, chart, file, objective, source, recipe, seed)
     if team.main:
         save_tensors(folder / "pretrained.safetensors", net.state_dict())
     loop.finish()
@@ -1241,16 +1070,16 @@ def transfer(args, run, team, folder, about, real, test, n_classes, weights, see
     """Fine-tune everything on the real images and score the test split. about: what metrics.json says besides"""
     if (folder / "metrics.json").exists():
         return
-    net = new_backbone(args, n_classes, seed, team.device, weights)
+    net = new_backbone(args.backbone, n_classes, seed, team.device, weights)
     deit, base, epochs = args.recipe == "deit", args.transfer_lr, args.transfer_epochs
     wd, drops = 1e-4 if deit else 5e-4, [share * epochs for share in (0.3, 0.6, 0.8)]
     optimizer = torch.optim.SGD(net.parameters(), lr=base, momentum=0.9, weight_decay=wd)
     rate = lambda e: cosine(e / epochs, base) if deit else base * 0.2 ** sum(e >= d for d in drops)  # noqa: E731
-    loop = train_network(
-        args, run, team, f"transfer/{folder.name}", folder / "transfer.safetensors",
-        Supervised(net, n_classes, seed, mix=deit), real, "deit" if deit else "plain", args.transfer_batch, epochs,
-        optimizer, rate, seed,
-    )  # fmt: skip
+    view = augmentation("deit" if deit else "plain", args.pre_size, args.pre_flip)
+    recipe = Recipe(optimizer, rate, view, args.transfer_batch, epochs)
+    objective = Supervised(net, n_classes, seed, mix=deit)
+    chart, file = f"transfer/{folder.name}", folder / "transfer.safetensors"
+    loop = backbone_loop(args, run, team, chart, file, objective, real, recipe, seed)
     score = top1(predictions_of(args, team.device, net, test, range(len(test))), torch.from_numpy(test.labels))
     if team.main:
         save_tensors(folder / "weights.safetensors", net.state_dict())
@@ -1304,7 +1133,7 @@ def shared_out(args, dist, jobs, batch):
 def export_backbone(args, run, names):
     """classifier/: the main row's network as a timm folder, classes.json"""
     row, n, seed = main_row(args)
-    net = new_backbone(args, len(names), seed, "cpu")
+    net = new_backbone(args.backbone, len(names), seed, "cpu")
     net.load_state_dict(load_tensors(classifier_folder(run, row, n, seed) / "weights.safetensors"))
     net = net.to(memory_format=torch.contiguous_format)  # the file format knows no other layout
     timm.models.save_for_hf(net, run.path("classifier"), safe_serialization=True)
@@ -1461,7 +1290,7 @@ def check_names(args, names, gen_names):
     class_folders(gen_names)
     if args.setting == "pretrain":
         own = any(ROWS[row].init for row in args.ladder) and args.real_weights not in ("train", "imagenet")
-        new_backbone(args, len(gen_names), args.seed, "cpu", args.real_weights if own else None)
+        new_backbone(args.backbone, len(gen_names), args.seed, "cpu", args.real_weights if own else None)
 
 
 def planned_models(args):

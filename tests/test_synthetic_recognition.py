@@ -17,12 +17,10 @@ from tiny_glide import make_tiny_glide
 import synthetic_recognition as sr
 from common import models
 from common import painter as painters
-from common.datasets import Images
-from common.distributed import Dist, Order, seed_global, seed_of
+from common.distributed import Dist, seed_global, seed_of
 from common.files import chunks, class_folders, load_tensors, save_tensors
 from common.glide import sampler
 from common.launch import UserError
-from common.loader import Loader
 from common.loop import Loop
 
 
@@ -449,6 +447,13 @@ def test_info_nce_prefers_its_own_key():
     assert sr.info_nce(q, q, -q) < sr.info_nce(q, -q, q)
 
 
+def test_info_nce_is_moco_v2s():
+    q, k = F.normalize(torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), dim=2)
+    wanted = F.cross_entropy(torch.cat([(q * k).sum(1, keepdim=True), q @ k.T], 1) * 5, torch.zeros(3).long())
+    close(sr.info_nce(q, k, k), wanted, 1e-5)  # temperature 0.2
+    assert sr.Args().moco_queue == 65536
+
+
 def test_label_spaces(tmp_path):
     own = tmp_path / "names.txt"
     own.write_text("sorrel\n\nrose hip \nsorrel\n")
@@ -473,36 +478,6 @@ def test_label_spaces(tmp_path):
             sr.check_args(sr.Args(**{**flags, **empty}))
 
 
-def test_repeated_augmentation_keeps_the_length_of_an_epoch():
-    order = Order(10, 0, "x")
-    first, second = ([order[sr.repeated(p, 10, 3)] for p in range(start, start + 10)] for start in (0, 10))
-    for epoch in (first, second):
-        assert epoch[0] == epoch[1] == epoch[2] != epoch[3] and len(set(epoch)) == 4
-    assert first != second and sorted(order[sr.repeated(p, 10, 1)] for p in range(10, 20)) == list(range(10))
-
-
-def test_deit_augmentation_is_a_function_of_the_seed_and_never_asks_pillow_for_no_bits():
-    from PIL import ImageOps
-
-    image = Image.effect_noise((16, 16), 90).convert("RGB")
-    view = sr.augmentation("deit", 16, True)
-    transform = view.__closure__[0].cell_contents
-    (op,) = [o for t in transform.transforms if isinstance(t, sr.RandAugment) for o in t.ops if "Poster" in o.name]
-    assert op.aug_fn(image, 0).tobytes() == ImageOps.posterize(image, 1).tobytes()
-    pixels = Images([0] * 3, ["a", "b", "c"], ["x"], pixels=np.stack([np.asarray(image)] * 3))
-    load = Loader(sr.DecodedOnce(pixels), view, torch.device("cpu"), 0, (0, "data"))
-    first = next(load([[(0, p) for p in range(20)]]))
-    again = next(load([[(1, p) for p in reversed(range(20))]]))
-    assert first.dtype == torch.uint8 and torch.equal(again.flip(0), first) and not torch.equal(first[0], first[1])
-
-
-def test_repeated_images_are_decoded_once():
-    opened = []
-    images = SimpleNamespace(open=lambda row: opened.append(row) or row)
-    once = sr.DecodedOnce(images)
-    assert [once[row] for row in (3, 3, 3, 5, 5, 5, 3)] == [3, 3, 3, 5, 5, 5, 3] and opened == [3, 5]
-
-
 def test_deit_objective_mixes_labels_and_erases():
     net = torch.nn.Linear(4, 3, bias=False)
     net.forward = lambda x: x.flatten(1)[:, :4] @ net.weight.T
@@ -514,34 +489,6 @@ def test_deit_objective_mixes_labels_and_erases():
     seed_global(0)
     erased = sr.Supervised(net, 3, 0, erase=True).erase(torch.zeros(200, 3, 32, 32))
     assert 20 < sum(bool(image.any()) for image in erased) < 80  # a quarter, with noise for pixels
-
-
-def test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries():
-    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "pre_batch": 4, "pre_micro_batch": 4})
-    net = sr.new_backbone(args, 10, 0, "cpu")
-    objective = sr.MoCo(net, 0, torch.device("cpu"), 16, momentum=0.75)
-    x = torch.randn(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    objective.begin(0)
-    loss, k = objective.loss(x.unbind(1), torch.zeros(4), 0)
-    close(k.norm(dim=1), torch.ones(4), 1e-5)
-    assert not k.requires_grad and torch.isfinite(torch.autograd.grad(loss, objective.query[1][0].weight)[0]).all()
-    old = objective.queue.clone()
-    objective.end(k)
-    assert torch.equal(objective.queue, torch.cat([k, old[:-4]])) and sr.Args().moco_queue == 65536
-    assert sr.MoCo(net, 0, torch.device("cpu"), 16).momentum == 0.999
-    q, before = objective.query[1][0].weight, objective.key[1][0].weight.clone()
-    with torch.no_grad():
-        q += 1
-    objective.begin(1)
-    close(objective.key[1][0].weight, 0.75 * before + 0.25 * q.detach(), 1e-5)
-    # Keys see other company in BatchNorm than their queries: in order they would be equal at the start
-    fresh = sr.MoCo(net, 0, torch.device("cpu"), 16)
-    q = fresh.embed(fresh.query, x[:, 1])
-    assert not torch.allclose(fresh.loss(x.unbind(1), torch.zeros(4), 0)[1], q, atol=1e-4)
-    # Temperature 0.2
-    q, k = F.normalize(torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), dim=2)
-    wanted = F.cross_entropy(torch.cat([(q * k).sum(1, keepdim=True), q @ k.T], 1) * 5, torch.zeros(3).long())
-    close(sr.info_nce(q, k, k), wanted, 1e-5)
 
 
 class Pixels:
@@ -578,11 +525,9 @@ def plain_views(args, source, kind, rows, seed, positions):
 def test_two_steps_of_pretraining_equal_plain_sgd_with_batchnorm(tmp_path):
     args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "pre_micro_batch": 20, "recipe": "sgd", "pre_wd": 0.01})
     args.pre_epochs, args.pre_batch, source = 1, 10, Pixels(20)
-    nets = [sr.new_backbone(args, 10, 3, "cpu") for _ in range(2)]
-    objective, kind, optimizer, rate = sr.pre_recipe(args, nets[0], 10, 0.05, 3)
-    sr.train_network(
-        args, Log(), ONE, "t", tmp_path / "c.safetensors", objective, source, kind, 10, 1, optimizer, rate, 3
-    )
+    nets = [sr.new_backbone(args.backbone, 10, 3, "cpu") for _ in range(2)]
+    objective, recipe = sr.pre_recipe(args, nets[0], 10, 0.05, 3)
+    sr.backbone_loop(args, Log(), ONE, "t", tmp_path / "c.safetensors", objective, source, recipe, 3)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(seed_of(3, "order", 0))).tolist()
     plain = torch.optim.SGD(nets[1].train().parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     for step in range(2):
@@ -598,55 +543,64 @@ def test_two_steps_of_pretraining_equal_plain_sgd_with_batchnorm(tmp_path):
 def test_transfer_begins_with_a_head_of_its_own_and_follows_table_8(tmp_path):
     args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "transfer_epochs": 10, "transfer_batch": 10, "transfer_lr": 0.5})
     source, seen, seconds = Pixels(11), [], []
-    start = sr.new_backbone(args, 7, 3, "cpu")
+    start = sr.new_backbone(args.backbone, 7, 3, "cpu")
     save_tensors(tmp_path / "start.safetensors", start.state_dict())
-    train = lambda *a: (seen.append(a), SimpleNamespace(finish=lambda: seconds.append(1)))[1]  # noqa: E731
+    train = lambda *a, **k: (seen.append(a), SimpleNamespace(finish=lambda: seconds.append(1)))[1]  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sr, "train_network", train)
         sr.transfer(args, Log(), ONE, tmp_path, {}, source, source, 10, tmp_path / "start.safetensors", 3)
-    objective, kind, batch, epochs, optimizer, rate = seen[0][5], *seen[0][7:12]
-    assert (kind, batch, epochs, objective.mix) == ("plain", 10, 10, None) and seconds
+    objective, _, recipe = seen[0][4:7]
+    assert (recipe.batch, recipe.epochs, recipe.repeats, objective.mix) == (10, 10, 1, None) and seconds
     assert torch.equal(objective.net.conv1[0].weight, start.conv1[0].weight) and len(objective.net.fc.bias) == 10
-    group = optimizer.param_groups[0]
+    group, rate = recipe.optimizer.param_groups[0], recipe.rate
     assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
     assert [rate(e) / 0.5 for e in (0, 2.9, 3, 6, 8)] == pytest.approx([1, 1, 0.2, 0.04, 0.008])
 
 
-def test_recipes_are_those_of_the_paper():
-    def made(recipe, **flags):
-        args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "recipe": recipe, "pre_wd": 0.3, "pre_epochs": 90, **flags})
-        net = sr.new_backbone(args, 10, 0, "cpu")
+def test_recipes_are_those_of_the_paper(monkeypatch):
+    def made(name, **flags):
+        args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "recipe": name, "pre_wd": 0.3, "pre_epochs": 90, **flags})
+        net = sr.new_backbone(args.backbone, 10, 0, "cpu")
         return sr.pre_recipe(args, net, 10, 0.1, 0)
 
-    objective, kind, optimizer, rate = made("adamw")
-    assert type(optimizer).__name__ == "AdamW" and kind == "plain" and objective.mix is None
-    assert [rate(e) for e in (0, 45, 90)] == pytest.approx([0.1, 0.05, 0])
-    _, _, optimizer, rate = made("sgd")
-    assert [rate(e) for e in (0, 29.9, 30, 60)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
-    assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["weight_decay"] == 0.3
-    objective, kind, optimizer, rate = made("moco")
-    assert type(objective).__name__ == "MoCo" and kind == "moco" and rate(45) == pytest.approx(0.05)
-    objective, kind, optimizer, rate = made("deit")
-    assert kind == "deit" and objective.mix and not isinstance(objective.erase, type(lambda: 0))
-    assert [rate(e) for e in (0, 5, 90)] == pytest.approx([1e-6, 0.09924, 1e-5], abs=1e-4)
-    decays = sorted(group["weight_decay"] for group in optimizer.param_groups)
-    assert decays == [0.0, 0.3]  # matrices only
+    monkeypatch.setattr(sr, "augmentation", lambda kind, size, flip: kind)
+    objective, recipe = made("adamw")
+    assert type(recipe.optimizer).__name__ == "AdamW" and recipe.view == "plain" and objective.mix is None
+    assert [recipe.rate(e) for e in (0, 45, 90)] == pytest.approx([0.1, 0.05, 0])
+    assert (recipe.batch, recipe.epochs, recipe.repeats) == (50, 90, 1)
+    objective, recipe = made("sgd")
+    assert [recipe.rate(e) for e in (0, 29.9, 30, 60)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    group = recipe.optimizer.param_groups[0]
+    assert group["momentum"] == 0.9 and group["weight_decay"] == 0.3 and recipe.view == "plain"
+    assert len(group["params"]) == len(list(objective.net.parameters()))
+    objective, recipe = made("moco")
+    assert type(objective).__name__ == "MoCo" and recipe.view == "moco" and recipe.rate(45) == pytest.approx(0.05)
+    queries = [p for m in objective.query for p in m.parameters()]
+    trained = {id(p) for p in recipe.optimizer.param_groups[0]["params"]}
+    assert trained < {id(p) for p in queries} and len(trained) == len(queries) - 2  # not the classifier
+    objective, recipe = made("deit")
+    assert recipe.view == "deit" and objective.mix and not isinstance(objective.erase, type(lambda: 0))
+    assert [recipe.rate(e) for e in (0, 5, 90)] == pytest.approx([1e-6, 0.09924, 1e-5], abs=1e-4)
+    decays = sorted(group["weight_decay"] for group in recipe.optimizer.param_groups)
+    assert decays == [0.0, 0.3] and recipe.repeats == 3  # matrices only
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
     args = sr.Args(**sr.PRESETS["digits-pretrain"])
-    net = sr.new_backbone(args, 7, 0, "cpu")
+    net = sr.new_backbone(args.backbone, 7, 0, "cpu")
     save_tensors(tmp_path / "net.safetensors", net.state_dict())
-    other = sr.new_backbone(args, 7, 0, "cpu", tmp_path / "net.safetensors")  # the file's body, a head of its own
+    other = sr.new_backbone(
+        args.backbone, 7, 0, "cpu", tmp_path / "net.safetensors"
+    )  # the file's body, a head of its own
     assert torch.equal(other.conv1[0].weight, net.conv1[0].weight) and not torch.equal(other.fc.weight, net.fc.weight)
-    assert len(sr.new_backbone(args, 10, 0, "cpu", tmp_path / "net.safetensors").fc.bias) == 10
+    assert len(sr.new_backbone(args.backbone, 10, 0, "cpu", tmp_path / "net.safetensors").fc.bias) == 10
     (tmp_path / "text").write_text("no weights at all")
     flags = {**sr.PRESETS["digits-pretrain"], "real_weights": str(tmp_path / "text")}
     with pytest.raises(UserError, match="no safetensors file"):
         sr.check_args(sr.Args(**flags))
     save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="no weights of --backbone"):
-        sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
+        sr.new_backbone(args.backbone, 10, 0, "cpu", tmp_path / "wrong.safetensors")
 
 
 class WithBatchNorm(torch.nn.Module):

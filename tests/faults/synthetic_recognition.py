@@ -112,46 +112,16 @@ FAULTS = {
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
         Fault(
-            "MoCo's momentum lost",
-            "p.mul_(self.momentum).add_(q, alpha=1 - self.momentum)",
-            "p.copy_(q)",
-            tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
-        ),
-        Fault(
-            "MoCo's queue grows at the wrong end",
-            "torch.cat([rows, self.queue])[: len(self.queue)]",
-            "torch.cat([self.queue, rows])[: len(self.queue)]",
-            tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
-        ),
-        Fault(
             "MoCo's temperature 1",
             "q @ queue.T], 1) / temperature",
             "q @ queue.T], 1)",
-            tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
-        ),
-        Fault(
-            "keys in the company of their queries",
-            "k = self.embed(self.key, views[1][order])[order.argsort()]",
-            "k = self.embed(self.key, views[1])",
-            tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
+            tests="test_info_nce_is_moco_v2s",
         ),
         Fault(
             "DeiT without mixing",
             "mix=deit, erase=deit",
             "mix=False, erase=deit",
             tests="test_recipes_are_those_of_the_paper",
-        ),
-        Fault(
-            "each image once",
-            "return epoch * n + i // repeats",
-            "return position",
-            tests="test_repeated_augmentation_keeps_the_length_of_an_epoch",
-        ),
-        Fault(
-            "transfer with the pre-training head",
-            "net.reset_classifier(n_classes)\n",
-            "net.load_state_dict(load_tensors(weights), strict=False)\n",
-            tests="test_weights_of_another_backbone_are_refused",
         ),
         Fault(
             "a preset's rate",
@@ -172,6 +142,38 @@ FAULTS = {
             "if tensors_metadata(self.file(part)) != self.key:",
             "if False:",
             tests="test_features_of_another_clip_are_refused_and_parts_are_not_made_twice",
+        ),
+    ],
+    "common/pretraining.py": [
+        Fault(
+            "MoCo's momentum lost",
+            "p.mul_(self.momentum).add_(q, alpha=1 - self.momentum)",
+            "p.copy_(q)",
+            tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
+        ),
+        Fault(
+            "MoCo's queue grows at the wrong end",
+            "torch.cat([rows, self.queue])[: len(self.queue)]",
+            "torch.cat([self.queue, rows])[: len(self.queue)]",
+            tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
+        ),
+        Fault(
+            "keys in the company of their queries",
+            "k = self.embed(self.key, views[1][order])[order.argsort()]",
+            "k = self.embed(self.key, views[1])",
+            tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
+        ),
+        Fault(
+            "each image once",
+            "return epoch * n + i // repeats",
+            "return position",
+            tests="test_repeated_augmentation_keeps_the_length_of_an_epoch",
+        ),
+        Fault(
+            "transfer with the pre-training head",
+            "net.reset_classifier(n_classes)\n",
+            "net.load_state_dict(load_tensors(weights), strict=False)\n",
+            tests="tests/test_synthetic_recognition.py::test_weights_of_another_backbone_are_refused",
         ),
     ],
     "common/painter.py": [
