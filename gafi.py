@@ -209,14 +209,14 @@ from common.distances import (
     kernel_distance,
 )  # fmt: skip
 from common.files import class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order
+from common.inputs import check_order, each_once, refuse
 from common.launch import UserError
 from common.loop import Loop
 from common.near_copies import near_copies
-from common.pixels import Pixels, as_images, as_picture, in_unit_range, load_split
+from common.pixels import Pixels, as_images, in_unit_range, load_split
 from common.plan import print_plan
 from common.plans import gafi as planned
-from common.report import compare_saved, conclude, mean_std, spread
+from common.report import compare_saved, conclude, means, over_seeds, per_class, spread
 
 # ---------------------------------------------------------------------------------------------
 # The data: every split as one tensor of bytes on the device.
@@ -1222,6 +1222,7 @@ ROW_NAMES = {
     "single": "+ new set in every epoch: GaFi, one GAN",
     "multi": "GaFi, MultiGAN",
 }
+BASELINES = "real", "baseline"
 
 
 def evaluate(args, run, dist, data, classifier):
@@ -1243,67 +1244,56 @@ def evaluate(args, run, dist, data, classifier):
 def show_samples(args, run, data, classifier, saved):
     """images/: from the first set that the saved classifier saw (a PNG is rounded to 8 bits; the training was not), the
     GANs in turn. samples.png: real images, those beside the baseline's. -> number of images, near-copies in that set"""
-    folders, names, shown = class_folders(data.class_names), data.class_names, {}
+    names, choices = data.class_names, read_json(run.path("search.json"))
     sampler = partial(load_sampler, args, run, data, classifier)
-    x, y = data.train
-    shown["real"] = [as_picture(in_unit_range(x[(y == c).nonzero()[0, 0]])) for c in range(data.n_classes)]
+    known, test = as_images(*seen_by_gans(args, data), names), as_images(*data.test, names)
+    shown, rows = {"real": images.of_each_class(known)}, []
     for row in dict.fromkeys(["baseline", saved["row"]]):
-        sets = sets_of(args, data, row, saved["seed"] - args.seed, read_json(run.path("search.json")), sampler)
-        (x, y), sources = sets.at(1), sets.sources
-        turns = torch.arange(len(sources) * sets.n).view(len(sources), sets.n).T.flatten()
-        by_class = [x[y == c][turns[: max(args.export_images, 4)]] for c in range(data.n_classes)]
-        for k in range(min(4, len(by_class[0]))):
-            name = "GAN, as it comes" if row == "baseline" else f"GaFi, {row}"
-            shown[f"{name} {k}"] = [as_picture(of_class[k]) for of_class in by_class]
-    rows = []
+        sets = sets_of(args, data, row, saved["seed"] - args.seed, choices, sampler)
+        drawn, sources, size = as_images(*sets.at(1), names), sets.sources, sets.size // len(names)
+        turns = torch.arange(size).view(len(sources), sets.n).T.flatten().tolist()  # a class has GAN after GAN
+        name = "GAN, as it comes" if row == "baseline" else f"GaFi, {row}"
+        shown |= {f"{name} {k}": images.of_each_class(drawn, turns[k]) for k in range(min(4, size))}
     with images.ImageWriter() as writer:
-        for c, of_class in enumerate(by_class):
-            for k, image in enumerate(of_class[: args.export_images]):
-                file, source = f"{folders[c]}/{k}.png", sources[k % len(sources)]
+        for c, folder in enumerate(class_folders(names)):
+            for k, turn in enumerate(turns[: args.export_images]):
+                file, source = f"{folder}/{k}.png", sources[k % len(sources)]
                 what = dict(file_name=file, label=c, class_name=names[c], row=saved["row"], gan=source.seed)
                 threshold = source.threshold if source.filtered else None
                 rows.append(what | dict(sigma=source.sigma, threshold=threshold))
-                writer.save(run.path("images", file), as_picture(image))
+                writer.save(run.path("images", file), drawn.open(drawn.of_class(c)[turn]))
     runs.write_metadata(run.path("images"), rows)
     images.samples_grid(run.path("samples.png"), list(shown.values()), list(shown), names, size=64)
-    known, test = as_images(*seen_by_gans(args, data), names), as_images(*data.test, names)
-    drawn = {saved["row"]: as_images(x, y, names)}
-    return len(rows), near_copies(run, drawn, known, test, args.workers, run.dist.alone())
+    return len(rows), near_copies(run, {saved["row"]: drawn}, known, test, args.workers, run.dist.alone())
 
 
 def tables(args, run, data, predicted, labels, top1, about):
+    """results.json and report.html"""
     metrics, rows = {}, []
     for row in args.rows:
         found = row_metrics(args, run, row)
-        scores = [m["test"] for m in found]
         if not found:
             rows.append([ROW_NAMES[row], "not run", "", "", "", ""])
             continue
-        mean, std = mean_std(scores)
-        metrics[row] = dict(mean=mean, std=std, per_seed=scores, images=found[0]["images"])
-        for key in ("val", "best_test_epoch", "accepted"):  # the run taken over from the search has no test epochs
-            if values := [m[key] for m in found if key in m]:
-                metrics[row][key] = mean_std(values)[0]
-        gap = metrics[row]["gap"] = metrics["real"]["mean"] - mean if "real" in metrics else None
-        cells = [f"{metrics[row][key]:.1f}" if key in metrics[row] else "" for key in ("val", "best_test_epoch")]
+        metrics[row] = line = over_seeds([m["test"] for m in found]) | dict(images=found[0]["images"])
+        line |= means(found, "val", "best_test_epoch", "accepted")  # a run of the search has no test epochs
+        gap = line["gap"] = metrics["real"]["mean"] - line["mean"] if "real" in metrics else None
         below = "" if gap is None or row == "real" else f"{gap:.1f}"
-        accepted = "" if row in ("real", "baseline") else f"{100 * metrics[row]['accepted']:.0f} %"
-        rows.append([ROW_NAMES[row], spread(scores), below, *cells, accepted])
+        cells = [f"{line[key]:.1f}" if key in line else "" for key in ("val", "best_test_epoch")]
+        accepted = "" if row in ("real", "baseline") else f"{100 * line['accepted']:.0f} %"
+        rows.append([ROW_NAMES[row], spread(line["per_seed"]), below, *cells, accepted])
 
-    choices, names = read_json(run.path("search.json")), data.class_names
-    per_class = {name: 100 * (predicted[labels == c] == c).float().mean().item() for c, name in enumerate(names)}
-    baselines = {row: metrics.pop(row) for row in ("real", "baseline") if row in metrics}
-    metrics |= dict(saved_classifier=dict(top1=top1, per_class=per_class), search=choices, selected_on=args.select_on)
+    choices, baselines = read_json(run.path("search.json")), {k: metrics.pop(k) for k in BASELINES if k in metrics}
+    saved = dict(top1=top1, per_class=per_class(predicted, labels, data.class_names))
+    metrics |= dict(saved_classifier=saved, search=choices, selected_on=args.select_on)
     run.results(paper="arXiv:2305.10118", metrics=metrics, baselines=baselines, **about)
     top = "test top-1" if args.select_on == "val" else "test top-1 (official selection: on test)"
     header = ["training set", top, "below real", "validation", "its best test epoch", "accepted"]
     chosen = [[seed, c["epoch"], f"{c['sigma']:.2f}", f"{c['threshold']:.1f}"] for seed, c in choices.items()]
-    shown = {
-        "Top-1 on the test split": (header, rows),
-        "What the search chose": (["GAN", "epoch", "sigma", "t"], chosen),
-    }
+    shown = {"Top-1 on the test split": (header, rows)}
+    shown["What the search chose"] = ["GAN", "epoch", "sigma", "t"], chosen
     summary = f"{args.dataset}: {len(args.gan_seeds)} GANs of {args.gan_epochs} epochs, chosen on {args.select_on}"
-    conclude(run, f"GaFi on {args.dataset}", summary, shown, labels, predicted, names)
+    conclude(run, f"GaFi on {args.dataset}", summary, shown, labels, predicted, data.class_names)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1322,48 +1312,37 @@ LATER = {
 }
 
 
-def refuse(problems):
-    """UserError for the first of (is it so, what to say)."""
-    for found, text in problems:
-        if found:
-            raise UserError(text)
-
-
 def check_args(args):
     """What ranges of single numbers do not tell."""
     check(args)
-    padded = args.dataset == "fashionmnist" and args.image_size < 28
-    refuse([
-        (args.image_size % 8, f"--image-size {args.image_size}: a multiple of 8 is needed"),
-        (padded, f"--image-size {args.image_size}: FashionMNIST is padded from 28 pixels, not shrunk"),
-        (args.attempts == 0, "--attempts is 0; it must be at least 1, or -1 for no limit"),
-        (args.gan_micro_batch == 1, "--gan-micro-batch 1: BatchNorm needs two images or more; 0 is the whole batch"),
-    ])  # fmt: skip
-    for flag in ("ckpt_grid", "sigma_grid", "threshold_grid"):
-        first, last, step = getattr(args, flag)
-        name = f"--{flag.replace('_', '-')} {first} {last} {step}"
-        wrong, many = last < first or step < 0.001, (last - first) / max(step, 0.001) > MOST_VALUES
-        refuse([
-            (wrong, f"{name}: first, last and step, the last not before the first, the step >= 0.001"),
-            (many, f"{name}: more than {MOST_VALUES} values, each a training"),
-        ])  # fmt: skip
-    for flag in ("rows", "gan_seeds"):
-        given = getattr(args, flag)
-        wrong = not given or len(set(given)) < len(given)
-        refuse([(wrong, f"--{flag.replace('_', '-')} {' '.join(map(str, given))}: one or more, each once")])
+    size, padded = f"--image-size {args.image_size}", args.dataset == "fashionmnist"
+    refuse(args.image_size % 8, f"{size}: a multiple of 8 is needed")
+    refuse(padded and args.image_size < 28, f"{size}: FashionMNIST is padded from 28 pixels, not shrunk")
+    refuse(args.attempts == 0, "--attempts is 0; it must be at least 1, or -1 for no limit")
+    refuse(args.gan_micro_batch == 1, "--gan-micro-batch 1: BatchNorm needs two images or more; 0 is the whole batch")
+    check_grid("--ckpt-grid", *args.ckpt_grid)
+    check_grid("--sigma-grid", *args.sigma_grid)
+    check_grid("--threshold-grid", *args.threshold_grid)
+    each_once("--rows", args.rows)
+    each_once("--gan-seeds", args.gan_seeds)
     late = f"--ckpt-grid: begins at epoch {args.ckpt_grid[0]}, after the last of {args.gan_epochs}"
-    saved = "--rows: the classifier of the last row is saved, so real cannot be the last"
-    refuse([(not checkpoints(args), late), (args.rows[-1] == "real", saved)])
+    refuse(not checkpoints(args), late)
+    refuse(args.rows[-1] == "real", "--rows: the classifier of the last row is saved, so real cannot be the last")
+
+
+def check_grid(flag, first, last, step):
+    name, many = f"{flag} {first} {last} {step}", (last - first) / max(step, 0.001) > MOST_VALUES
+    wrong = last < first or step < 0.001
+    refuse(wrong, f"{name}: first, last and step, the last not before the first, the step >= 0.001")
+    refuse(many, f"{name}: more than {MOST_VALUES} values, each a training")
 
 
 def check_data(args, data):
     """Is there enough of it?"""
     seen = len(data.train[1]) + len(data.val[1]) * (args.gan_images == "train+val")
     n, least = n_samples(args, data), len(args.gan_seeds) if "multi" in args.rows else 1
-    refuse([
-        (args.gan_batch > seen, f"--gan-batch {args.gan_batch}: there are only {seen} images to train the GAN on"),
-        (n < least, f"--class-samples: {n} images per class; at least {least} are needed, one of every GAN"),
-    ])  # fmt: skip
+    refuse(args.gan_batch > seen, f"--gan-batch {args.gan_batch}: there are only {seen} images to train the GAN on")
+    refuse(n < least, f"--class-samples: {n} images per class; at least {least} are needed, one of every GAN")
 
 
 def networks(args, data):

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,12 @@ def check_all_there(root: Path, folders: Sequence[str], counts: Sequence[int], s
 
 # ---------------------------------------------------------------------------------------
 # Contact sheets
+
+
+def of_each_class(pictures: Any, k: int | Sequence[int] = 0) -> list[Callable]:
+    """A row of a contact sheet: of each class the function that opens its picture k. k: for all classes, or for each"""
+    which = [k] * len(pictures.class_names) if isinstance(k, int) else k
+    return [partial(pictures.open, int(pictures.of_class(c)[i])) for c, i in enumerate(which)]
 
 
 def samples_grid(

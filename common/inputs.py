@@ -1,11 +1,12 @@
 """What a run needs before its first stage. The user's pictures: all can be read, none is in two splits, and a run that
-is continued finds those that it began with. And the stages before those that are asked for."""
+is continued finds those that it began with. And flags that fit together, and the stages before those asked for."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.files import write_bytes
 from common.launch import UserError
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
     from common.run import Run
 
 RECORD = "data.safetensors"  # in the run folder: names, labels and hashes of the pictures
+
+
+def refuse(wrong: Any, text: str) -> None:
+    """UserError when something is wrong. text: the flag and its value, then what would do; it is made in any case."""
+    if wrong:
+        raise UserError(text)
+
+
+def each_once(flag: str, values: Sequence[Any]) -> None:
+    """UserError unless the list of a flag names one thing or more, and none of them twice."""
+    given = " ".join(map(str, values))
+    refuse(not values or len(set(values)) < len(values), f"{flag} {given}: one or more, each once")
 
 
 def readable(splits: "dict[str, Images | None]", dist: "Dist") -> None:
@@ -61,5 +74,5 @@ def check_order(run: "Run", todo: list[str], needs: dict[str, str]) -> None:
     it"}. All ranks must call."""
     for stage in todo:
         for before in needs.get(stage, "").split():
-            if before not in todo and run.todo(before):
-                raise UserError(f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")
+            missing = before not in todo and run.todo(before)
+            refuse(missing, f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")

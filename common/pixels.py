@@ -1,7 +1,9 @@
 """Data sets of small pictures as tensors: whole splits at one size, bytes on the device; nothing is read twice."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +51,11 @@ def prepared(image: Image.Image, channels: int, size: int, pad: bool = False) ->
     return torch.from_numpy(np.ascontiguousarray(pixels)).view(size, size, channels).permute(2, 0, 1)
 
 
+def load_pixels(images: Any, view: Callable, device: torch.device, workers: int) -> torch.Tensor:
+    """All pictures of a small set, decoded once by the loader, as one uint8 tensor [N, ...]. view: as in Loader"""
+    return torch.cat(list(Loader(images, view, device, workers)(chunks(range(len(images)), AT_ONCE))))
+
+
 def load_split(images: Images, channels: int, size: int, pad: bool, device: torch.device, workers: int) -> Split:
     """All pictures of a split, each as `prepared` makes it. Raises the UserError of one that cannot be read."""
     if images.pixels is not None and images.pixels.shape[1:3] == (size, size):  # as they lie in memory
@@ -56,7 +63,7 @@ def load_split(images: Images, channels: int, size: int, pad: bool, device: torc
         x = x.to(device)
     else:
         view = partial(prepared, channels=channels, size=size, pad=pad)
-        x = torch.cat(list(Loader(images, view, device, workers)(chunks(range(len(images)), AT_ONCE))))
+        x = load_pixels(images, view, device, workers)
     return x, torch.tensor(images.labels, device=device).long()
 
 
@@ -72,8 +79,3 @@ def as_images(x: torch.Tensor, labels: torch.Tensor, class_names: list[str]) -> 
 def in_unit_range(x: torch.Tensor) -> torch.Tensor:
     """uint8 -> float32 in [-1, 1]: (x / 255 - 0.5) / 0.5"""
     return (x.float() / 255 - 0.5) / 0.5
-
-
-def as_picture(x: torch.Tensor) -> torch.Tensor:
-    """[channels, H, W] in [-1, 1] -> uint8 [3, H, W] on the CPU"""
-    return ((x.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)

@@ -39,6 +39,24 @@ def spread(values: Sequence[float]) -> str:
     return f"{mean:.1f} ± {std:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """What results.json says of a row: mean, standard deviation, and the value of each seed."""
+    mean, std = mean_std(values)
+    return {"mean": mean, "std": std, "per_seed": list(values)}
+
+
+def means(found: Sequence[dict[str, Any]], *keys: str) -> dict[str, float]:
+    """{key: mean over the runs that recorded it}; a key of none is left out. found: metrics.json of each run"""
+    recorded = {key: [metrics[key] for metrics in found if key in metrics] for key in keys}
+    return {key: mean_std(values)[0] for key, values in recorded.items() if values}
+
+
+def per_class(predicted: Any, labels: Any, class_names: Sequence[str]) -> dict[str, float]:
+    """{class: percent of its images that were taken for it}. predicted, labels: tensors of classes [N]"""
+    right = (predicted == labels).float()
+    return {name: 100 * right[labels == c].mean().item() for c, name in enumerate(class_names)}
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns under each other, a rule under the header."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]

@@ -19,7 +19,8 @@ from PIL import Image, JpegImagePlugin
 from sklearn.datasets import load_sample_image
 
 from common import images
-from common.images import ImageWriter, existing, image_size, open_rgb, samples_grid, verify
+from common.datasets import Images
+from common.images import ImageWriter, existing, image_size, of_each_class, open_rgb, samples_grid, verify
 from common.launch import UserError
 
 
@@ -473,3 +474,12 @@ def test_samples_grid_breaks_columns_and_opens_only_what_it_shows(tmp_path):
 
     assert size(24)[0] == size(12)[0] and size(24)[1] > 1.8 * size(12)[1]
     assert size(96) == size(1000) and len(opened) == 96 and opened[0] == 0 and opened[-1] == 989
+
+
+def test_a_row_of_a_sheet_has_a_picture_of_each_class():
+    pixels = np.arange(6, dtype=np.uint8)[:, None, None].repeat(4, 1).repeat(4, 2)
+    pictures = Images([1, 0, 1, 0, 1, 1], map(str, range(6)), ["a", "b"], pixels=pixels)
+    shown = lambda row: [picture().getpixel((0, 0))[0] for picture in row]  # noqa: E731
+    assert shown(of_each_class(pictures)) == [1, 0]
+    assert shown(of_each_class(pictures, 1)) == [3, 2]
+    assert shown(of_each_class(pictures, [0, 3])) == [1, 5]

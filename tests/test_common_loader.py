@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from common.distributed import seed_of
 from common.launch import UserError
 from common.loader import Loader, _begin_worker, normalised, to_unit
+from common.pixels import load_pixels
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -46,6 +47,19 @@ def as_tensor(image):
 def number(image):
     """The row, found by its first pixel."""
     return torch.tensor(image.getpixel((0, 0)), dtype=torch.uint8).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_small_set_is_decoded_as_a_whole(workers, monkeypatch):
+    monkeypatch.setattr("common.pixels.AT_ONCE", 4)
+
+    class Ten(Pictures):
+        def __len__(self):
+            return 10
+
+    x = load_pixels(Ten(), as_tensor, CPU, workers)
+    assert x.dtype == torch.uint8 and x.shape == (10, 3, 12, 16)
+    assert torch.equal(x, torch.stack([as_tensor(Ten()[row]) for row in range(10)]))
 
 
 def rows_of(x, n=60):

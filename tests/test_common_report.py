@@ -24,6 +24,18 @@ def test_mean_and_spread():
     assert R.spread([92.5, 93.5, 94.5]) == "93.5 ± 1.0" and R.spread([90]) == "90.0" and R.spread([]) == "not run"
 
 
+def test_rows_over_seeds():
+    assert R.over_seeds([1.0, 2.0, 6.0]) == dict(mean=3.0, std=pytest.approx(math.sqrt(7)), per_seed=[1.0, 2.0, 6.0])
+    runs = [dict(test=90.0, val=80.0), dict(test=92.0)]  # one of them had no validation images
+    assert R.means(runs, "test", "val", "updates") == dict(test=91.0, val=80.0)
+    assert R.means([], "test") == {}
+
+
+def test_accuracy_of_each_class():
+    labels, predicted = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 1, 0])
+    assert R.per_class(predicted, labels, ["cat", "dog"]) == dict(cat=50.0, dog=75.0)
+
+
 def test_print_table(capsys):
     R.print_table(["set", "top-1"], [["real only", "93.1 ± 0.4"], ["x", 5]])
     lines = capsys.readouterr().out.strip().splitlines()
