@@ -275,27 +275,26 @@ from common.clip import encode_texts, load_clip, save_clip
 from common.distributed import seed_global, seed_of
 from common.features import Features, clip_loader, tower_features
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order
+from common.inputs import check_order, refuse
 from common.launch import UserError
 from common.loader import Loader, normalised
 from common.loop import Loop
-from common.names import imagenet_names, spoken
+from common.names import imagenet_names, listed, spoken
 from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import synthetic_recognition as planned
 from common.pretraining import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     MoCo,
     Objective,
     Recipe,
     augmentation,
     cosine,
+    logits_of,
     new_backbone,
     steps_per_epoch,
     train_network,
 )  # fmt: skip
-from common.report import compare_saved, conclude, mean_std, spread
+from common.report import compare_saved, conclude, over_seeds, per_class, spread
 
 # ---------------------------------------------------------------------------------------------
 # What is said and trained: prompts by data set, rows of the tables, sets of images.
@@ -425,9 +424,9 @@ def select(run, shots):
         if run.dist.main:
             write_json(run.path("fewshot.json"), chosen)
         run.done("select", run.under("fewshot.json"), shots=len(chosen["shots"]))
-    elif read_json(run.path("fewshot.json")) != chosen:
-        what = "the data set has changed since this run began; use a new --output-dir"
-        raise UserError(f"{run.path('fewshot.json')}: {what}")
+    else:
+        changed = "the data set has changed since this run began; use a new --output-dir"
+        refuse(read_json(run.path("fewshot.json")) != chosen, f"{run.path('fewshot.json')}: {changed}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -683,7 +682,9 @@ def feature_sets(args, run, clips, names, shots, test):
 
 
 def filter_images(args, run, dist, clips, names, shots, picks, test):
-    """clips: of the head and of the filter, one object if they are the same"""
+    """clips: of load_clips"""
+    if args.setting == "pretrain":
+        return run.done("filter")
     keep, report = {}, {}
     with run.timed("filter", "--gen-micro-batch"):
         templates = prompts(args)[0]
@@ -722,11 +723,9 @@ def filter_set(args, name, confidence, n_classes):
 def picture_of_dropped(run, names, worst, sets):
     """filtered.png: of each set and class the images that CLIP trusts least"""
     rows = {}
-    for name, per_class in worst.items():
-        source = sets[name].images
-        for j in range(len(per_class[0])):
-            column = [int(source.starts[c]) + own[j] for c, own in enumerate(per_class)]
-            rows[f"{name}, rank {j + 1} from below"] = [partial(source.open, row) for row in column]
+    for name, of_classes in worst.items():
+        for j, which in enumerate(zip(*of_classes, strict=True)):
+            rows[f"{name}, rank {j + 1} from below"] = images.of_each_class(sets[name].images, which)
     if rows:
         images.samples_grid(run.path("filtered.png"), list(rows.values()), list(rows), names, size=64)
 
@@ -902,8 +901,8 @@ class HeadData:
         if row == "rf":
             good = real_filter(f, y, *self.real(m)[1:])
             rows, f, y = rows[good.cpu().numpy()], f[good], y[good]
-            if not len(rows):
-                raise UserError(f"row rf, {m} shots: Real Filtering left no image; leave the row out of --ladder")
+            none = f"row rf, {m} shots: Real Filtering left no image; leave the row out of --ladder"
+            refuse(not len(rows), none)
         return rows, f, y
 
 
@@ -1140,13 +1139,10 @@ def export_backbone(args, run, names):
     write_json(run.path("classifier", "classes.json"), dict(kind="timm", class_names=names, row=row, n=n, seed=seed))
 
 
-@torch.no_grad()
 def predictions_of(args, device, net, source, rows):
     """Logits [N, C] of a timm network for these images, shorter side resized, centre crop"""
-    net.eval()
-    stream = Loader(source, partial(square, side=args.pre_size), device, args.workers)
-    batches = stream(chunks(rows, args.pre_micro_batch))
-    return torch.cat([net(normalised(x, IMAGENET_MEAN, IMAGENET_STD)).float().cpu() for x in batches])
+    view = partial(square, side=args.pre_size)
+    return logits_of(net, source, rows, view, args.pre_micro_batch, device, args.workers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1169,54 +1165,48 @@ def saved_predictions(args, run, dist, test):
 
 
 def metrics_of(args, run, row, n):
-    """metrics.json of the finished classifiers of one line of the table"""
+    """metrics.json of the classifiers of one line of the table"""
     seeds = [args.seed] if row == "zero-shot" else [args.seed + s for s in range(args.clf_seeds)]
-    files = [classifier_folder(run, row, n, seed) / "metrics.json" for seed in seeds]
-    return [read_json(f) for f in files if f.exists()]
+    return [read_json(classifier_folder(run, row, n, seed) / "metrics.json") for seed in seeds]
 
 
 def evaluate(args, run, dist, names, gen_names, shots, test):
-    if not run.path("classifier", "classes.json").exists():
-        raise UserError(f"{run.path('classifier')}: no classifier yet; run the stage train first")
     with run.timed("evaluate"):
         predicted, labels = saved_predictions(args, run, dist, test), torch.from_numpy(test.labels)
         score = 100 * (predicted == labels).float().mean().item()
-        trained = metrics_of(args, run, *main_row(args)[:2])[0]["test"]
-        compare_saved(run, score, trained, len(labels))
+        compare_saved(run, score, metrics_of(args, run, *main_row(args)[:2])[0]["test"], len(labels))
         sets = {name: generated_set(run, name, gen_names, n) for name, n in image_sets(args).items()}
         near = {} if shots is None else near_copies(run, sets, shots, test, args.workers, dist)
         if dist.main:
-            report_results(args, run, names, gen_names, sets, near, shots, test, predicted, score)
+            picture_of_sets(args, run, gen_names, sets, shots)
+            report_results(args, run, names, near, labels, predicted, score)
     run.done("evaluate", run.under(*runs.RESULTS), top1=score)
 
 
-def report_results(args, run, names, gen_names, sets, near, shots, test, predicted, score):
-    metrics, table, labels = {}, [], torch.from_numpy(test.labels)
+def picture_of_sets(args, run, names, sets, shots):
+    """samples.png: a shot of each class, the first images of each set"""
+    rows = {} if shots is None else {"real shots": images.of_each_class(shots)}
+    for name, n in image_sets(args).items():
+        rows |= {f"{name} {k}": images.of_each_class(sets[name], k) for k in range(min(3, n))}
+    images.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), names, size=64)
+
+
+def report_results(args, run, names, near, labels, predicted, score):
+    """results.json and report.html"""
+    ours, baselines, table = {}, {}, []
+    unit = "shots" if args.setting == "few-shot" else "images per class"
     for row, n in table_rows(args):
         found = metrics_of(args, run, row, n)
-        unit = f" ({n} {'shots' if args.setting == 'few-shot' else 'images per class'})" if n else ""
-        scores, best = [m["test"] for m in found], [m["test_selected"] for m in found if "test_selected" in m]
-        drawn, updates = ([str(m[k]) for m in found[:1]] or [""] for k in ("images", "updates"))
-        table.append([ROWS[row].title + unit, spread(scores), spread(best) if best else "", *drawn, *updates])
-        if found:
-            mean, std = mean_std(scores)
-            about = dict(mean=mean, std=std, per_seed=scores, updates=found[0]["updates"], images=found[0]["images"])
-            metrics[f"{row}-{n}" if n else row] = about
+        line = over_seeds([m["test"] for m in found]) | {key: found[0][key] for key in ("updates", "images")}
+        (baselines if row in BASELINES else ours)[f"{row}-{n}" if n else row] = line
+        best = [m["test_selected"] for m in found if "test_selected" in m]  # of heads alone
+        title = f"{ROWS[row].title} ({n} {unit})" if n else ROWS[row].title
+        cells = spread(line["per_seed"]), spread(best) if best else ""
+        table.append([title, *cells, line["images"], line["updates"]])
 
-    per_class = [(predicted[labels == c] == c).float().mean().item() * 100 for c in range(len(names))]
-    baselines = {k: v for k, v in metrics.items() if k.rstrip("0123456789").rstrip("-") in BASELINES}
-    ours = {k: v for k, v in metrics.items() if k not in baselines}
-    ours["saved_classifier"] = dict(top1=score, per_class=dict(zip(names, per_class, strict=True)))
-    rows = {}
-    if shots is not None:
-        rows["real shots"] = [partial(shots.open, int(shots.of_class(c)[0])) for c in range(len(names))]
+    ours["saved_classifier"] = dict(top1=score, per_class=per_class(predicted, labels, names))
     n_images = run.manifest("generate").get("images", {})
     run.results(paper="arXiv:2210.07574", metrics=ours, baselines=baselines, images=n_images, near_copies=near)
-    for name, source in sets.items():
-        n = image_sets(args)[name]
-        for k in range(min(3, n)):
-            rows[f"{name} {k}"] = [partial(source.open, c * n + k) for c in range(len(gen_names))]
-    images.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), gen_names, size=64)
     header = ["training set", "test top-1", "best epoch on test (official selection)", "synthetic images", "updates"]
     shown = {"Real and generated samples": "samples.png", "What CLIP trusts least": "filtered.png"}
     shown = {caption: f for caption, f in shown.items() if run.path(f).exists()}
@@ -1226,6 +1216,7 @@ def report_results(args, run, names, gen_names, sets, near, shots, test, predict
 
 
 # ---------------------------------------------------------------------------------------------
+# What can be said before the first stage: flags that do not fit, models that are not there, the cost.
 
 
 def label_space(args, names):
@@ -1234,63 +1225,63 @@ def label_space(args, names):
         return names
     if args.label_space in ("imagenet-1k", "imagenet-2k"):
         return imagenet_names(1000 if args.label_space == "imagenet-2k" else 0, args.gen_seed, "imagenet-2k")
-    lines = [line.strip() for line in Path(args.label_space).read_text().splitlines()]
-    found = list(dict.fromkeys(" ".join(line.replace("_", " ").split()) for line in lines if line))
-    if len(found) < 2:
-        raise UserError(f"--label-space {args.label_space}: {len(found)} names; a classifier needs at least two")
+    found = listed(args.label_space)
+    refuse(len(found) < 2, f"--label-space {args.label_space}: {len(found)} names; a classifier needs at least two")
     return found
+
+
+def own_weights(args):
+    """The file of --real-weights, where a row begins with it; else None"""
+    own = args.real_weights not in ("train", "imagenet") and any(ROWS[row].init for row in args.ladder)
+    return args.real_weights if own else None
 
 
 def check_args(args):
     """What a single flag's range cannot say; gen_resolution gets its value."""
     check(args)
-    glide = painter.is_glide(args.sd_model)
+    glide, pre = painter.is_glide(args.sd_model), args.setting == "pretrain"
     args.gen_resolution = args.gen_resolution or (256 if glide else 512)
-    if glide and args.gen_resolution % 128:
-        raise UserError(f"--gen-resolution {args.gen_resolution}: must be a multiple of 128 with GLIDE")
-    if glide and args.upsampler:
-        raise UserError("--upsampler: not with GLIDE: it has its own; leave it out")
+    uneven = glide and args.gen_resolution % 128
+    refuse(uneven, f"--gen-resolution {args.gen_resolution}: must be a multiple of 128 with GLIDE")
+    refuse(glide and args.upsampler, "--upsampler: not with GLIDE: it has its own; leave it out")
     wrong = [row for row in args.ladder if args.setting not in ROWS[row].setting.split()]
-    if wrong or set(args.ladder) <= {"zero-shot"}:
-        what = f"{wrong[0]} is no row of" if wrong else "something to train is wanted of"
-        known = ", ".join(row for row, line in ROWS.items() if args.setting in line.setting.split())
-        raise UserError(f"--ladder: {what} --setting {args.setting}: {known}")
-    if 100 % args.gen_steps:
-        raise UserError(f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
-    if bad := [t for t in args.template if t.count("{}") != 1]:
-        raise UserError(f"--template {bad[0]!r}: one {{}} for the class name is wanted")
-    if args.setting == "few-shot" and not args.shot_counts:
-        raise UserError("--shot-counts: at least one is wanted")
-    if args.setting != "pretrain" and args.label_space != "dataset":
-        raise UserError(f"--label-space {args.label_space}: only --setting pretrain has one of its own")
-    if args.setting == "pretrain":
+    what = f"{wrong[0]} is no row of" if wrong else "something to train is wanted of"
+    known = ", ".join(row for row, line in ROWS.items() if args.setting in line.setting.split())
+    untrained = set(args.ladder) <= {"zero-shot"}
+    refuse(wrong or untrained, f"--ladder: {what} --setting {args.setting}: {known}")
+    refuse(100 % args.gen_steps, f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
+    for template in args.template:
+        refuse(template.count("{}") != 1, f"--template {template!r}: one {{}} for the class name is wanted")
+    refuse(args.setting == "few-shot" and not args.shot_counts, "--shot-counts: at least one is wanted")
+    own = args.label_space != "dataset"
+    refuse(own and not pre, f"--label-space {args.label_space}: only --setting pretrain has one of its own")
+    if pre:
         check_pretraining(args)
 
 
 def check_pretraining(args):
-    if not args.pre_amounts or max(args.pre_amounts) > args.gen_images_per_class:
-        raise UserError(f"--pre-amounts {args.pre_amounts}: from 1 to --gen-images-per-class")
-    real = any(ROWS[row].init for row in args.ladder)
-    if real and args.real_weights == "train" and not args.transfer_images:
-        raise UserError("--real-weights train: the transfer takes every real image; pass --transfer-images")
-    if real and args.real_weights not in ("train", "imagenet"):
+    most, no_file = max(args.pre_amounts, default=0), not Path(args.label_space).is_file()
+    fits = 0 < most <= args.gen_images_per_class
+    refuse(not fits, f"--pre-amounts {args.pre_amounts}: from 1 to --gen-images-per-class")
+    from_rest = args.real_weights == "train" and any(ROWS[row].init for row in args.ladder)
+    taken = "the transfer takes every real image; pass --transfer-images"
+    refuse(from_rest and not args.transfer_images, f"--real-weights train: {taken}")
+    if file := own_weights(args):
         try:
-            safe_open(args.real_weights, "pt").__enter__()
+            safe_open(file, "pt").__enter__()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"--real-weights {args.real_weights}: no safetensors file; or train, imagenet") from error
-    if args.label_space not in ("dataset", "imagenet-1k", "imagenet-2k") and not Path(args.label_space).is_file():
-        raise UserError(f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
+            raise UserError(f"--real-weights {file}: no safetensors file; or train, imagenet") from error
+    no_file = no_file and args.label_space not in ("dataset", "imagenet-1k", "imagenet-2k")
+    refuse(no_file, f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
 
 
 def check_names(args, names, gen_names):
     """Names and networks, before days of generation"""
     class_folders(names)  # refuses two names of one folder
-    if not gen_names:
-        raise UserError(f"--label-space {args.label_space}: no names in it")
+    refuse(not gen_names, f"--label-space {args.label_space}: no names in it")
     class_folders(gen_names)
     if args.setting == "pretrain":
-        own = any(ROWS[row].init for row in args.ladder) and args.real_weights not in ("train", "imagenet")
-        new_backbone(args.backbone, len(gen_names), args.seed, "cpu", args.real_weights if own else None)
+        new_backbone(args.backbone, len(gen_names), args.seed, "cpu", own_weights(args))
 
 
 def planned_models(args):
@@ -1334,15 +1325,20 @@ def plan(args):
 def load_data(args):
     """The data set; zero-shot needs no training images."""
     wanted = args.setting != "zero-shot"
-    data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file, train_needed=wanted)
-    return data
+    return datasets.load_dataset(args.dataset, args.data_dir, args.split_file, train_needed=wanted)
+
+
+def load_clips(args, device):
+    """CLIPs of the head and of the filter, one object if they are the same"""
+    loaded = {name: load_clip(name, device) for name in dict.fromkeys([args.head_clip, args.filter_clip])}
+    return [loaded[args.head_clip], loaded[args.filter_clip]]
 
 
 def main(args):
     check_args(args)
     if args.plan:
         return print_plan(*plan(args), args)
-    dist = distributed.setup_distributed(args.device)
+    dist, pre = distributed.setup_distributed(args.device), args.setting == "pretrain"
     data = distributed.on_rank_0(partial(load_data, args), dist)
     if data.note:
         distributed.say(dist, data.note)
@@ -1352,11 +1348,9 @@ def main(args):
     check_names(args, names, gen_names)
     shots, picks = choose_shots(args, data)
 
-    ids = fingerprints(args, found)
-    read = dict(train=data.train if args.setting == "pretrain" else shots, test=data.test)
-    run = runs.open_run(
-        "synthetic_recognition", args, dist, ["gen_micro_batch"], models=ids, later=LATER, pictures=read
-    )
+    ids, read = fingerprints(args, found), dict(train=data.train if pre else shots, test=data.test)
+    more = dict(models=ids, later=LATER, pictures=read)
+    run = runs.open_run("synthetic_recognition", args, dist, ["gen_micro_batch"], **more)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots)
     check_order(run, todo, NEEDS)
@@ -1364,18 +1358,13 @@ def main(args):
         write_sentences(args, run, dist, gen_names, found)
     if "generate" in todo:
         generate(args, run, dist, gen_names, shots, picks, found)
-    if args.setting == "pretrain":
-        if "filter" in todo:
-            run.done("filter")
-        if "train" in todo:
-            train_backbones(args, run, dist, data, gen_names)
-    elif {"filter", "train"} & set(todo):
-        loaded = {name: load_clip(name, dist.device) for name in dict.fromkeys([args.head_clip, args.filter_clip])}
-        clips = [loaded[args.head_clip], loaded[args.filter_clip]]
-        if "filter" in todo:
-            filter_images(args, run, dist, clips, names, shots, picks, data.test)
-        if "train" in todo:
-            train_heads(args, run, dist, clips, names, shots, picks, data.test)
+    clips = None if pre or not {"filter", "train"} & set(todo) else load_clips(args, dist.device)
+    if "filter" in todo:
+        filter_images(args, run, dist, clips, names, shots, picks, data.test)
+    if "train" in todo and pre:
+        train_backbones(args, run, dist, data, gen_names)
+    elif "train" in todo:
+        train_heads(args, run, dist, clips, names, shots, picks, data.test)
     if "evaluate" in todo:
         evaluate(args, run, dist, names, gen_names, shots, data.test)
     distributed.cleanup(dist)

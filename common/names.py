@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 # CoOp's wording, with which CLIP RN50 has the published zero-shot accuracies.
 EUROSAT = (
@@ -56,3 +57,9 @@ def imagenet_names(more: int, *seed: int | str) -> list[str]:
         others = [name for key, name in sorted(others.items()) if key not in known]
         found += [others[i] for i in torch.randperm(len(others), generator=generator(*seed))[:more].tolist()]
     return found
+
+
+def listed(path: str | Path) -> list[str]:
+    """The names of a text file, one a line, each once; without underscores and empty lines."""
+    lines = [" ".join(line.replace("_", " ").split()) for line in Path(path).read_text().splitlines()]
+    return list(dict.fromkeys(filter(None, lines)))

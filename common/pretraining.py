@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from common import models
 from common.diffusion import autocast
 from common.distributed import Dist, Order, generator, seed_global, seed_of
-from common.files import load_tensors
+from common.files import chunks, load_tensors
 from common.launch import UserError
 from common.loader import Loader, normalised
 from common.loop import Loop, gather_units
@@ -251,3 +251,13 @@ def train_network(
         loop.log(loss=loop.update(lr=recipe.rate(step / per_epoch)))
         objective.end(everyone)
     return loop
+
+
+@torch.no_grad()
+def logits_of(
+    net: nn.Module, images: Any, rows: Sequence, view: Callable, micro_batch: int, device: Any, workers: int
+) -> Tensor:
+    """[N, C] on the CPU, for these rows of the images. view: as in Loader."""
+    net.eval()
+    batches = Loader(images, view, device, workers)(chunks(rows, micro_batch))
+    return torch.cat([net(normalised(x, IMAGENET_MEAN, IMAGENET_STD)).float().cpu() for x in batches])
