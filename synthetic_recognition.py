@@ -271,6 +271,7 @@ from torchvision.transforms import v2
 
 from common import datasets, distributed, images, models, painter
 from common import run as runs
+from common.captions import sentence_writer
 from common.clip import encode_texts, load_clip, save_clip
 from common.distributed import seed_global, seed_of
 from common.features import Features, clip_loader, tower_features
@@ -339,7 +340,7 @@ def human_names(args, class_names):
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table. data: the set it trains on, by its name in `image_sets`; cf: what the CLIP filter kept of it;
+    """A row of the table. data: the set it trains on, rg stands for rg<M>; cf: what the CLIP filter kept of it;
     real: how real shots take part: alone, mix (in each step), before, after; sce: with the soft term."""
 
     setting: str
@@ -379,6 +380,11 @@ def image_sets(args):
     wanted = {ROWS[row].data for row in args.ladder}
     sets = {name: args.gen_images_per_class for name in ("basic", "le") if name in wanted}
     return sets | ({f"rg{m}": args.rg_images for m in args.shot_counts} if "rg" in wanted else {})
+
+
+def set_of(row, m):
+    """The set that a row trains on, by its name in `image_sets`"""
+    return f"rg{m}" if ROWS[row].data == "rg" else ROWS[row].data
 
 
 def generated_set(run, name, names, n):
@@ -433,20 +439,7 @@ def select(run, shots):
 # [2] sentences: language enhancement (Sec. 3.1). Reads class names, writes sentences.json.
 
 
-def load_writer(device, path):
-    """-> speak(words, n): n sampled texts, temperature 1, top-k 50, at most 32 new tokens. path: of planned_models"""
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().to(device)
-    settings = dict(do_sample=True, top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)
-
-    @torch.no_grad()
-    def speak(words, n):
-        ids = model.generate(**tokenizer([words], return_tensors="pt").to(device), num_return_sequences=n, **settings)
-        return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-    return speak
+SAMPLING = dict(top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)  # of the sentence model
 
 
 def spaced(text):
@@ -487,7 +480,7 @@ def write_sentences(args, run, dist, names, found):
         missing = lambda: [c for c, part in enumerate(parts) if not part.exists()]  # noqa: E731
         todo = [] if whole or "le" not in image_sets(args) else distributed.on_rank_0(missing, dist)
         mine = distributed.my_items(todo, dist)
-        speak = load_writer(dist.device, found["--sentence-model"]) if mine else None
+        speak = sentence_writer(found["--sentence-model"], dist.device, **SAMPLING) if mine else None
         with distributed.progress(len(todo), "sentences", dist, unit="classes", together=True) as bar:
             for c in mine:
                 sentences = sentences_of(args, speak, c, names[c], dist.device)
@@ -663,48 +656,42 @@ def most_confident(confidence, keep):
 
 
 def text_weights(clip, names, templates):
-    """Temperature x mean text embedding of each class, on the CPU. -> [C, D]"""
-    return zero_shot_head(class_texts(clip, names, templates), clip.model.logit_scale.exp()).detach().cpu()
-
-
-def class_texts(clip, names, templates):
-    """Text embeddings [C, P, D]"""
+    """zero_shot_head of these names and prompts, on the CPU. -> [C, D]"""
     texts = [template.replace("{}", name) for name in names for template in templates]
-    return encode_texts(clip, texts).view(len(names), len(templates), -1)
+    embedded = encode_texts(clip, texts).view(len(names), len(templates), -1)  # [C, P, D]
+    return zero_shot_head(embedded, clip.model.logit_scale.exp()).detach().cpu()
 
 
 def feature_sets(args, run, clips, names, shots, test):
     """{set: Features} of all that is drawn, the test split and the shots"""
     sources = {name: generated_set(run, name, names, n) for name, n in image_sets(args).items()}
     sources |= {"test": test} | ({} if shots is None else {"shots": shots})
-    more = (clips, args.gen_micro_batch, args.workers)
-    return {name: Features(run.path("features", name), more[0], source, *more[1:]) for name, source in sources.items()}
+    of = lambda name: (run.path("features", name), clips, sources[name], args.gen_micro_batch, args.workers)  # noqa: E731
+    return {name: Features(*of(name)) for name in sources}
 
 
 def filter_images(args, run, dist, clips, names, shots, picks, test):
     """clips: of load_clips"""
     if args.setting == "pretrain":
         return run.done("filter")
-    keep, report = {}, {}
+    keep, report, least = {}, {}, {}
     with run.timed("filter", "--gen-micro-batch"):
-        templates = prompts(args)[0]
-        judge = text_weights(clips[1], names, templates)
-        head = judge if clips[0] is clips[1] else text_weights(clips[0], names, templates)
-        sets = feature_sets(args, run, clips, names, shots, test)
+        judge, head = (text_weights(clips[i], names, prompts(args)[0]) for i in (1, 0))
         judged = lambda f, c: {"confidence": own_confidence(f, judge, c)}  # noqa: E731
+        sets = feature_sets(args, run, clips, names, shots, test)
         for name, features in sets.items():
             features.write(dist, judged if name in image_sets(args) else None)
         distributed.barrier(dist)
         if dist.main:
             save_tensors(run.path("features", "head.safetensors"), {"weight": head})
-            worst = {}
             for name in image_sets(args):
                 confidence = sets[name].read("confidence")
                 keep[name], report[name] = filter_set(args, name, confidence, len(names))
-                worst[name] = [most_confident(-own, 4).tolist() for own in confidence.chunk(len(names))]
+                least |= least_trusted(name, sets[name].images, confidence)
                 Drawing(args, run, name, names, picks).list(confidence.tolist())
             write_json(run.path("keep.json"), {"keep": keep, "report": report})
-            picture_of_dropped(run, names, worst, sets)
+            if least:
+                images.samples_grid(run.path("filtered.png"), list(least.values()), list(least), names, size=64)
     run.done("filter", run.under("keep.json", "filtered.png", "features"), report=report)
 
 
@@ -720,14 +707,11 @@ def filter_set(args, name, confidence, n_classes):
     return kept, about
 
 
-def picture_of_dropped(run, names, worst, sets):
-    """filtered.png: of each set and class the images that CLIP trusts least"""
-    rows = {}
-    for name, of_classes in worst.items():
-        for j, which in enumerate(zip(*of_classes, strict=True)):
-            rows[f"{name}, rank {j + 1} from below"] = images.of_each_class(sets[name].images, which)
-    if rows:
-        images.samples_grid(run.path("filtered.png"), list(rows.values()), list(rows), names, size=64)
+def least_trusted(name, source, confidence):
+    """Rows of filtered.png: of each class the four images of a set that CLIP trusts least"""
+    worst = [most_confident(-own, 4).tolist() for own in confidence.chunk(len(source.class_names))]
+    ranks = enumerate(zip(*worst, strict=True), start=1)
+    return {f"{name}, rank {j} from below": images.of_each_class(source, which) for j, which in ranks}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -870,34 +854,33 @@ def train_heads(args, run, dist, clips, names, shots, picks, test):
 
 
 class HeadData:
-    """Features on the device: W0 [C, D], the test split, shots; what a row trains on is read when it is its turn."""
+    """What the heads are trained on, as (rows of a set, features [N, D], labels [N]) on the device.
+
+    W0 [C, D] is the head of the untouched CLIP. What a row trains on is read in its turn, and kept for the next row.
+    """
 
     def __init__(self, args, run, device, clips, names, shots, picks, test):
-        self.args, self.device, self.picks, self.n_classes = args, device, picks, len(names)
+        self.device, self.picks, self.n_classes = device, picks, len(names)
         self.sets = feature_sets(args, run, clips, names, shots, test)
         self.keep = {name: np.array(rows) for name, rows in read_json(run.path("keep.json"))["keep"].items()}
         self.W0 = load_tensors(run.path("features", "head.safetensors"))["weight"].to(device)
-        self.test, self.y_test = self.sets["test"].read("features").to(device), self.labels("test")
-        self.read = lru_cache(1)(self._read)
+        _, self.test, self.y_test = self.of("test")
+        self.kept = lru_cache(1)(lambda name, cf: self.of(name, self.keep[name] if cf else None))
 
-    def labels(self, name, rows=None):
-        labels = torch.from_numpy(self.sets[name].images.labels)
-        return (labels if rows is None else labels[rows]).to(self.device)
-
-    def _read(self, name, cf):
-        """Rows of a set that take part, their features and labels"""
-        rows = self.keep[name] if cf else np.arange(len(self.sets[name].images))
-        return rows, self.sets[name].read("features", rows).to(self.device), self.labels(name, rows)
+    def of(self, name, rows=None):
+        """These rows of a set, ascending; None: all"""
+        labels = self.sets[name].images.labels
+        rows = np.arange(len(labels)) if rows is None else rows
+        features = self.sets[name].read("features", rows).to(self.device)
+        return rows, features, torch.from_numpy(labels[rows]).to(self.device)
 
     def real(self, m):
-        """Rows of the shots, their features and labels"""
-        rows = np.array(self.picks[m])
-        return rows, self.sets["shots"].read("features").to(self.device)[rows], self.labels("shots", rows)
+        """M shots of each class"""
+        return self.of("shots", np.array(self.picks[m]))
 
     def synthetic(self, row, m):
-        """The same of what a row of the table draws on"""
-        line = ROWS[row]
-        rows, f, y = self.read(f"rg{m}" if line.data == "rg" else line.data, line.cf)
+        """What a row of the table draws on"""
+        rows, f, y = self.kept(set_of(row, m), ROWS[row].cf)
         if row == "rf":
             good = real_filter(f, y, *self.real(m)[1:])
             rows, f, y = rows[good.cpu().numpy()], f[good], y[good]
@@ -917,8 +900,11 @@ def train_head(args, run, team, clip, row, m, seed, data):
     # Real only: as many updates as in mix training.
     course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
     W, b = data.W0.clone().requires_grad_(), torch.zeros(data.n_classes, device=team.device, requires_grad=True)
-    tower = tower_to_tune(args, clip) if args.tune_share or not args.freeze_bn else None
-    params = [W, b, *(p for p in (tower.parameters() if tower else ()) if p.requires_grad)]
+    params, tower = [W, b], None
+    if args.tune_share or not args.freeze_bn:
+        tower = copy.deepcopy(clip.model.visual).train(not args.freeze_bn)  # the teacher is the CLIP as it was
+        last_share(tower, args.tune_share)
+        params += [p for p in tower.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=course.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.head_wd)
     state = {} if tower is None else dict(tower.named_buffers())
     chart, file = f"train/{folder.name}", folder / "checkpoint.safetensors"
@@ -933,9 +919,8 @@ def train_head(args, run, team, clip, row, m, seed, data):
         stream = clip_loader([clip], data.sets[name].images, team.device, args.workers)(batches)
         return lambda i: (tower(normalised(next(stream), clip.mean, clip.std)).float(), y[i])
 
-    name_syn = f"rg{m}" if line.data == "rg" else line.data
     steps = tune_head(
-        loop, W, b, course.pair, course.rate, source("shots", *real, 0), source(name_syn, *syn, 1),
+        loop, W, b, course.pair, course.rate, source("shots", *real, 0), source(set_of(row, m), *syn, 1),
         lambda i: head_logits(syn[1][i], data.W0, 0.0), args.sl if line.sce else 0.0, args.sl_temperature,
         (args.real_weight, args.syn_weight), fresh=course.starts[1:-1],
     )  # fmt: skip
@@ -954,13 +939,6 @@ def train_head(args, run, team, clip, row, m, seed, data):
     about = dict(row=row, n=m, seed=seed, test=score, test_selected=best, images=len(syn[0]), updates=total)
     write_json(folder / "metrics.json", about | dict(real=len(real[0])))
     loop.finish()
-
-
-def tower_to_tune(args, clip):
-    """A copy of the image tower of which the last tune_share is trained, with batch statistics unless freeze_bn"""
-    tower = copy.deepcopy(clip.model.visual).train(not args.freeze_bn)
-    last_share(tower, args.tune_share)
-    return tower
 
 
 def last_share(tower, share):
@@ -1322,12 +1300,6 @@ def plan(args):
     return planned.plan(args, lines, image_sets(args), *how, names)
 
 
-def load_data(args):
-    """The data set; zero-shot needs no training images."""
-    wanted = args.setting != "zero-shot"
-    return datasets.load_dataset(args.dataset, args.data_dir, args.split_file, train_needed=wanted)
-
-
 def load_clips(args, device):
     """CLIPs of the head and of the filter, one object if they are the same"""
     loaded = {name: load_clip(name, device) for name in dict.fromkeys([args.head_clip, args.filter_clip])}
@@ -1339,7 +1311,8 @@ def main(args):
     if args.plan:
         return print_plan(*plan(args), args)
     dist, pre = distributed.setup_distributed(args.device), args.setting == "pretrain"
-    data = distributed.on_rank_0(partial(load_data, args), dist)
+    wanted = partial(datasets.load_dataset, args.dataset, args.data_dir, args.split_file)
+    data = distributed.on_rank_0(partial(wanted, train_needed=args.setting != "zero-shot"), dist)
     if data.note:
         distributed.say(dist, data.note)
     names = human_names(args, data.class_names)
