@@ -33,11 +33,46 @@ from typing import Annotated, Literal
 from common.cli import Count, Frame, Natural, NonNegative, Positive, Range, Share, check, parse, start
 
 Stage = Literal["select", "sentences", "generate", "filter", "train", "evaluate"]
-Row = Literal[
-    "zero-shot", "basic-ce", "basic-sce", "le-ce", "le-sce", "le+cf-ce", "le+cf-sce",
-    "real", "basic", "rf", "rg", "syn-real", "real-syn",
-    "scratch", "synthetic", "real-init", "real-init+synthetic",
-]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table. data: the set it trains on, rg stands for rg<M>; cf: what the CLIP filter kept of it;
+    real: how real shots take part: alone, mix (in each step), before, after; sce: with the soft term."""
+
+    setting: str
+    title: str
+    data: str = ""
+    cf: bool = False
+    real: str = ""
+    sce: bool = True
+    init: bool = False  # pretrain: begins with weights from real images
+
+
+ROWS = {
+    "zero-shot": Line("zero-shot few-shot", "CLIP zero-shot, no training"),
+    "basic-ce": Line("zero-shot", "B, CE", "basic", sce=False),
+    "basic-sce": Line("zero-shot", "B, SCE", "basic"),
+    "le-ce": Line("zero-shot", "LE, CE", "le", sce=False),
+    "le-sce": Line("zero-shot", "LE, SCE", "le"),
+    "le+cf-ce": Line("zero-shot", "LE + CF, CE", "le", cf=True, sce=False),
+    "le+cf-sce": Line("zero-shot", "LE + CF, SCE", "le", cf=True),
+    "real": Line("few-shot", "real only (CT w. init)", real="alone"),
+    "basic": Line("few-shot", "real + B (LE + CF)", "le", cf=True, real="mix"),  # the best zero-shot data
+    "rf": Line("few-shot", "real + RF", "le", cf=True, real="mix"),
+    "rg": Line("few-shot", "real + RG (mix)", "rg", real="mix"),
+    "syn-real": Line("few-shot", "RG, then real", "rg", real="after"),
+    "real-syn": Line("few-shot", "real, then RG", "rg", real="before"),
+    "scratch": Line("pretrain", "no pre-training"),
+    "synthetic": Line("pretrain", "synthetic", "le"),
+    "real-init": Line("pretrain", "real", init=True),
+    "real-init+synthetic": Line("pretrain", "real, then synthetic", "le", init=True),
+}
+
+
+def rows_of(setting):
+    """All rows of a setting"""
+    return tuple(row for row, line in ROWS.items() if setting in line.setting.split())
 
 
 @dataclass
@@ -48,7 +83,7 @@ class Args(Frame):
     """stages to run, in order; a finished stage is never run again"""
     setting: Literal["zero-shot", "few-shot", "pretrain"] = "zero-shot"
     """zero-shot: Sec. 3.1, few-shot: Sec. 3.2, pretrain: Sec. 3.3"""
-    ladder: tuple[Row, ...] = ("zero-shot", "basic-ce", "basic-sce", "le-ce", "le-sce", "le+cf-ce", "le+cf-sce")
+    ladder: tuple[Literal[*ROWS], ...] = rows_of("zero-shot")
     """rows of the table, all of one setting; few-shot rows are repeated for every shot count"""
 
     # ---- models and prompts ----------------------------------------------------------------------
@@ -171,13 +206,9 @@ class Args(Frame):
     """SGD learning rate of the transfer, momentum 0.9, weight decay 5e-4 (Table 8)"""
 
 
-FEW = dict(
-    setting="few-shot", ladder=("zero-shot", "real", "basic", "rf", "rg", "syn-real", "real-syn"), head_lr=1e-3,
-)  # fmt: skip
+FEW = dict(setting="few-shot", ladder=rows_of("few-shot"), head_lr=1e-3)
 # Sizes of stored images: a ResNet crops 224 of 256 pixels, and 36,000 x 100 of 512 would be 1.4 TB.
-PRE = dict(
-    setting="pretrain", ladder=("scratch", "synthetic", "real-init", "real-init+synthetic"), gen_save_size=256,
-)  # fmt: skip
+PRE = dict(setting="pretrain", ladder=rows_of("pretrain"), gen_save_size=256)
 DEIT = PRE | dict(
     ladder=("scratch", "synthetic", "real-init"), backbone="deit_small_patch16_224", recipe="deit", pre_epochs=300,
     pre_batch=1024, pre_micro_batch=32, pre_lr=1e-3, transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000,
@@ -264,7 +295,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from torchvision.transforms import v2
@@ -275,7 +305,7 @@ from common.captions import sentence_writer
 from common.clip import encode_texts, load_clip, save_clip
 from common.distributed import seed_global, seed_of
 from common.features import Features, clip_loader, tower_features
-from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
+from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, tensors_metadata, write_json
 from common.inputs import check_order, refuse
 from common.launch import UserError
 from common.loader import Loader, normalised
@@ -338,42 +368,6 @@ def human_names(args, class_names):
     return names
 
 
-@dataclass(frozen=True)
-class Line:
-    """A row of the table. data: the set it trains on, rg stands for rg<M>; cf: what the CLIP filter kept of it;
-    real: how real shots take part: alone, mix (in each step), before, after; sce: with the soft term."""
-
-    setting: str
-    title: str
-    data: str = ""
-    cf: bool = False
-    real: str = ""
-    sce: bool = True
-    init: bool = False  # pretrain: begins with weights from real images
-
-
-ROWS = {
-    "zero-shot": Line("zero-shot few-shot", "CLIP zero-shot, no training"),
-    "basic-ce": Line("zero-shot", "B, CE", "basic", sce=False),
-    "basic-sce": Line("zero-shot", "B, SCE", "basic"),
-    "le-ce": Line("zero-shot", "LE, CE", "le", sce=False),
-    "le-sce": Line("zero-shot", "LE, SCE", "le"),
-    "le+cf-ce": Line("zero-shot", "LE + CF, CE", "le", cf=True, sce=False),
-    "le+cf-sce": Line("zero-shot", "LE + CF, SCE", "le", cf=True),
-    "real": Line("few-shot", "real only (CT w. init)", real="alone"),
-    "basic": Line("few-shot", "real + B (LE + CF)", "le", cf=True, real="mix"),  # the best zero-shot data
-    "rf": Line("few-shot", "real + RF", "le", cf=True, real="mix"),
-    "rg": Line("few-shot", "real + RG (mix)", "rg", real="mix"),
-    "syn-real": Line("few-shot", "RG, then real", "rg", real="after"),
-    "real-syn": Line("few-shot", "real, then RG", "rg", real="before"),
-    "scratch": Line("pretrain", "no pre-training"),
-    "synthetic": Line("pretrain", "synthetic", "le"),
-    "real-init": Line("pretrain", "real", init=True),
-    "real-init+synthetic": Line("pretrain", "real, then synthetic", "le", init=True),
-}
-BASELINES = ("zero-shot", "real", "scratch", "real-init")
-
-
 def image_sets(args):
     """{set: images per class}: basic, le (sentences; in images/), rg<M> (Real Guidance from M shots). Only those that a
     row of the run trains on."""
@@ -395,8 +389,7 @@ def generated_set(run, name, names, n):
 def table_rows(args):
     """(row, shots or images per class) of every line of the table; 0 where neither matters"""
     amounts = {"zero-shot": (0,), "few-shot": args.shot_counts, "pretrain": args.pre_amounts}[args.setting]
-    single = [row for row in args.ladder if row == "zero-shot" or not (ROWS[row].data or ROWS[row].real)]
-    return [(row, n) for row in args.ladder for n in ((0,) if row in single else amounts)]
+    return [(row, n) for row in args.ladder for n in (amounts if ROWS[row].data or ROWS[row].real else (0,))]
 
 
 def planned_classifiers(args):
@@ -676,7 +669,8 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
         return run.done("filter")
     keep, report, least = {}, {}, {}
     with run.timed("filter", "--gen-micro-batch"):
-        judge, head = (text_weights(clips[i], names, prompts(args)[0]) for i in (1, 0))
+        judge = text_weights(clips[1], names, prompts(args)[0])
+        head = judge if clips[0] is clips[1] else text_weights(clips[0], names, prompts(args)[0])
         judged = lambda f, c: {"confidence": own_confidence(f, judge, c)}  # noqa: E731
         sets = feature_sets(args, run, clips, names, shots, test)
         for name, features in sets.items():
@@ -1176,7 +1170,7 @@ def report_results(args, run, names, near, labels, predicted, score):
     for row, n in table_rows(args):
         found = metrics_of(args, run, row, n)
         line = over_seeds([m["test"] for m in found]) | {key: found[0][key] for key in ("updates", "images")}
-        (baselines if row in BASELINES else ours)[f"{row}-{n}" if n else row] = line
+        (ours if ROWS[row].data else baselines)[f"{row}-{n}" if n else row] = line
         best = [m["test_selected"] for m in found if "test_selected" in m]  # of heads alone
         title = f"{ROWS[row].title} ({n} {unit})" if n else ROWS[row].title
         cells = spread(line["per_seed"]), spread(best) if best else ""
@@ -1222,11 +1216,11 @@ def check_args(args):
     uneven = glide and args.gen_resolution % 128
     refuse(uneven, f"--gen-resolution {args.gen_resolution}: must be a multiple of 128 with GLIDE")
     refuse(glide and args.upsampler, "--upsampler: not with GLIDE: it has its own; leave it out")
-    wrong = [row for row in args.ladder if args.setting not in ROWS[row].setting.split()]
+    known = rows_of(args.setting)
+    wrong = [row for row in args.ladder if row not in known]
     what = f"{wrong[0]} is no row of" if wrong else "something to train is wanted of"
-    known = ", ".join(row for row, line in ROWS.items() if args.setting in line.setting.split())
     untrained = set(args.ladder) <= {"zero-shot"}
-    refuse(wrong or untrained, f"--ladder: {what} --setting {args.setting}: {known}")
+    refuse(wrong or untrained, f"--ladder: {what} --setting {args.setting}: {', '.join(known)}")
     refuse(100 % args.gen_steps, f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
     for template in args.template:
         refuse(template.count("{}") != 1, f"--template {template!r}: one {{}} for the class name is wanted")
@@ -1246,8 +1240,8 @@ def check_pretraining(args):
     refuse(from_rest and not args.transfer_images, f"--real-weights train: {taken}")
     if file := own_weights(args):
         try:
-            safe_open(file, "pt").__enter__()
-        except (SafetensorError, OSError) as error:
+            tensors_metadata(file)
+        except UserError as error:
             raise UserError(f"--real-weights {file}: no safetensors file; or train, imagenet") from error
     no_file = no_file and args.label_space not in ("dataset", "imagenet-1k", "imagenet-2k")
     refuse(no_file, f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
