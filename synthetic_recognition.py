@@ -287,7 +287,6 @@ if __name__ == "__main__":
 
 import copy
 import math
-import re
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -312,6 +311,7 @@ from common.loader import Loader, normalised
 from common.loop import Loop
 from common.names import imagenet_names, listed, spoken
 from common.near_copies import near_copies
+from common.parts import in_parts
 from common.plan import print_plan
 from common.plans import synthetic_recognition as planned
 from common.pretraining import (
@@ -356,16 +356,6 @@ def prompts(args):
     key = f"folder/{args.preset}" if args.dataset == "folder" else args.dataset
     templates, prefix = PROMPTS.get(key, (PHOTO, "a photo of"))
     return args.template or templates, prefix if args.gen_prefix is None else args.gen_prefix
-
-
-def human_names(args, class_names):
-    """Class names as the authors' lists have them, the same in every prompt."""
-    names = spoken(args.dataset, class_names)
-    if args.dataset == "folder" and args.preset == "caltech256":  # bonsai-101
-        names = [re.sub(r"-\d+$", "", name) for name in names]
-    if args.dataset == "folder" and args.preset in ("caltech256", "birdsnap"):
-        names = [name.replace("-", " ").replace("'", "") for name in names]
-    return names
 
 
 def image_sets(args):
@@ -465,28 +455,19 @@ def sentences_of(args, speak, c, name, device):
 
 
 def write_sentences(args, run, dist, names, found):
-    """One file per class while the stage runs, so that a killed run asks for the missing classes only."""
-    target, short = run.path("sentences.json"), {}
+    """A sentences.json of your own that is there already is used as it is."""
+    speaker = lru_cache(1)(lambda: sentence_writer(found["--sentence-model"], dist.device, **SAMPLING))
+
+    def said_of(c):
+        sentences = sentences_of(args, speaker(), c, names[c], dist.device)
+        return dict(class_index=c, class_name=names[c], sentences=sentences)
+
     with run.timed("sentences"):
-        parts = [run.path("parts", f"sentences-{c}.json") for c in range(len(names))]
-        whole = distributed.on_rank_0(target.exists, dist)  # killed after the last class
-        missing = lambda: [c for c, part in enumerate(parts) if not part.exists()]  # noqa: E731
-        todo = [] if whole or "le" not in image_sets(args) else distributed.on_rank_0(missing, dist)
-        mine = distributed.my_items(todo, dist)
-        speak = sentence_writer(found["--sentence-model"], dist.device, **SAMPLING) if mine else None
-        with distributed.progress(len(todo), "sentences", dist, unit="classes", together=True) as bar:
-            for c in mine:
-                sentences = sentences_of(args, speak, c, names[c], dist.device)
-                write_json(parts[c], dict(class_index=c, class_name=names[c], sentences=sentences))
-                bar.update(1)
-        distributed.barrier(dist)
-        if dist.main and "le" in image_sets(args):
-            rows = read_json(target) if whole else [read_json(part) for part in parts]
-            write_json(target, rows)
-            short = {row["class_name"]: len(row["sentences"]) for row in rows if len(row["sentences"]) < args.sentences}
-            for part in parts:
-                part.unlink(missing_ok=True)
-            tell_short(args, short, len(names))
+        rows = []
+        if "le" in image_sets(args):
+            rows = in_parts(run.path("sentences.json"), len(names), said_of, dist, "classes")
+        short = {row["class_name"]: len(row["sentences"]) for row in rows if len(row["sentences"]) < args.sentences}
+        tell_short(args, short, len(names))
     run.done("sentences", run.under("sentences.json"), short=short)
 
 
@@ -753,7 +734,7 @@ class Phase:
 
     @property
     def per_epoch(self):
-        return math.ceil(self.n_syn / self.batch_syn) if self.n_syn else math.ceil(self.n_real / self.batch_real)
+        return math.ceil(self.n_syn / self.batch_syn) or math.ceil(self.n_real / self.batch_real)
 
     def pairs(self, epoch, *seed):
         """(real rows, synthetic rows) of every step of an epoch"""
@@ -774,11 +755,10 @@ class Course:
 
     def __init__(self, args, real, n_real, n_syn, seed):
         sizes = (args.head_batch_real, args.head_batch, args.head_epochs)
-        self.phases, self.lr = [Phase(n_real, n_syn, *sizes)], args.head_lr
-        if real in ("after", "before"):
-            self.phases, self.lr = [Phase(0, n_syn, *sizes), Phase(n_real, 0, *sizes)], args.phase_lr
-            self.phases = self.phases[::-1] if real == "before" else self.phases
-        self.real = real
+        syn_alone, real_alone = Phase(0, n_syn, *sizes), Phase(n_real, 0, *sizes)
+        in_turn = {"after": [syn_alone, real_alone], "before": [real_alone, syn_alone]}
+        self.phases = in_turn.get(real, [Phase(n_real, n_syn, *sizes)])
+        self.real, self.lr = real, args.phase_lr if real in in_turn else args.head_lr
         self.starts = np.cumsum([0, *(p.epochs * p.per_epoch for p in self.phases)]).tolist()
         self.drawn = lru_cache(2)(lambda i, epoch: self.phases[i].pairs(epoch, seed))
 
@@ -1309,7 +1289,7 @@ def main(args):
     data = distributed.on_rank_0(partial(wanted, train_needed=args.setting != "zero-shot"), dist)
     if data.note:
         distributed.say(dist, data.note)
-    names = human_names(args, data.class_names)
+    names = spoken(args.dataset, data.class_names, args.preset)
     gen_names = label_space(args, names)
     found = planned_models(args)
     check_names(args, names, gen_names)

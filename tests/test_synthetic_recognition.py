@@ -381,13 +381,13 @@ def test_every_preset_says_the_names_that_the_authors_do():
         flags = {k: sr.PRESETS[k] for k in sr.PRESETS if k == preset or k == f"{preset}-few-shot"}
         for key, values in flags.items():
             args = sr.Args(preset=preset if key == preset else key, **values)
-            assert sr.human_names(args, [raw]) == [name], key
+            assert sr.spoken(args.dataset, [raw], args.preset) == [name], key
             templates, prefix = sr.prompts(args)
             assert templates[0].format(name) == head and f"{prefix} a {name}" == drawn, key
             assert len(templates) == (7 if args.dataset == "imagenet" else 1), key
     for key in ("eurosat", "eurosat-few-shot"):
         args = sr.Args(preset=key, **sr.PRESETS[key])
-        names = sr.human_names(args, list("0123456789"))
+        names = sr.spoken(args.dataset, list("0123456789"), args.preset)
         assert names[0] == "Annual Crop Land" and names[3] == "Highway or Road" and names[9] == "Sea or Lake"
         assert sr.prompts(args) == (("a centered satellite photo of {}.",), "a centered satellite photo of")
 
@@ -402,7 +402,7 @@ def drawing(args, folder, name, names, sentences=(), picks=None):
 
 def test_names_and_sentences_reach_the_prompts_of_every_image(tmp_path):
     args = sr.Args(dataset="folder", preset="", gen_images_per_class=2, ladder=("basic-ce", "le-ce"))
-    names = sr.human_names(args, ["n02124075", "002.A330-200", "sea_lake"])
+    names = sr.spoken(args.dataset, ["n02124075", "002.A330-200", "sea_lake"], args.preset)
     one = drawing(args, tmp_path, "basic", names)
     wanted = ["a photo of a Egyptian Mau", "a photo of a A330-200", "a photo of a sea lake"]
     assert [one.prompt(row) for row in range(6)] == [prompt for prompt in wanted for _ in range(2)]

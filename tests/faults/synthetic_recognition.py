@@ -101,8 +101,8 @@ FAULTS = {
         ),
         Fault(
             "phases swapped",
-            'if real == "before" else self.phases',
-            'if real == "after" else self.phases',
+            '{"after": [syn_alone, real_alone], "before": [real_alone, syn_alone]}',
+            '{"before": [syn_alone, real_alone], "after": [real_alone, syn_alone]}',
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
         Fault(
