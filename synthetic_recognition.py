@@ -285,7 +285,6 @@ PRESETS = {
 if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
-import copy
 import math
 from functools import lru_cache, partial
 from pathlib import Path
@@ -303,11 +302,11 @@ from common import run as runs
 from common.captions import sentence_writer
 from common.clip import encode_texts, load_clip, save_clip
 from common.distributed import seed_global, seed_of
-from common.features import Features, clip_loader, tower_features
+from common.features import Cached, Features, Tuned, tower_features
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, tensors_metadata, write_json
 from common.inputs import check_order, refuse
 from common.launch import UserError
-from common.loader import Loader, normalised
+from common.loader import Loader
 from common.loop import Loop
 from common.names import imagenet_names, listed, spoken
 from common.near_copies import near_copies
@@ -848,6 +847,10 @@ class HeadData:
         features = self.sets[name].read("features", rows).to(self.device)
         return rows, features, torch.from_numpy(labels[rows]).to(self.device)
 
+    def images(self, name):
+        """The pictures of a set; None where there is no such set"""
+        return self.sets[name].images if name in self.sets else None
+
     def real(self, m):
         """M shots of each class"""
         return self.of("shots", np.array(self.picks[m]))
@@ -874,55 +877,30 @@ def train_head(args, run, team, clip, row, m, seed, data):
     # Real only: as many updates as in mix training.
     course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
     W, b = data.W0.clone().requires_grad_(), torch.zeros(data.n_classes, device=team.device, requires_grad=True)
-    params, tower = [W, b], None
-    if args.tune_share or not args.freeze_bn:
-        tower = copy.deepcopy(clip.model.visual).train(not args.freeze_bn)  # the teacher is the CLIP as it was
-        last_share(tower, args.tune_share)
-        params += [p for p in tower.parameters() if p.requires_grad]
+    see, total = Cached(), course.starts[-1]
+    if args.tune_share or not args.freeze_bn:  # Tables 3 and 6; the tower is a copy, so the teacher stays as it was
+        see = Tuned(clip, args.tune_share, args.freeze_bn, args.gen_micro_batch, team.device, args.workers)
+    params = [W, b, *see.params]
     optimizer = torch.optim.AdamW(params, lr=course.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.head_wd)
-    state = {} if tower is None else dict(tower.named_buffers())
     chart, file = f"train/{folder.name}", folder / "checkpoint.safetensors"
-    total = course.starts[-1]
-    loop = Loop(run, chart, total, optimizer, team, 1, file=file, state=state, log_every=max(1, total // 10))
+    loop = Loop(run, chart, total, optimizer, team, 1, file=file, state=see.state, log_every=max(1, total // 10))
 
-    def source(name, rows, f, y, which):
-        """rows of these -> features, labels; from pixels where the tower is tuned too"""
-        if tower is None or not len(rows):
-            return lambda i: (f[i], y[i])
-        batches = (rows[pair[which]].tolist() for pair in map(course.pair, loop.steps) if len(pair[which]))
-        stream = clip_loader([clip], data.sets[name].images, team.device, args.workers)(batches)
-        return lambda i: (tower(normalised(next(stream), clip.mean, clip.std)).float(), y[i])
-
-    steps = tune_head(
-        loop, W, b, course.pair, course.rate, source("shots", *real, 0), source(set_of(row, m), *syn, 1),
-        lambda i: head_logits(syn[1][i], data.W0, 0.0), args.sl if line.sce else 0.0, args.sl_temperature,
-        (args.real_weight, args.syn_weight), fresh=course.starts[1:-1],
-    )  # fmt: skip
-    best, how = loop.extra or 0.0, (args.gen_micro_batch, team.device, args.workers)
-    for step, _ in steps:
+    real_at = see.reader(real, data.images("shots"), (course.pair(step)[0] for step in loop.steps))
+    syn_at = see.reader(syn, data.images(set_of(row, m)), (course.pair(step)[1] for step in loop.steps))
+    teacher = lambda i: head_logits(syn[1][i], data.W0, 0.0)  # noqa: E731
+    sl, weights, fresh = args.sl if line.sce else 0.0, (args.real_weight, args.syn_weight), course.starts[1:-1]
+    how = (real_at, syn_at, teacher, sl, args.sl_temperature, weights, fresh)
+    best = loop.extra or 0.0
+    for step, _ in tune_head(loop, W, b, course.pair, course.rate, *how):
         if course.ends_epoch(step):  # where the official code looks
-            x = data.test
-            if tower is not None:
-                x = tower_features(clip, tower, data.sets["test"].images, range(len(x)), *how)
             with torch.no_grad():
-                score = top1(head_logits(x, W, b), data.y_test)
+                f = see.again(data.test, data.images("test"))
+                score = top1(head_logits(f, W, b), data.y_test)
             loop.extra = best = max(best, score)
-    tensors = {"weight": W.detach(), "bias": b.detach()}
-    tensors |= {f"visual.{k}": v for k, v in (tower.state_dict() if tower else {}).items()}
-    save_tensors(folder / "weights.safetensors", tensors)
+    save_tensors(folder / "weights.safetensors", {"weight": W.detach(), "bias": b.detach()} | see.weights)
     about = dict(row=row, n=m, seed=seed, test=score, test_selected=best, images=len(syn[0]), updates=total)
     write_json(folder / "metrics.json", about | dict(real=len(real[0])))
     loop.finish()
-
-
-def last_share(tower, share):
-    """The last parameters of the image tower, in order of definition, up to `share` of it; the rest is frozen."""
-    chosen, total = [], sum(p.numel() for p in tower.parameters())
-    for p in reversed(list(tower.parameters())):
-        take = share > 0 and sum(q.numel() for q in chosen) < share * total
-        p.requires_grad_(take)
-        chosen += [p] * take
-    return chosen
 
 
 def top1(logits, labels):

@@ -5,6 +5,7 @@ features.write(dist)                       # this process's share of the files; 
 x = features.read("features", rows)        # [N, D], after a barrier
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -129,3 +130,58 @@ class Features:
                 tensor = load_tensors(self.file(part))[name]
                 found.append(tensor if own is None else tensor[own])
         return torch.cat(found) if found else torch.zeros(0, self.clips[0].config["embed_dim"])
+
+
+# ---------------------------------------------------------------------------------------
+# Features of a training: from the cache, or by a tower that is being tuned
+
+
+class Cached:
+    """How a classifier sees images: by the features that the frozen tower left."""
+
+    params: Sequence[Tensor] = ()  # of the tower: what is trained,
+    state: dict[str, Tensor] = {}  # what else training changes,
+    weights: dict[str, Tensor] = {}  # and what is to be saved in the end
+
+    def reader(self, known: tuple, images: Any, batches: Iterable) -> Callable:
+        """known: (rows of the images, features, labels); batches: which of them, step by step, some may be empty. ->
+        function: batch -> features, labels; to be called in the order of the batches."""
+        return lambda i: (known[1][i], known[2][i])
+
+    def again(self, features: Tensor, images: Any) -> Tensor:
+        """The features [N, D] of all images as they are now."""
+        return features
+
+
+class Tuned(Cached):
+    """By a copy of the image tower, whose last `share` is trained, and which normalises by batch statistics unless
+    freeze_bn. Features come from the pixels of each step."""
+
+    def __init__(self, clip: Clip, share: float, freeze_bn: bool, micro_batch: int, device: Any, workers: int):
+        self.clip, self.micro_batch, self.device, self.workers = clip, micro_batch, device, workers
+        self.tower = copy.deepcopy(clip.model.visual).train(not freeze_bn)
+        last_share(self.tower, share)
+        self.params = [p for p in self.tower.parameters() if p.requires_grad]
+        self.state = dict(self.tower.named_buffers())
+        self.weights = {f"visual.{k}": v for k, v in self.tower.state_dict().items()}
+
+    def reader(self, known: tuple, images: Any, batches: Iterable) -> Callable:
+        (rows, _, y), clip = known, self.clip
+        wanted = (rows[i].tolist() for i in batches if len(i))
+        stream = clip_loader([clip], images, self.device, self.workers)(wanted)
+        return lambda i: (self.tower(normalised(next(stream), clip.mean, clip.std)).float(), y[i])
+
+    def again(self, features: Tensor, images: Any) -> Tensor:
+        rows = range(len(images))
+        return tower_features(self.clip, self.tower, images, rows, self.micro_batch, self.device, self.workers)
+
+
+def last_share(tower: torch.nn.Module, share: float) -> list[Tensor]:
+    """The last parameters of the image tower, in order of definition, up to `share` of it; the rest is frozen."""
+    chosen: list[Tensor] = []
+    total = sum(p.numel() for p in tower.parameters())
+    for p in reversed(list(tower.parameters())):
+        take = share > 0 and sum(q.numel() for q in chosen) < share * total
+        p.requires_grad_(take)
+        chosen += [p] * take
+    return chosen

@@ -10,7 +10,7 @@ from common import models
 from common.clip import load_clip, zero_shot_weights
 from common.datasets import Generated, Images
 from common.distributed import Dist
-from common.features import Features, list_key
+from common.features import Features, last_share, list_key
 from common.launch import UserError
 
 ONE = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
@@ -74,3 +74,10 @@ def test_a_list_is_known_by_its_names_and_a_generated_one_by_its_formula(tmp_pat
     drawn = [Generated(tmp_path / name, ["a", "b"], n) for name, n in (("le", 3), ("le", 3), ("basic", 3), ("le", 4))]
     keys = [list_key(one) for one in drawn]
     assert keys[0] == keys[1] and len(set(keys)) == 3
+
+
+def test_last_share_counts_from_the_end():
+    tower = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 10, bias=False))
+    assert last_share(tower, 0.0) == [] and not any(p.requires_grad for p in tower.parameters())
+    assert [id(p) for p in last_share(tower, 0.5)] == [id(tower[1].weight)] and not tower[0].weight.requires_grad
+    assert len(last_share(tower, 1.0)) == 2

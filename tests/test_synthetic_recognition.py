@@ -623,10 +623,8 @@ class WithBatchNorm(torch.nn.Module):
 def head_data(W0, features, labels, source):
     """A HeadData of one set, which is the test split too"""
     rows = np.arange(len(labels))
-    return SimpleNamespace(
-        W0=W0, test=features, y_test=labels, n_classes=len(W0), sets={"le": SimpleNamespace(images=source)} | {
-            "test": SimpleNamespace(images=source)}, synthetic=lambda row, m: (rows, features, labels),
-    )  # fmt: skip
+    known = dict(W0=W0, test=features, y_test=labels, n_classes=len(W0), images=lambda name: source)
+    return SimpleNamespace(**known, synthetic=lambda row, m: (rows, features, labels))
 
 
 def tune_on_pixels(tmp_path, monkeypatch, **flags):
@@ -662,13 +660,6 @@ def test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves(flags, t
     assert bool(moved - statistics) == ("tune_share" in flags)
 
 
-def test_last_share_counts_from_the_end():
-    tower = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 10, bias=False))
-    assert sr.last_share(tower, 0.0) == [] and not any(p.requires_grad for p in tower.parameters())
-    assert [id(p) for p in sr.last_share(tower, 0.5)] == [id(tower[1].weight)] and not tower[0].weight.requires_grad
-    assert len(sr.last_share(tower, 1.0)) == 2
-
-
 def trained_alone(folder, row, m, seed, data, **flags):
     args = sr.Args(**{**sr.PRESETS["digits-few-shot"], **flags})
     run = SimpleNamespace(path=lambda *parts: folder.joinpath(*parts), log=lambda *_, **__: None)
@@ -701,7 +692,7 @@ def plain_tuning(W0, parts, lr, wd=0.1, sl=0.5, T=2.0):
 def test_a_row_is_trained_as_plain_lines_say(row, problem, tmp_path):
     W0, x, y, x_real, y_real = problem
     data = head_data(W0, x, y, None)
-    data.real, data.sets = (lambda m: (np.arange(12), x_real, y_real)), {"shots": None, "rg3": None}
+    data.real = lambda m: (np.arange(12), x_real, y_real)
     flags = dict(head_epochs=2, head_batch=16, head_batch_real=5, head_lr=0.05, phase_lr=0.08, rg_images=15)
     ours, about = trained_alone(tmp_path, row, 3, 7, data, **flags)
     cosine = lambda s, n, lr: lr * (1 + math.cos(math.pi * s / n)) / 2  # noqa: E731
@@ -755,7 +746,7 @@ class Interrupted(Exception):
 def test_an_interrupted_head_goes_on_to_the_same_bits(row, problem, tmp_path, monkeypatch):
     W0, x, y, x_real, y_real = problem
     data = head_data(W0, x, y, None)
-    data.real, data.sets = (lambda m: (np.arange(12), x_real, y_real)), {"shots": None, "rg3": None}
+    data.real = lambda m: (np.arange(12), x_real, y_real)
     flags = dict(head_epochs=3, head_batch=16, head_batch_real=5)
     whole, about = trained_alone(tmp_path / "whole", row, 3, 0, data, **flags)
     update, calls = Loop.update, []

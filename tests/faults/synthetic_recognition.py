@@ -40,12 +40,6 @@ FAULTS = {
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
         Fault(
-            "BatchNorm always frozen",
-            ".train(not args.freeze_bn)",
-            ".train(False)",
-            tests="test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves",
-        ),
-        Fault(
             "head with another data set's template",
             '"folder/cub": ((KIND.format("bird"),), "a photo of"),',
             '"folder/cub": (PHOTO, "a photo of"),',
@@ -137,6 +131,12 @@ FAULTS = {
         ),
     ],
     "common/features.py": [
+        Fault(
+            "BatchNorm always frozen",
+            ".train(not freeze_bn)",
+            ".train(False)",
+            tests="tests/test_synthetic_recognition.py::test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves",
+        ),
         Fault(
             "features of another CLIP reused",
             "if tensors_metadata(self.file(part)) != self.key:",
