@@ -49,7 +49,7 @@ class Line:
     init: bool = False  # pretrain: begins with weights from real images
 
 
-ROWS = {
+ROWS = {  # Tables 1 and 2: no real image. B draws "a <name>", LE sentences; CF is the CLIP filter
     "zero-shot": Line("zero-shot few-shot", "CLIP zero-shot, no training"),
     "basic-ce": Line("zero-shot", "B, CE", "basic", sce=False),
     "basic-sce": Line("zero-shot", "B, SCE", "basic"),
@@ -57,12 +57,14 @@ ROWS = {
     "le-sce": Line("zero-shot", "LE, SCE", "le"),
     "le+cf-ce": Line("zero-shot", "LE + CF, CE", "le", cf=True, sce=False),
     "le+cf-sce": Line("zero-shot", "LE + CF, SCE", "le", cf=True),
+    # Tables 5 and 7, Figure 1: M real images of each class. RF filters by them, RG draws from them
     "real": Line("few-shot", "real only (CT w. init)", real="alone"),
     "basic": Line("few-shot", "real + B (LE + CF)", "le", cf=True, real="mix"),  # the best zero-shot data
     "rf": Line("few-shot", "real + RF", "le", cf=True, real="mix"),
     "rg": Line("few-shot", "real + RG (mix)", "rg", real="mix"),
     "syn-real": Line("few-shot", "RG, then real", "rg", real="after"),
     "real-syn": Line("few-shot", "real, then RG", "rg", real="before"),
+    # Tables 8 to 11: what a backbone is trained on before all its weights are fine-tuned on real images
     "scratch": Line("pretrain", "no pre-training"),
     "synthetic": Line("pretrain", "synthetic", "le"),
     "real-init": Line("pretrain", "real", init=True),
@@ -418,15 +420,10 @@ def select(run, shots):
 
 
 # ---------------------------------------------------------------------------------------------
-# [2] sentences: language enhancement (Sec. 3.1). Reads class names, writes sentences.json.
-
+# [2] sentences: language enhancement (Sec. 3.1): a T5 tuned to make a sentence of a word says S different things about
+# each class, so that images differ in more than their noise. Reads class names, writes sentences.json.
 
 SAMPLING = dict(top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)  # of the sentence model
-
-
-def spaced(text):
-    """Hyphens as spaces, which T5 and its sentences may or may not have"""
-    return " ".join(text.replace("-", " ").split())
 
 
 def words(text):
@@ -442,7 +439,8 @@ def usable(sentences, name, check):
 
 def sentences_of(args, speak, c, name, device):
     """S different sentences of class c, or fewer where the model has no more after eight tries of S + 50."""
-    name, found = spaced(name), []  # dots stay: the official code would split "St. Bernard"
+    # T5's sentences may or may not have hyphens. Dots stay: the official code would split "St. Bernard".
+    name, found = " ".join(name.replace("-", " ").split()), []
     for attempt in range(8):
         seed_global(seed_of(args.gen_seed, "sentences", c, attempt), device)
         found = usable([*found, *speak(f"a {name}", args.sentences + 50)], name, args.sentence_check)
@@ -479,7 +477,8 @@ def tell_short(args, short, n_classes):
 
 
 # ---------------------------------------------------------------------------------------------
-# [3] generate: from noise, or from a noised real image (Real Guidance, Sec. 3.2).
+# [3] generate: from noise, or by Real Guidance (Sec. 3.2): a noised real image takes the place of the noise, and only
+# the last r of 100 reverse steps run. The fewer shots there are, the larger r, and the less an image resembles its shot.
 # Reads sentences.json and the shots, writes images/, basic/, rg<M>/; skips files that exist.
 
 RG_STEPS = {16: 15, 8: 20, 4: 35, 2: 40, 1: 50}  # of 100: the fewer shots, the further from them
@@ -589,7 +588,8 @@ def draw(args, dist, paints, drawing, todo, shots, writer):
 
 
 # ---------------------------------------------------------------------------------------------
-# [4] filter: one CLIP pass over the pixels gives the filter's confidences and the head's training features.
+# [4] filter (Sec. 3.1): an image stays if CLIP gives its class more than chance, p > 1/C. One CLIP pass over the pixels
+# gives the filter's confidences and the head's training features.
 # Reads all sets, the shots and the test split; writes features/<set>/, features/head.safetensors, keep.json,
 # filtered.png. Nothing for pretrain: there the paper wants as many images as possible.
 
@@ -689,7 +689,9 @@ def least_trusted(name, source, confidence):
 
 
 # ---------------------------------------------------------------------------------------------
-# [5] train, zero-shot and few-shot: the head of a frozen CLIP, on cached features.
+# [5] train, zero-shot and few-shot: classifier tuning. The head W begins as CLIP's text embeddings and is tuned on
+# features of the frozen tower. Synthetic labels are noisy, so half of their loss, SCE's soft term, holds the head to
+# what the untouched CLIP says (Table 2). Real and synthetic images meet in each step, or come in turn (Table 7).
 # Reads features/, keep.json; writes classifier/runs/<row>-seed<s>/ and, for the main row, classifier/.
 
 
@@ -867,6 +869,7 @@ class HeadData:
 
 
 def train_head(args, run, team, clip, row, m, seed, data):
+    """One classifier of the table. The last epoch counts; the official choice, the best on the test split, is noted."""
     folder, line = classifier_folder(run, row, m, seed), ROWS[row]
     if (folder / "metrics.json").exists():
         return
@@ -874,7 +877,7 @@ def train_head(args, run, team, clip, row, m, seed, data):
     real = data.real(m) if line.real else empty
     syn = data.synthetic(row, m) if line.data else empty
 
-    # Real only: as many updates as in mix training.
+    # Real only: as many updates as in mix training, whose epochs count the synthetic images.
     course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
     W, b = data.W0.clone().requires_grad_(), torch.zeros(data.n_classes, device=team.device, requires_grad=True)
     see, total = Cached(), course.starts[-1]
@@ -927,7 +930,9 @@ def export_head(args, run, clip, names):
 
 
 # ---------------------------------------------------------------------------------------------
-# [5] train, pretrain: a backbone on synthetic images, then all its weights on the real ones (Sec. 3.3).
+# [5] train, pretrain: a backbone on synthetic images, then all its weights on the real ones (Sec. 3.3). Names of the
+# task at hand are drawn (downstream-aware) or others (agnostic); a row says where the backbone begins: random or real.
+# common/pretraining has the loop, the augmentations and MoCo's queue.
 # Reads images/ and the training split; writes classifier/runs/<row>-<n>-seed<s>/ and classifier/.
 
 
@@ -955,7 +960,10 @@ class Supervised(Objective):
 
 
 def pre_recipe(args, net, n_classes, base, seed):
-    """-> objective, Recipe: adamw and sgd are those of Sec. C.5.3, the others the published ones of DeiT and MoCo v2"""
+    """-> objective, Recipe: adamw and sgd are those of Sec. C.5.3, the others the published ones of DeiT and MoCo v2.
+
+    base: learning rate. DeiT decays matrices only, sees each image three times in a row and warms up for five epochs.
+    """
     deit, moco, epochs = args.recipe == "deit", args.recipe == "moco", args.pre_epochs
     if moco:
         objective = MoCo(net, info_nce, seed, next(net.parameters()).device, args.moco_queue)
@@ -966,7 +974,7 @@ def pre_recipe(args, net, n_classes, base, seed):
         optimizer = torch.optim.SGD(params, lr=base, momentum=0.9, weight_decay=args.pre_wd)
     else:
         optimizer = create_optimizer_v2(net, "adamw", lr=base, weight_decay=args.pre_wd, filter_bias_and_bn=deit)
-    rates = {
+    rates = {  # learning rate at epoch e, a float
         "adamw": lambda e: cosine(e / epochs, base),
         "sgd": lambda e: base * 0.1 ** (e // 30),
         "deit": lambda e: 1e-6 + (base - 1e-6) * e / 5 if e < 5 else cosine(e / epochs, base, 1e-5),
@@ -996,7 +1004,8 @@ def pretrain(args, run, team, folder, source, n_classes, seed, weights=None):
 
 
 def transfer(args, run, team, folder, about, real, test, n_classes, weights, seed):
-    """Fine-tune everything on the real images and score the test split. about: what metrics.json says besides"""
+    """Fine-tune everything on the real images, below a new head, and score the test split in the end: Table 8's SGD, or
+    with DeiT its authors' transfer recipe (Table 9). about: what metrics.json says besides"""
     if (folder / "metrics.json").exists():
         return
     net = new_backbone(args.backbone, n_classes, seed, team.device, weights)
@@ -1033,6 +1042,7 @@ def train_backbones(args, run, dist, data, gen_names):
     if args.real_weights == "train" and any(ROWS[row].init for row, *_ in jobs):
         round0 = [start_of("real-init", args.seed + s).parent for s in range(args.clf_seeds)]
     with run.timed("train", "--pre-micro-batch"):
+        # The digits have no ImageNet: their real weights come from the images that the transfer leaves over.
         for team, s in shared_out(args, dist, list(range(len(round0))), args.pre_batch):
             pretrain(args, run, team, round0[s], rest, len(names), args.seed + s)
         for team, (row, n, seed) in shared_out(args, dist, [j for j in jobs if ROWS[j[0]].data], args.pre_batch):
