@@ -478,7 +478,7 @@ def tell_short(args, short, n_classes):
 
 # ---------------------------------------------------------------------------------------------
 # [3] generate: from noise, or by Real Guidance (Sec. 3.2): a noised real image takes the place of the noise, and only
-# the last r of 100 reverse steps run. The fewer shots there are, the larger r, and the less an image resembles its shot.
+# the last r of 100 reverse steps run. The fewer shots, the larger r, and the less an image resembles its shot.
 # Reads sentences.json and the shots, writes images/, basic/, rg<M>/; skips files that exist.
 
 RG_STEPS = {16: 15, 8: 20, 4: 35, 2: 40, 1: 50}  # of 100: the fewer shots, the further from them
