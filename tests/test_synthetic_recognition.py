@@ -342,6 +342,16 @@ def test_sentences_are_different_and_hold_the_words_of_the_class_name(capsys):
     assert "2 of 10 classes have fewer than 3 sentences (sea lake 0, river 2)" in capsys.readouterr().out
 
 
+def test_the_writer_is_sampled_by_the_seed():
+    where = models.check_models([("--sentence-model", "tiny", "seq2seq")])["--sentence-model"]
+    write = sr.sentence_writer(where, torch.device("cpu"), **sr.SAMPLING)
+    said = []
+    for seed in (0, 0, 1):
+        seed_global(seed)
+        said.append(write("a seven", 5))
+    assert said[0] == said[1] != said[2] and len(set(said[0])) > 1 and any("seven" in text for text in said[0])
+
+
 # Preset, name as the data set has it: (name as the authors' lists have it, head, prompt of the basic strategy).
 TYPE = "a photo of a {}, a type of {}."
 NAMED = [
