@@ -22,6 +22,7 @@ from common.files import chunks, class_folders, load_tensors, save_tensors
 from common.glide import sampler
 from common.launch import UserError
 from common.loop import Loop
+from common.pretraining import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture
@@ -528,7 +529,7 @@ def plain_views(args, source, kind, rows, seed, positions):
         number = seed_of(seed, "data", "augment", p)
         torch.manual_seed(number)
         found.append(view(source[row]))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (sr.IMAGENET_MEAN, sr.IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return torch.stack([(x / 255 - mean) / std for x in found])
 
 
