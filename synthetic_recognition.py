@@ -30,14 +30,51 @@ Differs:
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from common.cli import Count, Fraction, Frame, Natural, NonNegative, Positive, Range, Share, check, parse, start
+from common.cli import Count, Frame, Natural, NonNegative, Positive, Range, Share, check, parse, start
 
 Stage = Literal["select", "sentences", "generate", "filter", "train", "evaluate"]
-Row = Literal[
-    "zero-shot", "basic-ce", "basic-sce", "le-ce", "le-sce", "le+cf-ce", "le+cf-sce",
-    "real", "basic", "rf", "rg", "syn-real", "real-syn",
-    "scratch", "synthetic", "real-init", "real-init+synthetic",
-]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table. data: the set it trains on, rg stands for rg<M>; cf: what the CLIP filter kept of it;
+    real: how real shots take part: alone, mix (in each step), before, after; sce: with the soft term."""
+
+    setting: str
+    title: str
+    data: str = ""
+    cf: bool = False
+    real: str = ""
+    sce: bool = True
+    init: bool = False  # pretrain: begins with weights from real images
+
+
+ROWS = {  # Tables 1 and 2: no real image. B draws "a <name>", LE sentences; CF is the CLIP filter
+    "zero-shot": Line("zero-shot few-shot", "CLIP zero-shot, no training"),
+    "basic-ce": Line("zero-shot", "B, CE", "basic", sce=False),
+    "basic-sce": Line("zero-shot", "B, SCE", "basic"),
+    "le-ce": Line("zero-shot", "LE, CE", "le", sce=False),
+    "le-sce": Line("zero-shot", "LE, SCE", "le"),
+    "le+cf-ce": Line("zero-shot", "LE + CF, CE", "le", cf=True, sce=False),
+    "le+cf-sce": Line("zero-shot", "LE + CF, SCE", "le", cf=True),
+    # Tables 5 and 7, Figure 1: M real images of each class. RF filters by them, RG draws from them
+    "real": Line("few-shot", "real only (CT w. init)", real="alone"),
+    "basic": Line("few-shot", "real + B (LE + CF)", "le", cf=True, real="mix"),  # the best zero-shot data
+    "rf": Line("few-shot", "real + RF", "le", cf=True, real="mix"),
+    "rg": Line("few-shot", "real + RG (mix)", "rg", real="mix"),
+    "syn-real": Line("few-shot", "RG, then real", "rg", real="after"),
+    "real-syn": Line("few-shot", "real, then RG", "rg", real="before"),
+    # Tables 8 to 11: what a backbone is trained on before all its weights are fine-tuned on real images
+    "scratch": Line("pretrain", "no pre-training"),
+    "synthetic": Line("pretrain", "synthetic", "le"),
+    "real-init": Line("pretrain", "real", init=True),
+    "real-init+synthetic": Line("pretrain", "real, then synthetic", "le", init=True),
+}
+
+
+def rows_of(setting):
+    """All rows of a setting"""
+    return tuple(row for row, line in ROWS.items() if setting in line.setting.split())
 
 
 @dataclass
@@ -48,7 +85,7 @@ class Args(Frame):
     """stages to run, in order; a finished stage is never run again"""
     setting: Literal["zero-shot", "few-shot", "pretrain"] = "zero-shot"
     """zero-shot: Sec. 3.1, few-shot: Sec. 3.2, pretrain: Sec. 3.3"""
-    ladder: tuple[Row, ...] = ("zero-shot", "basic-ce", "basic-sce", "le-ce", "le-sce", "le+cf-ce", "le+cf-sce")
+    ladder: tuple[Literal[*ROWS], ...] = rows_of("zero-shot")
     """rows of the table, all of one setting; few-shot rows are repeated for every shot count"""
 
     # ---- models and prompts ----------------------------------------------------------------------
@@ -104,8 +141,6 @@ class Args(Frame):
     # ---- [4] filter ------------------------------------------------------------------------------
     filter_keep: Natural = 800
     """images per class after the CLIP filter; 0: all above the threshold 1/C"""
-    train_lowres: Natural = 0
-    """shrink training images to this side before CLIP's transform (officially 32 CIFAR, 64 EuroSAT in a comment)"""
 
     # ---- [5] train: zero-shot and few-shot -------------------------------------------------------
     clf_seeds: Count = 3
@@ -114,8 +149,6 @@ class Args(Frame):
     """AdamW learning rate of the head, cosine to 0 (few-shot 1e-3)"""
     phase_lr: Positive = 2e-3
     """the same in each phase of the rows syn-real and real-syn (Table 7)"""
-    head_warmup: Natural = 0
-    """warm-up steps"""
     head_wd: NonNegative = 0.1
     """weight decay, on the bias too"""
     head_epochs: Count = 30
@@ -128,8 +161,6 @@ class Args(Frame):
     """weight of the soft term in SCE; rows -ce take 0"""
     sl_temperature: Positive = 2.0
     """T, divides the teacher's logits only"""
-    label_smoothing: Fraction = 0.0
-    """label smoothing of the hard term"""
     real_weight: NonNegative = 1.0
     """weight of the real images' cross-entropy"""
     syn_weight: NonNegative = 1.0
@@ -177,13 +208,9 @@ class Args(Frame):
     """SGD learning rate of the transfer, momentum 0.9, weight decay 5e-4 (Table 8)"""
 
 
-FEW = dict(
-    setting="few-shot", ladder=("zero-shot", "real", "basic", "rf", "rg", "syn-real", "real-syn"), head_lr=1e-3,
-)  # fmt: skip
+FEW = dict(setting="few-shot", ladder=rows_of("few-shot"), head_lr=1e-3)
 # Sizes of stored images: a ResNet crops 224 of 256 pixels, and 36,000 x 100 of 512 would be 1.4 TB.
-PRE = dict(
-    setting="pretrain", ladder=("scratch", "synthetic", "real-init", "real-init+synthetic"), gen_save_size=256,
-)  # fmt: skip
+PRE = dict(setting="pretrain", ladder=rows_of("pretrain"), gen_save_size=256)
 DEIT = PRE | dict(
     ladder=("scratch", "synthetic", "real-init"), backbone="deit_small_patch16_224", recipe="deit", pre_epochs=300,
     pre_batch=1024, pre_micro_batch=32, pre_lr=1e-3, transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000,
@@ -260,11 +287,7 @@ PRESETS = {
 if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
-import copy
-import json
 import math
-import random
-import re
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -272,33 +295,38 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from PIL import ImageOps
-from safetensors import SafetensorError, safe_open
-from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
-from torch import nn
-from torchvision.transforms import Normalize, ToTensor, v2
+from torchvision.transforms import v2
 
 from common import datasets, distributed, images, models, painter
 from common import run as runs
+from common.captions import sentence_writer
 from common.clip import encode_texts, load_clip, save_clip
-from common.diffusion import autocast
 from common.distributed import seed_global, seed_of
+from common.features import Cached, Features, Tuned, tower_features
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, tensors_metadata, write_json
-from common.inputs import check_order
+from common.inputs import check_order, refuse
 from common.launch import UserError
-from common.loader import Loader, normalised
-from common.loop import Loop, gather_units
-from common.names import imagenet_names, spoken
+from common.loader import Loader
+from common.loop import Loop
+from common.names import imagenet_names, listed, spoken
 from common.near_copies import near_copies
+from common.parts import in_parts
 from common.plan import print_plan
 from common.plans import synthetic_recognition as planned
-from common.report import compare_saved, conclude, mean_std, spread
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PART = 1024  # images in one file of features; an interrupted filter loses at most that many
-
+from common.pretraining import (
+    MoCo,
+    Objective,
+    Recipe,
+    augmentation,
+    cosine,
+    logits_of,
+    new_backbone,
+    steps_per_epoch,
+    train_network,
+)  # fmt: skip
+from common.report import compare_saved, conclude, over_seeds, per_class, spread
 
 # ---------------------------------------------------------------------------------------------
 # What is said and trained: prompts by data set, rows of the tables, sets of images.
@@ -331,58 +359,17 @@ def prompts(args):
     return args.template or templates, prefix if args.gen_prefix is None else args.gen_prefix
 
 
-def human_names(args, class_names):
-    """Class names as the authors' lists have them, the same in every prompt."""
-    names = spoken(args.dataset, class_names)
-    if args.dataset == "folder" and args.preset == "caltech256":  # bonsai-101
-        names = [re.sub(r"-\d+$", "", name) for name in names]
-    if args.dataset == "folder" and args.preset in ("caltech256", "birdsnap"):
-        names = [name.replace("-", " ").replace("'", "") for name in names]
-    return names
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of the table. data: the set it trains on, by its name in `image_sets`; cf: what the CLIP filter kept of it;
-    real: how real shots take part: alone, mix (in each step), before, after; sce: with the soft term."""
-
-    setting: str
-    title: str
-    data: str = ""
-    cf: bool = False
-    real: str = ""
-    sce: bool = True
-    init: bool = False  # pretrain: begins with weights from real images
-
-
-ROWS = {
-    "zero-shot": Line("zero-shot few-shot", "CLIP zero-shot, no training"),
-    "basic-ce": Line("zero-shot", "B, CE", "basic", sce=False),
-    "basic-sce": Line("zero-shot", "B, SCE", "basic"),
-    "le-ce": Line("zero-shot", "LE, CE", "le", sce=False),
-    "le-sce": Line("zero-shot", "LE, SCE", "le"),
-    "le+cf-ce": Line("zero-shot", "LE + CF, CE", "le", cf=True, sce=False),
-    "le+cf-sce": Line("zero-shot", "LE + CF, SCE", "le", cf=True),
-    "real": Line("few-shot", "real only (CT w. init)", real="alone"),
-    "basic": Line("few-shot", "real + B (LE + CF)", "le", cf=True, real="mix"),  # the best zero-shot data
-    "rf": Line("few-shot", "real + RF", "le", cf=True, real="mix"),
-    "rg": Line("few-shot", "real + RG (mix)", "rg", real="mix"),
-    "syn-real": Line("few-shot", "RG, then real", "rg", real="after"),
-    "real-syn": Line("few-shot", "real, then RG", "rg", real="before"),
-    "scratch": Line("pretrain", "no pre-training"),
-    "synthetic": Line("pretrain", "synthetic", "le"),
-    "real-init": Line("pretrain", "real", init=True),
-    "real-init+synthetic": Line("pretrain", "real, then synthetic", "le", init=True),
-}
-BASELINES = ("zero-shot", "real", "scratch", "real-init")
-
-
 def image_sets(args):
     """{set: images per class}: basic, le (sentences; in images/), rg<M> (Real Guidance from M shots). Only those that a
     row of the run trains on."""
     wanted = {ROWS[row].data for row in args.ladder}
     sets = {name: args.gen_images_per_class for name in ("basic", "le") if name in wanted}
     return sets | ({f"rg{m}": args.rg_images for m in args.shot_counts} if "rg" in wanted else {})
+
+
+def set_of(row, m):
+    """The set that a row trains on, by its name in `image_sets`"""
+    return f"rg{m}" if ROWS[row].data == "rg" else ROWS[row].data
 
 
 def generated_set(run, name, names, n):
@@ -393,8 +380,7 @@ def generated_set(run, name, names, n):
 def table_rows(args):
     """(row, shots or images per class) of every line of the table; 0 where neither matters"""
     amounts = {"zero-shot": (0,), "few-shot": args.shot_counts, "pretrain": args.pre_amounts}[args.setting]
-    single = [row for row in args.ladder if row == "zero-shot" or not (ROWS[row].data or ROWS[row].real)]
-    return [(row, n) for row in args.ladder for n in ((0,) if row in single else amounts)]
+    return [(row, n) for row in args.ladder for n in (amounts if ROWS[row].data or ROWS[row].real else (0,))]
 
 
 def planned_classifiers(args):
@@ -428,34 +414,16 @@ def select(run, shots):
         if run.dist.main:
             write_json(run.path("fewshot.json"), chosen)
         run.done("select", run.under("fewshot.json"), shots=len(chosen["shots"]))
-    elif read_json(run.path("fewshot.json")) != chosen:
-        what = "the data set has changed since this run began; use a new --output-dir"
-        raise UserError(f"{run.path('fewshot.json')}: {what}")
+    else:
+        changed = "the data set has changed since this run began; use a new --output-dir"
+        refuse(read_json(run.path("fewshot.json")) != chosen, f"{run.path('fewshot.json')}: {changed}")
 
 
 # ---------------------------------------------------------------------------------------------
-# [2] sentences: language enhancement (Sec. 3.1). Reads class names, writes sentences.json.
+# [2] sentences: language enhancement (Sec. 3.1): a T5 tuned to make a sentence of a word says S different things about
+# each class, so that images differ in more than their noise. Reads class names, writes sentences.json.
 
-
-def load_writer(device, path):
-    """-> speak(words, n): n sampled texts, temperature 1, top-k 50, at most 32 new tokens. path: of planned_models"""
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True).eval().to(device)
-    settings = dict(do_sample=True, top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)
-
-    @torch.no_grad()
-    def speak(words, n):
-        ids = model.generate(**tokenizer([words], return_tensors="pt").to(device), num_return_sequences=n, **settings)
-        return tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-    return speak
-
-
-def spaced(text):
-    """Hyphens as spaces, which T5 and its sentences may or may not have"""
-    return " ".join(text.replace("-", " ").split())
+SAMPLING = dict(top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)  # of the sentence model
 
 
 def words(text):
@@ -471,7 +439,8 @@ def usable(sentences, name, check):
 
 def sentences_of(args, speak, c, name, device):
     """S different sentences of class c, or fewer where the model has no more after eight tries of S + 50."""
-    name, found = spaced(name), []  # dots stay: the official code would split "St. Bernard"
+    # T5's sentences may or may not have hyphens. Dots stay: the official code would split "St. Bernard".
+    name, found = " ".join(name.replace("-", " ").split()), []
     for attempt in range(8):
         seed_global(seed_of(args.gen_seed, "sentences", c, attempt), device)
         found = usable([*found, *speak(f"a {name}", args.sentences + 50)], name, args.sentence_check)
@@ -483,28 +452,19 @@ def sentences_of(args, speak, c, name, device):
 
 
 def write_sentences(args, run, dist, names, found):
-    """One file per class while the stage runs, so that a killed run asks for the missing classes only."""
-    target, short = run.path("sentences.json"), {}
+    """A sentences.json of your own that is there already is used as it is."""
+    speaker = lru_cache(1)(lambda: sentence_writer(found["--sentence-model"], dist.device, **SAMPLING))
+
+    def said_of(c):
+        sentences = sentences_of(args, speaker(), c, names[c], dist.device)
+        return dict(class_index=c, class_name=names[c], sentences=sentences)
+
     with run.timed("sentences"):
-        parts = [run.path("parts", f"sentences-{c}.json") for c in range(len(names))]
-        whole = distributed.on_rank_0(target.exists, dist)  # killed after the last class
-        missing = lambda: [c for c, part in enumerate(parts) if not part.exists()]  # noqa: E731
-        todo = [] if whole or "le" not in image_sets(args) else distributed.on_rank_0(missing, dist)
-        mine = distributed.my_items(todo, dist)
-        speak = load_writer(dist.device, found["--sentence-model"]) if mine else None
-        with distributed.progress(len(todo), "sentences", dist, unit="classes", together=True) as bar:
-            for c in mine:
-                sentences = sentences_of(args, speak, c, names[c], dist.device)
-                write_json(parts[c], dict(class_index=c, class_name=names[c], sentences=sentences))
-                bar.update(1)
-        distributed.barrier(dist)
-        if dist.main and "le" in image_sets(args):
-            rows = read_json(target) if whole else [read_json(part) for part in parts]
-            write_json(target, rows)
-            short = {row["class_name"]: len(row["sentences"]) for row in rows if len(row["sentences"]) < args.sentences}
-            for part in parts:
-                part.unlink(missing_ok=True)
-            tell_short(args, short, len(names))
+        rows = []
+        if "le" in image_sets(args):
+            rows = in_parts(run.path("sentences.json"), len(names), said_of, dist, "classes")
+        short = {row["class_name"]: len(row["sentences"]) for row in rows if len(row["sentences"]) < args.sentences}
+        tell_short(args, short, len(names))
     run.done("sentences", run.under("sentences.json"), short=short)
 
 
@@ -517,7 +477,8 @@ def tell_short(args, short, n_classes):
 
 
 # ---------------------------------------------------------------------------------------------
-# [3] generate: from noise, or from a noised real image (Real Guidance, Sec. 3.2).
+# [3] generate: from noise, or by Real Guidance (Sec. 3.2): a noised real image takes the place of the noise, and only
+# the last r of 100 reverse steps run. The fewer shots, the larger r, and the less an image resembles its shot.
 # Reads sentences.json and the shots, writes images/, basic/, rg<M>/; skips files that exist.
 
 RG_STEPS = {16: 15, 8: 20, 4: 35, 2: 40, 1: 50}  # of 100: the fewer shots, the further from them
@@ -627,7 +588,8 @@ def draw(args, dist, paints, drawing, todo, shots, writer):
 
 
 # ---------------------------------------------------------------------------------------------
-# [4] filter: one CLIP pass over the pixels gives the filter's confidences and the head's training features.
+# [4] filter (Sec. 3.1): an image stays if CLIP gives its class more than chance, p > 1/C. One CLIP pass over the pixels
+# gives the filter's confidences and the head's training features.
 # Reads all sets, the shots and the test split; writes features/<set>/, features/head.safetensors, keep.json,
 # filtered.png. Nothing for pretrain: there the paper wants as many images as possible.
 
@@ -667,132 +629,43 @@ def most_confident(confidence, keep):
 
 
 def text_weights(clip, names, templates):
-    """Temperature x mean text embedding of each class, on the CPU. -> [C, D]"""
-    return zero_shot_head(class_texts(clip, names, templates), clip.model.logit_scale.exp()).detach().cpu()
-
-
-def class_texts(clip, names, templates):
-    """Text embeddings [C, P, D]"""
+    """zero_shot_head of these names and prompts, on the CPU. -> [C, D]"""
     texts = [template.replace("{}", name) for name in names for template in templates]
-    return encode_texts(clip, texts).view(len(names), len(templates), -1)
-
-
-def clip_view(image, steps, lowres=0):
-    """PIL image -> uint8 [3, S, S] as a CLIP sees it; lowres: shrunk to that shorter side before"""
-    image = v2.functional.resize(image, lowres, v2.InterpolationMode.BICUBIC) if lowres else image
-    for step in steps:
-        image = step(image)
-    return v2.functional.pil_to_tensor(image)
-
-
-def pictures(args, clips, source, lowres, device):
-    """Loader of `source` for these CLIPs, a view for each: what their own transforms do before they make floats."""
-    steps = [[t for t in c.preprocess.transforms if not isinstance(t, (ToTensor, Normalize))] for c in clips]
-    views = [partial(clip_view, steps=s, lowres=lowres) for s in steps]
-    view = (lambda image: tuple(v(image) for v in views)) if len(views) > 1 else views[0]
-    return Loader(source, view, device, args.workers)
-
-
-@torch.no_grad()
-def encoded(clip, x, b, tower=None):
-    """uint8 [B, 3, S, S] -> features [B, D], always in full micro-batches: the same bits in any company.
-
-    tower: instead of the CLIP's own image tower.
-    """
-    n = len(x)
-    x = torch.cat([x, x[-1:].expand(b - n, *x.shape[1:])]) if n < b else x
-    return (tower or clip.model.visual)(normalised(x, clip.mean, clip.std))[:n].float()
-
-
-def list_key(source):
-    """The images of a list by name; of a generated one by its formula"""
-    if isinstance(source, datasets.Generated):
-        return seed_of(source.root.name, int(source.starts[-1]), *source.folders)
-    return seed_of(*source.keys)
-
-
-class Features:
-    """What the head's CLIP sees of a set, and the filter's confidences, in files of PART images."""
-
-    def __init__(self, args, run, clips, name, source):
-        self.args, self.clips, self.source, self.folder = args, clips, source, run.path("features", name)
-        self.lowres = 0 if name == "test" else args.train_lowres
-        self.parts = [range(i, min(i + PART, len(source))) for i in range(0, len(source), PART)]
-        # Trap T2: another CLIP, its files, transform, list of images or low resolution is another key.
-        what = [models.fingerprint(models.resolve(clip.name, "clip")) for clip in clips]
-        what += [json.dumps(clips[0].preprocess_config, default=str), self.lowres, list_key(source)]
-        self.key = f"{seed_of(*what):016x}"
-
-    def file(self, part):
-        return self.folder / f"{part.start}.safetensors"
-
-    def write(self, dist, judge=None):
-        """This process's share of the parts; what an earlier attempt wrote stays. judge: the filter's text weights."""
-        left = distributed.on_rank_0(lambda: [part for part in self.parts if not self.file(part).exists()], dist)
-        mine = distributed.my_items(left, dist)
-        b, clips = self.args.gen_micro_batch, self.clips
-        if judge is None or clips[0] is clips[1]:
-            clips = clips[:1]
-        stream = pictures(self.args, clips, self.source, self.lowres, dist.device)(
-            rows for part in mine for rows in chunks(part, b)
-        )
-        with distributed.progress(sum(map(len, left)), f"filter {self.folder.name}", dist, together=True) as bar:
-            for part in mine:
-                found = []
-                for _ in chunks(part, b):
-                    views = next(stream)
-                    views = views if isinstance(views, tuple) else (views,)
-                    found.append([encoded(clip, x, b).cpu() for clip, x in zip(clips, views, strict=True)])
-                    bar.update(len(views[0]))
-                features = [torch.cat(of_clip) for of_clip in zip(*found, strict=True)]
-                tensors = dict(features=features[0])
-                if judge is not None:
-                    labels = torch.from_numpy(self.source.labels[part.start : part.stop])
-                    tensors["confidence"] = own_confidence(features[-1], judge, labels)
-                save_tensors(self.file(part), tensors, self.key)
-
-    def read(self, name, rows=None):
-        """Tensor `name` of these rows, ascending; None: of all. Refuses what another CLIP or list of images left."""
-        found = []
-        for part in self.parts:
-            own = None if rows is None else rows[(rows >= part.start) & (rows < part.stop)] - part.start
-            if own is None or len(own):
-                if tensors_metadata(self.file(part)) != self.key:
-                    what = "features of other images or another CLIP; use a new --output-dir"
-                    raise UserError(f"{self.file(part)}: {what}")
-                tensor = load_tensors(self.file(part))[name]
-                found.append(tensor if own is None else tensor[own])
-        return torch.cat(found) if found else torch.zeros(0, self.clips[0].config["embed_dim"])
+    embedded = encode_texts(clip, texts).view(len(names), len(templates), -1)  # [C, P, D]
+    return zero_shot_head(embedded, clip.model.logit_scale.exp()).detach().cpu()
 
 
 def feature_sets(args, run, clips, names, shots, test):
     """{set: Features} of all that is drawn, the test split and the shots"""
     sources = {name: generated_set(run, name, names, n) for name, n in image_sets(args).items()}
     sources |= {"test": test} | ({} if shots is None else {"shots": shots})
-    return {name: Features(args, run, clips, name, source) for name, source in sources.items()}
+    of = lambda name: (run.path("features", name), clips, sources[name], args.gen_micro_batch, args.workers)  # noqa: E731
+    return {name: Features(*of(name)) for name in sources}
 
 
 def filter_images(args, run, dist, clips, names, shots, picks, test):
-    """clips: of the head and of the filter, one object if they are the same"""
-    keep, report = {}, {}
+    """clips: of load_clips"""
+    if args.setting == "pretrain":
+        return run.done("filter")
+    keep, report, least = {}, {}, {}
     with run.timed("filter", "--gen-micro-batch"):
-        templates = prompts(args)[0]
-        judge = text_weights(clips[1], names, templates)
-        head = judge if clips[0] is clips[1] else text_weights(clips[0], names, templates)
+        judge = text_weights(clips[1], names, prompts(args)[0])
+        head = judge if clips[0] is clips[1] else text_weights(clips[0], names, prompts(args)[0])
+        judged = lambda f, c: {"confidence": own_confidence(f, judge, c)}  # noqa: E731
         sets = feature_sets(args, run, clips, names, shots, test)
         for name, features in sets.items():
-            features.write(dist, judge if name in image_sets(args) else None)
+            features.write(dist, judged if name in image_sets(args) else None)
         distributed.barrier(dist)
         if dist.main:
             save_tensors(run.path("features", "head.safetensors"), {"weight": head})
-            worst = {}
             for name in image_sets(args):
                 confidence = sets[name].read("confidence")
                 keep[name], report[name] = filter_set(args, name, confidence, len(names))
-                worst[name] = [most_confident(-own, 4).tolist() for own in confidence.chunk(len(names))]
+                least |= least_trusted(name, sets[name].images, confidence)
                 Drawing(args, run, name, names, picks).list(confidence.tolist())
             write_json(run.path("keep.json"), {"keep": keep, "report": report})
-            picture_of_dropped(run, names, worst, sets)
+            if least:
+                images.samples_grid(run.path("filtered.png"), list(least.values()), list(least), names, size=64)
     run.done("filter", run.under("keep.json", "filtered.png", "features"), report=report)
 
 
@@ -808,20 +681,17 @@ def filter_set(args, name, confidence, n_classes):
     return kept, about
 
 
-def picture_of_dropped(run, names, worst, sets):
-    """filtered.png: of each set and class the images that CLIP trusts least"""
-    rows = {}
-    for name, per_class in worst.items():
-        source = sets[name].source
-        for j in range(len(per_class[0])):
-            column = [int(source.starts[c]) + own[j] for c, own in enumerate(per_class)]
-            rows[f"{name}, rank {j + 1} from below"] = [partial(source.open, row) for row in column]
-    if rows:
-        images.samples_grid(run.path("filtered.png"), list(rows.values()), list(rows), names, size=64)
+def least_trusted(name, source, confidence):
+    """Rows of filtered.png: of each class the four images of a set that CLIP trusts least"""
+    worst = [most_confident(-own, 4).tolist() for own in confidence.chunk(len(source.class_names))]
+    ranks = enumerate(zip(*worst, strict=True), start=1)
+    return {f"{name}, rank {j} from below": images.of_each_class(source, which) for j, which in ranks}
 
 
 # ---------------------------------------------------------------------------------------------
-# [5] train, zero-shot and few-shot: the head of a frozen CLIP, on cached features.
+# [5] train, zero-shot and few-shot: classifier tuning. The head W begins as CLIP's text embeddings and is tuned on
+# features of the frozen tower. Synthetic labels are noisy, so half of their loss, SCE's soft term, holds the head to
+# what the untouched CLIP says (Table 2). Real and synthetic images meet in each step, or come in turn (Table 7).
 # Reads features/, keep.json; writes classifier/runs/<row>-seed<s>/ and, for the main row, classifier/.
 
 
@@ -840,17 +710,15 @@ def soft_loss(z, z0, T):
     return F.cross_entropy(z, (z0 / T).softmax(-1))
 
 
-def tuning_loss(z, z0, y, sl, T, smoothing=0.0):
+def tuning_loss(z, z0, y, sl, T):
     """SCE: sl * soft + (1 - sl) * CE. z, z0 [B, C] student and teacher logits, y [B]. sl = 0: CE, z0 unused"""
-    hard = F.cross_entropy(z, y, label_smoothing=smoothing)
+    hard = F.cross_entropy(z, y)
     return sl * soft_loss(z, z0, T) + (1 - sl) * hard if sl else hard
 
 
-def head_rate(step, total, base, warmup=0):
-    """Official code: base (s + 1) / w in the warm-up, then half a cosine to 0 without floor."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) * base
+def head_rate(step, total, base):
+    """Half a cosine from base to 0, without floor; all published commands leave the official warm-up at 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / total)) * base
 
 
 @dataclass(frozen=True)
@@ -867,7 +735,7 @@ class Phase:
 
     @property
     def per_epoch(self):
-        return math.ceil(self.n_syn / self.batch_syn) if self.n_syn else math.ceil(self.n_real / self.batch_real)
+        return math.ceil(self.n_syn / self.batch_syn) or math.ceil(self.n_real / self.batch_real)
 
     def pairs(self, epoch, *seed):
         """(real rows, synthetic rows) of every step of an epoch"""
@@ -888,11 +756,10 @@ class Course:
 
     def __init__(self, args, real, n_real, n_syn, seed):
         sizes = (args.head_batch_real, args.head_batch, args.head_epochs)
-        self.phases, self.lr = [Phase(n_real, n_syn, *sizes)], args.head_lr
-        if real in ("after", "before"):
-            self.phases, self.lr = [Phase(0, n_syn, *sizes), Phase(n_real, 0, *sizes)], args.phase_lr
-            self.phases = self.phases[::-1] if real == "before" else self.phases
-        self.real, self.warmup = real, args.head_warmup
+        syn_alone, real_alone = Phase(0, n_syn, *sizes), Phase(n_real, 0, *sizes)
+        in_turn = {"after": [syn_alone, real_alone], "before": [real_alone, syn_alone]}
+        self.phases = in_turn.get(real, [Phase(n_real, n_syn, *sizes)])
+        self.real, self.lr = real, args.phase_lr if real in in_turn else args.head_lr
         self.starts = np.cumsum([0, *(p.epochs * p.per_epoch for p in self.phases)]).tolist()
         self.drawn = lru_cache(2)(lambda i, epoch: self.phases[i].pairs(epoch, seed))
 
@@ -910,14 +777,14 @@ class Course:
 
     def rate(self, step):
         i, s = self.place(step)
-        return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr, self.warmup)
+        return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr)
 
     def ends_epoch(self, step):
         i, s = self.place(step)
         return (s + 1) % self.phases[i].per_epoch == 0
 
 
-def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(1.0, 1.0), smoothing=0.0, fresh=()):
+def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(1.0, 1.0), fresh=()):
     """Tune W, b and all else in the loop's optimizer, one AdamW step per pair of batches; yields step and loss.
 
     real, syn: rows -> features [B, D], labels [B]; teacher: rows of syn -> logits of the untouched CLIP, which the
@@ -936,7 +803,7 @@ def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(
                 f, y = syn(rows_syn)
                 with torch.no_grad():
                     z0 = teacher(rows_syn)
-                loss = loss + weights[1] * tuning_loss(head_logits(f, W, b), z0, y, sl, T, smoothing)
+                loss = loss + weights[1] * tuning_loss(head_logits(f, W, b), z0, y, sl, T)
             loop.backward(loss)
         loss = loop.update(lr=rate_at(step), clip=1.0)
         loop.log(loss=loss)
@@ -962,43 +829,47 @@ def train_heads(args, run, dist, clips, names, shots, picks, test):
 
 
 class HeadData:
-    """Features on the device: W0 [C, D], the test split, shots; what a row trains on is read when it is its turn."""
+    """What the heads are trained on, as (rows of a set, features [N, D], labels [N]) on the device.
+
+    W0 [C, D] is the head of the untouched CLIP. What a row trains on is read in its turn, and kept for the next row.
+    """
 
     def __init__(self, args, run, device, clips, names, shots, picks, test):
-        self.args, self.device, self.picks, self.n_classes = args, device, picks, len(names)
+        self.device, self.picks, self.n_classes = device, picks, len(names)
         self.sets = feature_sets(args, run, clips, names, shots, test)
         self.keep = {name: np.array(rows) for name, rows in read_json(run.path("keep.json"))["keep"].items()}
         self.W0 = load_tensors(run.path("features", "head.safetensors"))["weight"].to(device)
-        self.test, self.y_test = self.sets["test"].read("features").to(device), self.labels("test")
-        self.read = lru_cache(1)(self._read)
+        _, self.test, self.y_test = self.of("test")
+        self.kept = lru_cache(1)(lambda name, cf: self.of(name, self.keep[name] if cf else None))
 
-    def labels(self, name, rows=None):
-        labels = torch.from_numpy(self.sets[name].source.labels)
-        return (labels if rows is None else labels[rows]).to(self.device)
+    def of(self, name, rows=None):
+        """These rows of a set, ascending; None: all"""
+        labels = self.sets[name].images.labels
+        rows = np.arange(len(labels)) if rows is None else rows
+        features = self.sets[name].read("features", rows).to(self.device)
+        return rows, features, torch.from_numpy(labels[rows]).to(self.device)
 
-    def _read(self, name, cf):
-        """Rows of a set that take part, their features and labels"""
-        rows = self.keep[name] if cf else np.arange(len(self.sets[name].source))
-        return rows, self.sets[name].read("features", rows).to(self.device), self.labels(name, rows)
+    def images(self, name):
+        """The pictures of a set; None where there is no such set"""
+        return self.sets[name].images if name in self.sets else None
 
     def real(self, m):
-        """Rows of the shots, their features and labels"""
-        rows = np.array(self.picks[m])
-        return rows, self.sets["shots"].read("features").to(self.device)[rows], self.labels("shots", rows)
+        """M shots of each class"""
+        return self.of("shots", np.array(self.picks[m]))
 
     def synthetic(self, row, m):
-        """The same of what a row of the table draws on"""
-        line = ROWS[row]
-        rows, f, y = self.read(f"rg{m}" if line.data == "rg" else line.data, line.cf)
+        """What a row of the table draws on"""
+        rows, f, y = self.kept(set_of(row, m), ROWS[row].cf)
         if row == "rf":
             good = real_filter(f, y, *self.real(m)[1:])
             rows, f, y = rows[good.cpu().numpy()], f[good], y[good]
-            if not len(rows):
-                raise UserError(f"row rf, {m} shots: Real Filtering left no image; leave the row out of --ladder")
+            none = f"row rf, {m} shots: Real Filtering left no image; leave the row out of --ladder"
+            refuse(not len(rows), none)
         return rows, f, y
 
 
 def train_head(args, run, team, clip, row, m, seed, data):
+    """One classifier of the table. The last epoch counts; the official choice, the best on the test split, is noted."""
     folder, line = classifier_folder(run, row, m, seed), ROWS[row]
     if (folder / "metrics.json").exists():
         return
@@ -1006,73 +877,33 @@ def train_head(args, run, team, clip, row, m, seed, data):
     real = data.real(m) if line.real else empty
     syn = data.synthetic(row, m) if line.data else empty
 
-    # Real only: as many updates as in mix training.
+    # Real only: as many updates as in mix training, whose epochs count the synthetic images.
     course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
     W, b = data.W0.clone().requires_grad_(), torch.zeros(data.n_classes, device=team.device, requires_grad=True)
-    tower = tower_to_tune(args, clip) if args.tune_share or not args.freeze_bn else None
-    params = [W, b, *(p for p in (tower.parameters() if tower else ()) if p.requires_grad)]
+    see, total = Cached(), course.starts[-1]
+    if args.tune_share or not args.freeze_bn:  # Tables 3 and 6; the tower is a copy, so the teacher stays as it was
+        see = Tuned(clip, args.tune_share, args.freeze_bn, args.gen_micro_batch, team.device, args.workers)
+    params = [W, b, *see.params]
     optimizer = torch.optim.AdamW(params, lr=course.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=args.head_wd)
-    state = {} if tower is None else dict(tower.named_buffers())
     chart, file = f"train/{folder.name}", folder / "checkpoint.safetensors"
-    total = course.starts[-1]
-    loop = Loop(run, chart, total, optimizer, team, 1, file=file, state=state, log_every=max(1, total // 10))
+    loop = Loop(run, chart, total, optimizer, team, 1, file=file, state=see.state, log_every=max(1, total // 10))
 
-    def source(name, rows, f, y, which):
-        """rows of these -> features, labels; from pixels where the tower is tuned too"""
-        if tower is None or not len(rows):
-            return lambda i: (f[i], y[i])
-        batches = (rows[pair[which]].tolist() for pair in map(course.pair, loop.steps) if len(pair[which]))
-        stream = pictures(args, [clip], data.sets[name].source, args.train_lowres, team.device)(batches)
-        return lambda i: (tower(normalised(next(stream), clip.mean, clip.std)).float(), y[i])
-
-    name_syn = f"rg{m}" if line.data == "rg" else line.data
-    steps = tune_head(
-        loop, W, b, course.pair, course.rate, source("shots", *real, 0), source(name_syn, *syn, 1),
-        lambda i: head_logits(syn[1][i], data.W0, 0.0), args.sl if line.sce else 0.0, args.sl_temperature,
-        (args.real_weight, args.syn_weight), args.label_smoothing, fresh=course.starts[1:-1],
-    )  # fmt: skip
+    real_at = see.reader(real, data.images("shots"), (course.pair(step)[0] for step in loop.steps))
+    syn_at = see.reader(syn, data.images(set_of(row, m)), (course.pair(step)[1] for step in loop.steps))
+    teacher = lambda i: head_logits(syn[1][i], data.W0, 0.0)  # noqa: E731
+    sl, weights, fresh = args.sl if line.sce else 0.0, (args.real_weight, args.syn_weight), course.starts[1:-1]
+    how = (real_at, syn_at, teacher, sl, args.sl_temperature, weights, fresh)
     best = loop.extra or 0.0
-    for step, _ in steps:
+    for step, _ in tune_head(loop, W, b, course.pair, course.rate, *how):
         if course.ends_epoch(step):  # where the official code looks
-            x = data.test
-            if tower is not None:
-                x = tower_features(args, clip, tower, data.sets["test"].source, range(len(x)), team.device)
             with torch.no_grad():
-                score = top1(head_logits(x, W, b), data.y_test)
+                f = see.again(data.test, data.images("test"))
+                score = top1(head_logits(f, W, b), data.y_test)
             loop.extra = best = max(best, score)
-    tensors = {"weight": W.detach(), "bias": b.detach()}
-    tensors |= {f"visual.{k}": v for k, v in (tower.state_dict() if tower else {}).items()}
-    save_tensors(folder / "weights.safetensors", tensors)
+    save_tensors(folder / "weights.safetensors", {"weight": W.detach(), "bias": b.detach()} | see.weights)
     about = dict(row=row, n=m, seed=seed, test=score, test_selected=best, images=len(syn[0]), updates=total)
     write_json(folder / "metrics.json", about | dict(real=len(real[0])))
     loop.finish()
-
-
-def tower_to_tune(args, clip):
-    """A copy of the image tower of which the last tune_share is trained, with batch statistics unless freeze_bn"""
-    tower = copy.deepcopy(clip.model.visual).train(not args.freeze_bn)
-    last_share(tower, args.tune_share)
-    return tower
-
-
-def last_share(tower, share):
-    """The last parameters of the image tower, in order of definition, up to `share` of it; the rest is frozen."""
-    chosen, total = [], sum(p.numel() for p in tower.parameters())
-    for p in reversed(list(tower.parameters())):
-        take = share > 0 and sum(q.numel() for q in chosen) < share * total
-        p.requires_grad_(take)
-        chosen += [p] * take
-    return chosen
-
-
-def tower_features(args, clip, tower, source, rows, device):
-    """Features [N, D] of these test images by this image tower, in eval mode meanwhile"""
-    mode, b = tower.training, args.gen_micro_batch
-    stream = pictures(args, [clip], source, 0, device)(chunks(rows, b))
-    tower.eval()
-    x = torch.cat([encoded(clip, x, b, tower) for x in stream])
-    tower.train(mode)
-    return x
 
 
 def top1(logits, labels):
@@ -1099,7 +930,9 @@ def export_head(args, run, clip, names):
 
 
 # ---------------------------------------------------------------------------------------------
-# [5] train, pretrain: a backbone on synthetic images, then all its weights on the real ones (Sec. 3.3).
+# [5] train, pretrain: a backbone on synthetic images, then all its weights on the real ones (Sec. 3.3). Names of the
+# task at hand are drawn (downstream-aware) or others (agnostic); a row says where the backbone begins: random or real.
+# common/pretraining has the loop, the augmentations and MoCo's queue.
 # Reads images/ and the training split; writes classifier/runs/<row>-<n>-seed<s>/ and classifier/.
 
 
@@ -1109,63 +942,14 @@ def info_nce(q, k, queue, temperature=0.2):
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
-def repeated(position, n, repeats):
-    """DeiT's repeated augmentation: where position looks in the stream of shuffles of n entries. An epoch visits the
-    first n / repeats of its shuffle, each `repeats` times in a row; it stays n long."""
-    epoch, i = divmod(position, n)
-    return epoch * n + i // repeats
-
-
-class DecodedOnce:
-    """Images of which the last two opened are kept: repeated augmentation asks for one several times in a row."""
-
-    def __init__(self, source):
-        self.open = lru_cache(2)(source.open)
-
-    def __getitem__(self, row):
-        return self.open(row)
-
-
-def augmentation(kind, size, flip):
-    """PIL RGB -> uint8 [3, size, size]. kind: plain (crop, mirror), deit (timm's), moco (v2, aug+)"""
-    smallest = 0.08 if flip else 0.7  # digits and signs change when mirrored or cut to a corner
-    if kind == "deit":
-        transform = timm.data.create_transform(
-            size, is_training=True, color_jitter=0.4, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic",
-            re_prob=0.0, hflip=0.5 * flip, scale=(smallest, 1.0), use_prefetcher=True,
-        )  # fmt: skip
-        for op in next(t for t in transform.transforms if isinstance(t, RandAugment)).ops:
-            if op.name == "PosterizeIncreasing":  # asks for 0 bits, black, once in a while; Pillow 13 refuses
-                op.aug_fn = lambda image, bits, **_: ImageOps.posterize(image, max(1, bits))
-        return lambda image: torch.as_tensor(transform(image))
-    steps = [v2.RandomResizedCrop(size, scale=(0.2 if kind == "moco" and flip else smallest, 1.0))]
-    steps += [v2.RandomHorizontalFlip()] if flip else []
-    if kind == "moco":
-        blur = v2.GaussianBlur(max(3, size // 10 // 2 * 2 + 1), (0.1, 2.0))
-        steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
-        steps += [v2.RandomApply([blur], 0.5)]
-    one = v2.Compose([*steps, v2.PILToTensor()])
-    return (lambda image: (one(image), one(image))) if kind == "moco" else one
-
-
-class Supervised:
+class Supervised(Objective):
     """Cross-entropy with the label; with `mix` DeiT's mixup 0.8, cutmix 1 and label smoothing 0.1, with `erase` its
-    random erasing.
-
-    An objective has modules (trained, with their BatchNorm), begin(step) before a step, loss(views of normalised
-    pixels, y [B], step) -> mean loss and rows [B, D] or None, end(rows of the whole step) after it, and state: what
-    else it changes, {name: tensor}.
-    """
-
-    state = {}
+    random erasing."""
 
     def __init__(self, net, n_classes, seed, mix=False, erase=False):
         self.modules, self.net, self.seed = [net], net, seed
         self.mix = timm.data.Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=n_classes) if mix else None
         self.erase = RandomErasing(0.25, mode="pixel", device=next(net.parameters()).device) if erase else lambda x: x
-
-    def begin(self, step):
-        pass
 
     def loss(self, views, y, step):
         x = self.erase(views[0])
@@ -1174,188 +958,66 @@ class Supervised:
             x, y = self.mix(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])  # timm mixes an even number
         return F.cross_entropy(self.net(x).float(), y), None
 
-    def end(self, rows):
-        pass
-
-
-class MoCo:
-    """MoCo v2: two views of an image agree, those of the queue do not. The key network follows with momentum 0.999.
-
-    The queue moves once per step, by the keys of the whole step in one order, so it does not depend on the number of
-    processes. Shuffled BatchNorm: keys are normalised in other company than their queries, or the statistics of a
-    shared group would tell them apart.
-    """
-
-    def __init__(self, net, seed, device, size, dim=128, momentum=0.999):
-        seed_global(seed_of(seed, "moco"))
-        width, self.seed, self.momentum = net.num_features, seed, momentum
-        head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim)).to(device)
-        self.query, self.key = (net, head), [copy.deepcopy(m).requires_grad_(False) for m in (net, head)]
-        net.get_classifier().requires_grad_(False)
-        self.modules = [*self.query, *self.key]
-        queue = torch.randn(size, dim, generator=distributed.generator(seed, "queue"))
-        self.queue = F.normalize(queue, dim=1).to(device)
-        follow = {f"{i}.{k}": p for i, m in enumerate(self.key) for k, p in m.named_parameters()}
-        self.state = {"queue": self.queue} | follow
-
-    @torch.no_grad()
-    def begin(self, step):
-        for old, new in zip(self.key, self.query, strict=True):
-            for p, q in zip(old.parameters(), new.parameters(), strict=True):
-                p.mul_(self.momentum).add_(q, alpha=1 - self.momentum)
-
-    def embed(self, towers, x):
-        """Unit rows [B, dim]; BatchNorm sees the halves one by one."""
-        net, head = towers
-        f = [net.forward_head(net.forward_features(part), pre_logits=True) for part in x.chunk(min(2, len(x) // 2))]
-        return F.normalize(head(torch.cat(f)).float(), dim=1)
-
-    def loss(self, views, y, step):
-        order = torch.randperm(len(y), generator=distributed.generator(self.seed, "shuffle", step)).to(y.device)
-        with torch.no_grad():
-            k = self.embed(self.key, views[1][order])[order.argsort()]
-        return info_nce(self.embed(self.query, views[0]), k, self.queue), k
-
-    def end(self, rows):
-        self.queue.copy_(torch.cat([rows, self.queue])[: len(self.queue)])
-
-
-def steps_per_epoch(n, batch):
-    return max(1, math.ceil((n - 1) / batch))  # a last batch of one image is left out: BatchNorm
-
-
-def train_network(
-    args, run, team, chart, file, objective, source, kind, batch, epochs, optimizer, rate, seed, repeats=1
-):
-    """The training loop of pre-training and transfer. kind: augmentation; rate(epoch as float) -> learning rate.
-
-    Micro-batches, BatchNorm's running statistics and MoCo's keys are put together in one order, so any number of
-    processes gives the same bits.
-    """
-    n, per_epoch = len(source), steps_per_epoch(len(source), batch)
-    order, labels = distributed.Order(n, seed), torch.from_numpy(source.labels)
-    buffers = [b for m in objective.modules for b in m.buffers()]
-    settings = dict(file=file, buffers=buffers, state=objective.state)
-    params = [p for p in (p for g in optimizer.param_groups for p in g["params"]) if p.requires_grad]
-    loop = Loop(run, chart, epochs * per_epoch, optimizer, team, args.pre_micro_batch, params=params, **settings)
-
-    @lru_cache(16)
-    def batch_at(step):
-        """[(image, position in the endless stream)]; an epoch's last batch may be short"""
-        epoch, i = divmod(step, per_epoch)
-        begin, end = epoch * n + i * batch, (epoch + 1) * n
-        return [(order[repeated(p, n, repeats)], p) for p in range(begin, min(begin + batch, end))]
-
-    view = augmentation(kind, args.pre_size, args.pre_flip)
-    stream = Loader(DecodedOnce(source), view, team.device, args.workers, (seed, "data", "augment"))(
-        part for step in loop.steps for part in loop.mine(batch_at(step))
-    )
-    for step in loop:
-        for m in objective.modules:
-            m.train()
-        objective.begin(step)
-        y, keys = labels[[row for row, _ in batch_at(step)]].to(team.device), {}
-        for u in loop.units(len(y)):
-            seed_global(seed_of(seed, "unit", step, loop.unit), team.device)  # for stochastic depth and erasing
-            random.seed(seed_of(seed, "unit", step, loop.unit))
-            views = next(stream)
-            views = [
-                normalised(x, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
-                for x in (views if isinstance(views, tuple) else (views,))
-            ]
-            with autocast(args.precision, team.device):
-                loss, rows = objective.loss(views, y[u], step)
-            loop.backward(loss * len(y[u]) / len(y))
-            if rows is not None:
-                keys[loop.unit] = rows
-        everyone = torch.cat(gather_units(keys, loop.n_units, team)) if objective.state else None
-        loop.log(loss=loop.update(lr=rate(step / per_epoch)))
-        objective.end(everyone)
-    return loop
-
-
-def new_backbone(args, n_classes, seed, device, weights=None, drop_path=0.0):
-    """timm model with a new head of n_classes; random numbers are a function of seed.
-
-    weights: None, "imagenet" (timm's), or the file of a model of this architecture, whose head is left out. drop_path:
-    stochastic depth.
-    """
-    more = dict(drop_path_rate=drop_path) if drop_path else {}
-    if weights == "imagenet":  # by its file, which is in safetensors: timm itself would take a pickle too
-        file = models.check_models([("--backbone", args.backbone, "timm")])["--backbone"]
-        more |= dict(pretrained_cfg_overlay=dict(file=file))
-    seed_global(seed_of(seed, "backbone"))
-    try:
-        net = timm.create_model(args.backbone, pretrained=weights == "imagenet", num_classes=n_classes, **more)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"--backbone {args.backbone}: {' '.join(str(error).split())[:200]}") from error
-    if weights not in (None, "imagenet"):
-        heads = net.default_cfg["classifier"]
-        heads = tuple(f"{name}." for name in ((heads,) if isinstance(heads, str) else heads))
-        state = {k: v for k, v in load_tensors(weights).items() if not k.startswith(heads)}
-        wanted = {k: v.shape for k, v in net.state_dict().items() if not k.startswith(heads)}
-        if {k: v.shape for k, v in state.items()} != wanted:
-            raise UserError(f"{weights}: these are no weights of --backbone {args.backbone}")
-        net.load_state_dict(state, strict=False)
-        # Another head than the one the body began its pre-training with: it would know that one's directions.
-        seed_global(seed_of(seed, "new head"))
-        net.reset_classifier(n_classes)
-    return net.to(device, memory_format=torch.channels_last)
-
 
 def pre_recipe(args, net, n_classes, base, seed):
-    """-> objective, augmentation, optimizer, rate(epoch): those of Sec. C.5.3, of DeiT and of MoCo v2"""
-    if args.recipe == "moco":
-        objective = MoCo(net, seed, next(net.parameters()).device, args.moco_queue)
-        params = [p for m in objective.query for p in m.parameters() if p.requires_grad]
+    """-> objective, Recipe: adamw and sgd are those of Sec. C.5.3, the others the published ones of DeiT and MoCo v2.
+
+    base: learning rate. DeiT decays matrices only, sees each image three times in a row and warms up for five epochs.
+    """
+    deit, moco, epochs = args.recipe == "deit", args.recipe == "moco", args.pre_epochs
+    if moco:
+        objective = MoCo(net, info_nce, seed, next(net.parameters()).device, args.moco_queue)
+    else:
+        objective = Supervised(net, n_classes, seed, mix=deit, erase=deit)
+    if args.recipe in ("sgd", "moco"):
+        params = [p for m in objective.modules for p in m.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(params, lr=base, momentum=0.9, weight_decay=args.pre_wd)
-        return objective, "moco", optimizer, lambda e: cosine(e / args.pre_epochs, base)
-    deit = args.recipe == "deit"
-    objective = Supervised(net, n_classes, seed, mix=deit, erase=deit)
-    if args.recipe == "sgd":
-        optimizer = torch.optim.SGD(net.parameters(), lr=base, momentum=0.9, weight_decay=args.pre_wd)
-        return objective, "plain", optimizer, lambda e: base * 0.1 ** (e // 30)
-    optimizer = create_optimizer_v2(net, "adamw", lr=base, weight_decay=args.pre_wd, filter_bias_and_bn=deit)
-    if not deit:
-        return objective, "plain", optimizer, lambda e: cosine(e / args.pre_epochs, base)
-    warm = lambda e: 1e-6 + (base - 1e-6) * e / 5  # noqa: E731
-    return objective, "deit", optimizer, lambda e: warm(e) if e < 5 else cosine(e / args.pre_epochs, base, 1e-5)
+    else:
+        optimizer = create_optimizer_v2(net, "adamw", lr=base, weight_decay=args.pre_wd, filter_bias_and_bn=deit)
+    rates = {  # learning rate at epoch e, a float
+        "adamw": lambda e: cosine(e / epochs, base),
+        "sgd": lambda e: base * 0.1 ** (e // 30),
+        "deit": lambda e: 1e-6 + (base - 1e-6) * e / 5 if e < 5 else cosine(e / epochs, base, 1e-5),
+        "moco": lambda e: cosine(e / epochs, base),
+    }
+    view = augmentation(args.recipe if deit or moco else "plain", args.pre_size, args.pre_flip)
+    return objective, Recipe(optimizer, rates[args.recipe], view, args.pre_batch, epochs, repeats=3 if deit else 1)
 
 
-def cosine(share, high, low=0.0):
-    """Half a cosine from high at share 0 to low at share 1"""
-    return low + (high - low) * 0.5 * (1 + math.cos(math.pi * share))
+def backbone_loop(args, run, team, chart, file, objective, images, recipe, seed):
+    """train_network with what the flags say about every network of a run"""
+    more = dict(micro_batch=args.pre_micro_batch, precision=args.precision, workers=args.workers)
+    return train_network(run, team, chart, file, objective, images, recipe, seed, **more)
 
 
 def pretrain(args, run, team, folder, source, n_classes, seed, weights=None):
     """Pre-train one backbone, unless folder/pretrained.safetensors is there. weights: where it starts; None: random"""
     if (folder / "pretrained.safetensors").exists():
         return
-    net = new_backbone(args, n_classes, seed, team.device, weights, 0.1 if args.recipe == "deit" else 0.0)
-    base, repeats = args.pre_lr_real if weights else args.pre_lr, 3 if args.recipe == "deit" else 1
-    objective, kind, optimizer, rate = pre_recipe(args, net, n_classes, base, seed)
+    net = new_backbone(args.backbone, n_classes, seed, team.device, weights, 0.1 if args.recipe == "deit" else 0.0)
+    objective, recipe = pre_recipe(args, net, n_classes, args.pre_lr_real if weights else args.pre_lr, seed)
     chart, file = f"pretrain/{folder.name}", folder / "checkpoint.safetensors"
-    rest = (args.pre_batch, args.pre_epochs, optimizer, rate, seed, repeats)
-    loop = train_network(args, run, team, chart, file, objective, source, kind, *rest)
+    loop = backbone_loop(args, run, team, chart, file, objective, source, recipe, seed)
     if team.main:
         save_tensors(folder / "pretrained.safetensors", net.state_dict())
     loop.finish()
 
 
 def transfer(args, run, team, folder, about, real, test, n_classes, weights, seed):
-    """Fine-tune everything on the real images and score the test split. about: what metrics.json says besides"""
+    """Fine-tune everything on the real images, below a new head, and score the test split in the end: Table 8's SGD, or
+    with DeiT its authors' transfer recipe (Table 9). about: what metrics.json says besides"""
     if (folder / "metrics.json").exists():
         return
-    net = new_backbone(args, n_classes, seed, team.device, weights)
+    net = new_backbone(args.backbone, n_classes, seed, team.device, weights)
     deit, base, epochs = args.recipe == "deit", args.transfer_lr, args.transfer_epochs
     wd, drops = 1e-4 if deit else 5e-4, [share * epochs for share in (0.3, 0.6, 0.8)]
     optimizer = torch.optim.SGD(net.parameters(), lr=base, momentum=0.9, weight_decay=wd)
     rate = lambda e: cosine(e / epochs, base) if deit else base * 0.2 ** sum(e >= d for d in drops)  # noqa: E731
-    loop = train_network(
-        args, run, team, f"transfer/{folder.name}", folder / "transfer.safetensors",
-        Supervised(net, n_classes, seed, mix=deit), real, "deit" if deit else "plain", args.transfer_batch, epochs,
-        optimizer, rate, seed,
-    )  # fmt: skip
+    view = augmentation("deit" if deit else "plain", args.pre_size, args.pre_flip)
+    recipe = Recipe(optimizer, rate, view, args.transfer_batch, epochs)
+    objective = Supervised(net, n_classes, seed, mix=deit)
+    chart, file = f"transfer/{folder.name}", folder / "transfer.safetensors"
+    loop = backbone_loop(args, run, team, chart, file, objective, real, recipe, seed)
     score = top1(predictions_of(args, team.device, net, test, range(len(test))), torch.from_numpy(test.labels))
     if team.main:
         save_tensors(folder / "weights.safetensors", net.state_dict())
@@ -1380,6 +1042,7 @@ def train_backbones(args, run, dist, data, gen_names):
     if args.real_weights == "train" and any(ROWS[row].init for row, *_ in jobs):
         round0 = [start_of("real-init", args.seed + s).parent for s in range(args.clf_seeds)]
     with run.timed("train", "--pre-micro-batch"):
+        # The digits have no ImageNet: their real weights come from the images that the transfer leaves over.
         for team, s in shared_out(args, dist, list(range(len(round0))), args.pre_batch):
             pretrain(args, run, team, round0[s], rest, len(names), args.seed + s)
         for team, (row, n, seed) in shared_out(args, dist, [j for j in jobs if ROWS[j[0]].data], args.pre_batch):
@@ -1409,20 +1072,17 @@ def shared_out(args, dist, jobs, batch):
 def export_backbone(args, run, names):
     """classifier/: the main row's network as a timm folder, classes.json"""
     row, n, seed = main_row(args)
-    net = new_backbone(args, len(names), seed, "cpu")
+    net = new_backbone(args.backbone, len(names), seed, "cpu")
     net.load_state_dict(load_tensors(classifier_folder(run, row, n, seed) / "weights.safetensors"))
     net = net.to(memory_format=torch.contiguous_format)  # the file format knows no other layout
     timm.models.save_for_hf(net, run.path("classifier"), safe_serialization=True)
     write_json(run.path("classifier", "classes.json"), dict(kind="timm", class_names=names, row=row, n=n, seed=seed))
 
 
-@torch.no_grad()
 def predictions_of(args, device, net, source, rows):
     """Logits [N, C] of a timm network for these images, shorter side resized, centre crop"""
-    net.eval()
-    stream = Loader(source, partial(square, side=args.pre_size), device, args.workers)
-    batches = stream(chunks(rows, args.pre_micro_batch))
-    return torch.cat([net(normalised(x, IMAGENET_MEAN, IMAGENET_STD)).float().cpu() for x in batches])
+    view = partial(square, side=args.pre_size)
+    return logits_of(net, source, rows, view, args.pre_micro_batch, device, args.workers)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1439,60 +1099,54 @@ def saved_predictions(args, run, dist, test):
         logits = predictions_of(args, dist.device, net, test, rows)
     else:
         clip, head = load_clip(str(folder), dist.device), load_tensors(folder / "head.safetensors")
-        f = tower_features(args, clip, clip.model.visual, test, rows, dist.device).cpu()
+        f = tower_features(clip, clip.model.visual, test, rows, args.gen_micro_batch, dist.device, args.workers).cpu()
         logits = head_logits(f, head["weight"], head["bias"])
     return distributed.gather_rows(logits.argmax(1), dist)
 
 
 def metrics_of(args, run, row, n):
-    """metrics.json of the finished classifiers of one line of the table"""
+    """metrics.json of the classifiers of one line of the table"""
     seeds = [args.seed] if row == "zero-shot" else [args.seed + s for s in range(args.clf_seeds)]
-    files = [classifier_folder(run, row, n, seed) / "metrics.json" for seed in seeds]
-    return [read_json(f) for f in files if f.exists()]
+    return [read_json(classifier_folder(run, row, n, seed) / "metrics.json") for seed in seeds]
 
 
 def evaluate(args, run, dist, names, gen_names, shots, test):
-    if not run.path("classifier", "classes.json").exists():
-        raise UserError(f"{run.path('classifier')}: no classifier yet; run the stage train first")
     with run.timed("evaluate"):
         predicted, labels = saved_predictions(args, run, dist, test), torch.from_numpy(test.labels)
         score = 100 * (predicted == labels).float().mean().item()
-        trained = metrics_of(args, run, *main_row(args)[:2])[0]["test"]
-        compare_saved(run, score, trained, len(labels))
+        compare_saved(run, score, metrics_of(args, run, *main_row(args)[:2])[0]["test"], len(labels))
         sets = {name: generated_set(run, name, gen_names, n) for name, n in image_sets(args).items()}
         near = {} if shots is None else near_copies(run, sets, shots, test, args.workers, dist)
         if dist.main:
-            report_results(args, run, names, gen_names, sets, near, shots, test, predicted, score)
+            picture_of_sets(args, run, gen_names, sets, shots)
+            report_results(args, run, names, near, labels, predicted, score)
     run.done("evaluate", run.under(*runs.RESULTS), top1=score)
 
 
-def report_results(args, run, names, gen_names, sets, near, shots, test, predicted, score):
-    metrics, table, labels = {}, [], torch.from_numpy(test.labels)
+def picture_of_sets(args, run, names, sets, shots):
+    """samples.png: a shot of each class, the first images of each set"""
+    rows = {} if shots is None else {"real shots": images.of_each_class(shots)}
+    for name, n in image_sets(args).items():
+        rows |= {f"{name} {k}": images.of_each_class(sets[name], k) for k in range(min(3, n))}
+    images.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), names, size=64)
+
+
+def report_results(args, run, names, near, labels, predicted, score):
+    """results.json and report.html"""
+    ours, baselines, table = {}, {}, []
+    unit = "shots" if args.setting == "few-shot" else "images per class"
     for row, n in table_rows(args):
         found = metrics_of(args, run, row, n)
-        unit = f" ({n} {'shots' if args.setting == 'few-shot' else 'images per class'})" if n else ""
-        scores, best = [m["test"] for m in found], [m["test_selected"] for m in found if "test_selected" in m]
-        drawn, updates = ([str(m[k]) for m in found[:1]] or [""] for k in ("images", "updates"))
-        table.append([ROWS[row].title + unit, spread(scores), spread(best) if best else "", *drawn, *updates])
-        if found:
-            mean, std = mean_std(scores)
-            about = dict(mean=mean, std=std, per_seed=scores, updates=found[0]["updates"], images=found[0]["images"])
-            metrics[f"{row}-{n}" if n else row] = about
+        line = over_seeds([m["test"] for m in found]) | {key: found[0][key] for key in ("updates", "images")}
+        (ours if ROWS[row].data else baselines)[f"{row}-{n}" if n else row] = line
+        best = [m["test_selected"] for m in found if "test_selected" in m]  # of heads alone
+        title = f"{ROWS[row].title} ({n} {unit})" if n else ROWS[row].title
+        cells = spread(line["per_seed"]), spread(best) if best else ""
+        table.append([title, *cells, line["images"], line["updates"]])
 
-    per_class = [(predicted[labels == c] == c).float().mean().item() * 100 for c in range(len(names))]
-    baselines = {k: v for k, v in metrics.items() if k.rstrip("0123456789").rstrip("-") in BASELINES}
-    ours = {k: v for k, v in metrics.items() if k not in baselines}
-    ours["saved_classifier"] = dict(top1=score, per_class=dict(zip(names, per_class, strict=True)))
-    rows = {}
-    if shots is not None:
-        rows["real shots"] = [partial(shots.open, int(shots.of_class(c)[0])) for c in range(len(names))]
+    ours["saved_classifier"] = dict(top1=score, per_class=per_class(predicted, labels, names))
     n_images = run.manifest("generate").get("images", {})
     run.results(paper="arXiv:2210.07574", metrics=ours, baselines=baselines, images=n_images, near_copies=near)
-    for name, source in sets.items():
-        n = image_sets(args)[name]
-        for k in range(min(3, n)):
-            rows[f"{name} {k}"] = [partial(source.open, c * n + k) for c in range(len(gen_names))]
-    images.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), gen_names, size=64)
     header = ["training set", "test top-1", "best epoch on test (official selection)", "synthetic images", "updates"]
     shown = {"Real and generated samples": "samples.png", "What CLIP trusts least": "filtered.png"}
     shown = {caption: f for caption, f in shown.items() if run.path(f).exists()}
@@ -1502,6 +1156,7 @@ def report_results(args, run, names, gen_names, sets, near, shots, test, predict
 
 
 # ---------------------------------------------------------------------------------------------
+# What can be said before the first stage: flags that do not fit, models that are not there, the cost.
 
 
 def label_space(args, names):
@@ -1510,63 +1165,63 @@ def label_space(args, names):
         return names
     if args.label_space in ("imagenet-1k", "imagenet-2k"):
         return imagenet_names(1000 if args.label_space == "imagenet-2k" else 0, args.gen_seed, "imagenet-2k")
-    lines = [line.strip() for line in Path(args.label_space).read_text().splitlines()]
-    found = list(dict.fromkeys(" ".join(line.replace("_", " ").split()) for line in lines if line))
-    if len(found) < 2:
-        raise UserError(f"--label-space {args.label_space}: {len(found)} names; a classifier needs at least two")
+    found = listed(args.label_space)
+    refuse(len(found) < 2, f"--label-space {args.label_space}: {len(found)} names; a classifier needs at least two")
     return found
+
+
+def own_weights(args):
+    """The file of --real-weights, where a row begins with it; else None"""
+    own = args.real_weights not in ("train", "imagenet") and any(ROWS[row].init for row in args.ladder)
+    return args.real_weights if own else None
 
 
 def check_args(args):
     """What a single flag's range cannot say; gen_resolution gets its value."""
     check(args)
-    glide = painter.is_glide(args.sd_model)
+    glide, pre = painter.is_glide(args.sd_model), args.setting == "pretrain"
     args.gen_resolution = args.gen_resolution or (256 if glide else 512)
-    if glide and args.gen_resolution % 128:
-        raise UserError(f"--gen-resolution {args.gen_resolution}: must be a multiple of 128 with GLIDE")
-    if glide and args.upsampler:
-        raise UserError("--upsampler: not with GLIDE: it has its own; leave it out")
-    wrong = [row for row in args.ladder if args.setting not in ROWS[row].setting.split()]
-    if wrong or set(args.ladder) <= {"zero-shot"}:
-        what = f"{wrong[0]} is no row of" if wrong else "something to train is wanted of"
-        known = ", ".join(row for row, line in ROWS.items() if args.setting in line.setting.split())
-        raise UserError(f"--ladder: {what} --setting {args.setting}: {known}")
-    if 100 % args.gen_steps:
-        raise UserError(f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
-    if bad := [t for t in args.template if t.count("{}") != 1]:
-        raise UserError(f"--template {bad[0]!r}: one {{}} for the class name is wanted")
-    if args.setting == "few-shot" and not args.shot_counts:
-        raise UserError("--shot-counts: at least one is wanted")
-    if args.setting != "pretrain" and args.label_space != "dataset":
-        raise UserError(f"--label-space {args.label_space}: only --setting pretrain has one of its own")
-    if args.setting == "pretrain":
+    uneven = glide and args.gen_resolution % 128
+    refuse(uneven, f"--gen-resolution {args.gen_resolution}: must be a multiple of 128 with GLIDE")
+    refuse(glide and args.upsampler, "--upsampler: not with GLIDE: it has its own; leave it out")
+    known = rows_of(args.setting)
+    wrong = [row for row in args.ladder if row not in known]
+    what = f"{wrong[0]} is no row of" if wrong else "something to train is wanted of"
+    untrained = set(args.ladder) <= {"zero-shot"}
+    refuse(wrong or untrained, f"--ladder: {what} --setting {args.setting}: {', '.join(known)}")
+    refuse(100 % args.gen_steps, f"--gen-steps {args.gen_steps}: must divide 100, the steps of the paper's schedule")
+    for template in args.template:
+        refuse(template.count("{}") != 1, f"--template {template!r}: one {{}} for the class name is wanted")
+    refuse(args.setting == "few-shot" and not args.shot_counts, "--shot-counts: at least one is wanted")
+    own = args.label_space != "dataset"
+    refuse(own and not pre, f"--label-space {args.label_space}: only --setting pretrain has one of its own")
+    if pre:
         check_pretraining(args)
 
 
 def check_pretraining(args):
-    if not args.pre_amounts or max(args.pre_amounts) > args.gen_images_per_class:
-        raise UserError(f"--pre-amounts {args.pre_amounts}: from 1 to --gen-images-per-class")
-    real = any(ROWS[row].init for row in args.ladder)
-    if real and args.real_weights == "train" and not args.transfer_images:
-        raise UserError("--real-weights train: the transfer takes every real image; pass --transfer-images")
-    if real and args.real_weights not in ("train", "imagenet"):
+    most, no_file = max(args.pre_amounts, default=0), not Path(args.label_space).is_file()
+    fits = 0 < most <= args.gen_images_per_class
+    refuse(not fits, f"--pre-amounts {args.pre_amounts}: from 1 to --gen-images-per-class")
+    from_rest = args.real_weights == "train" and any(ROWS[row].init for row in args.ladder)
+    taken = "the transfer takes every real image; pass --transfer-images"
+    refuse(from_rest and not args.transfer_images, f"--real-weights train: {taken}")
+    if file := own_weights(args):
         try:
-            safe_open(args.real_weights, "pt").__enter__()
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"--real-weights {args.real_weights}: no safetensors file; or train, imagenet") from error
-    if args.label_space not in ("dataset", "imagenet-1k", "imagenet-2k") and not Path(args.label_space).is_file():
-        raise UserError(f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
+            tensors_metadata(file)
+        except UserError as error:
+            raise UserError(f"--real-weights {file}: no safetensors file; or train, imagenet") from error
+    no_file = no_file and args.label_space not in ("dataset", "imagenet-1k", "imagenet-2k")
+    refuse(no_file, f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
 
 
 def check_names(args, names, gen_names):
     """Names and networks, before days of generation"""
     class_folders(names)  # refuses two names of one folder
-    if not gen_names:
-        raise UserError(f"--label-space {args.label_space}: no names in it")
+    refuse(not gen_names, f"--label-space {args.label_space}: no names in it")
     class_folders(gen_names)
     if args.setting == "pretrain":
-        own = any(ROWS[row].init for row in args.ladder) and args.real_weights not in ("train", "imagenet")
-        new_backbone(args, len(gen_names), args.seed, "cpu", args.real_weights if own else None)
+        new_backbone(args.backbone, len(gen_names), args.seed, "cpu", own_weights(args))
 
 
 def planned_models(args):
@@ -1594,9 +1249,9 @@ LATER = {
     "sentences": "sentence_model sentences sentence_check",
     "generate": "sd_model upsampler gen_images_per_class rg_images gen_prefix gen_resolution gen_save_size "
     "gen_guidance gen_steps rg_steps",
-    "filter": "head_clip filter_clip template filter_keep train_lowres",
-    "train": "clf_seeds head_lr phase_lr head_warmup head_wd head_epochs head_batch head_batch_real sl sl_temperature "
-    "label_smoothing real_weight syn_weight tune_share freeze_bn backbone real_weights recipe pre_ moco_ transfer_",
+    "filter": "head_clip filter_clip template filter_keep",
+    "train": "clf_seeds head_lr phase_lr head_wd head_epochs head_batch head_batch_real sl sl_temperature "
+    "real_weight syn_weight tune_share freeze_bn backbone real_weights recipe pre_ moco_ transfer_",
 }
 
 
@@ -1607,32 +1262,30 @@ def plan(args):
     return planned.plan(args, lines, image_sets(args), *how, names)
 
 
-def load_data(args):
-    """The data set; zero-shot needs no training images."""
-    wanted = args.setting != "zero-shot"
-    data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file, train_needed=wanted)
-    return data
+def load_clips(args, device):
+    """CLIPs of the head and of the filter, one object if they are the same"""
+    loaded = {name: load_clip(name, device) for name in dict.fromkeys([args.head_clip, args.filter_clip])}
+    return [loaded[args.head_clip], loaded[args.filter_clip]]
 
 
 def main(args):
     check_args(args)
     if args.plan:
         return print_plan(*plan(args), args)
-    dist = distributed.setup_distributed(args.device)
-    data = distributed.on_rank_0(partial(load_data, args), dist)
+    dist, pre = distributed.setup_distributed(args.device), args.setting == "pretrain"
+    wanted = partial(datasets.load_dataset, args.dataset, args.data_dir, args.split_file)
+    data = distributed.on_rank_0(partial(wanted, train_needed=args.setting != "zero-shot"), dist)
     if data.note:
         distributed.say(dist, data.note)
-    names = human_names(args, data.class_names)
+    names = spoken(args.dataset, data.class_names, args.preset)
     gen_names = label_space(args, names)
     found = planned_models(args)
     check_names(args, names, gen_names)
     shots, picks = choose_shots(args, data)
 
-    ids = fingerprints(args, found)
-    read = dict(train=data.train if args.setting == "pretrain" else shots, test=data.test)
-    run = runs.open_run(
-        "synthetic_recognition", args, dist, ["gen_micro_batch"], models=ids, later=LATER, pictures=read
-    )
+    ids, read = fingerprints(args, found), dict(train=data.train if pre else shots, test=data.test)
+    more = dict(models=ids, later=LATER, pictures=read)
+    run = runs.open_run("synthetic_recognition", args, dist, ["gen_micro_batch"], **more)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots)
     check_order(run, todo, NEEDS)
@@ -1640,18 +1293,13 @@ def main(args):
         write_sentences(args, run, dist, gen_names, found)
     if "generate" in todo:
         generate(args, run, dist, gen_names, shots, picks, found)
-    if args.setting == "pretrain":
-        if "filter" in todo:
-            run.done("filter")
-        if "train" in todo:
-            train_backbones(args, run, dist, data, gen_names)
-    elif {"filter", "train"} & set(todo):
-        loaded = {name: load_clip(name, dist.device) for name in dict.fromkeys([args.head_clip, args.filter_clip])}
-        clips = [loaded[args.head_clip], loaded[args.filter_clip]]
-        if "filter" in todo:
-            filter_images(args, run, dist, clips, names, shots, picks, data.test)
-        if "train" in todo:
-            train_heads(args, run, dist, clips, names, shots, picks, data.test)
+    clips = None if pre or not {"filter", "train"} & set(todo) else load_clips(args, dist.device)
+    if "filter" in todo:
+        filter_images(args, run, dist, clips, names, shots, picks, data.test)
+    if "train" in todo and pre:
+        train_backbones(args, run, dist, data, gen_names)
+    elif "train" in todo:
+        train_heads(args, run, dist, clips, names, shots, picks, data.test)
     if "evaluate" in todo:
         evaluate(args, run, dist, names, gen_names, shots, data.test)
     distributed.cleanup(dist)

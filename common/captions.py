@@ -1,4 +1,4 @@
-"""Captions of real images: ready ones from files, or written by an image-to-text model."""
+"""Captions of real images, ready ones from files or written by an image-to-text model; and sentences around a word."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -68,3 +68,22 @@ def captioner(where: str, device: torch.device, precision: str, batch: int = 16)
         return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
     return lambda images: [c for rows in chunks(range(len(images)), batch) for c in write([images[i] for i in rows])]
+
+
+def sentence_writer(where: str, device: torch.device, **sampling: Any) -> Callable[[str, int], list[str]]:
+    """-> function: words, n -> n texts of a seq2seq model, sampled with torch's generators. Float32.
+
+    where: a folder of models.check_models of kind "seq2seq". sampling: as transformers' generate takes it.
+    """
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(where)
+    model = AutoModelForSeq2SeqLM.from_pretrained(where, dtype=torch.float32, use_safetensors=True).eval().to(device)
+
+    @torch.no_grad()
+    def write(words: str, n: int) -> list[str]:
+        tokens = tokenizer([words], return_tensors="pt").to(device)
+        ids = model.generate(**tokens, num_return_sequences=n, do_sample=True, **sampling)
+        return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    return write

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 # CoOp's wording, with which CLIP RN50 has the published zero-shot accuracies.
 EUROSAT = (
@@ -12,15 +13,20 @@ EUROSAT = (
 WORDNET_ID = r"n\d{8}"
 
 
-def spoken(dataset: str, class_names: Sequence[str]) -> list[str]:
+def spoken(dataset: str, class_names: Sequence[str], folder: str = "") -> list[str]:
     """Names of common.datasets -> words: no underscores, hyphens where they belong (A330-200). Cars: the year first; of
-    a folder's name a leading number ("001.") goes, and a WordNet id becomes words."""
+    a folder's name a leading number ("001.") goes, and a WordNet id becomes words. folder: which set it holds; those of
+    Caltech-256 have a number at the end too, those of Birdsnap hyphens and apostrophes."""
     names = list(EUROSAT if dataset == "eurosat" else class_names)
     if dataset == "cars":  # Acura RL Sedan 2012 -> 2012 Acura RL Sedan
         names = [" ".join(name.split()[-1:] + name.split()[:-1]) for name in names]
     if dataset == "folder":
         words = wordnet_words() if any(re.fullmatch(WORDNET_ID, name) for name in names) else {}
         names = [words.get(name, re.sub(r"^\d+\.", "", name)) for name in names]
+    if dataset == "folder" and folder == "caltech256":  # bonsai-101
+        names = [re.sub(r"-\d+$", "", name) for name in names]
+    if dataset == "folder" and folder in ("caltech256", "birdsnap"):
+        names = [name.replace("-", " ").replace("'", "") for name in names]
     return [" ".join(name.replace("_", " ").split()) for name in names]
 
 
@@ -56,3 +62,9 @@ def imagenet_names(more: int, *seed: int | str) -> list[str]:
         others = [name for key, name in sorted(others.items()) if key not in known]
         found += [others[i] for i in torch.randperm(len(others), generator=generator(*seed))[:more].tolist()]
     return found
+
+
+def listed(path: str | Path) -> list[str]:
+    """The names of a text file, one a line, each once; without underscores and empty lines."""
+    lines = [" ".join(line.replace("_", " ").split()) for line in Path(path).read_text().splitlines()]
+    return list(dict.fromkeys(filter(None, lines)))

@@ -17,13 +17,12 @@ from tiny_glide import make_tiny_glide
 import synthetic_recognition as sr
 from common import models
 from common import painter as painters
-from common.datasets import Images
-from common.distributed import Dist, Order, seed_global, seed_of
+from common.distributed import Dist, seed_global, seed_of
 from common.files import chunks, class_folders, load_tensors, save_tensors
 from common.glide import sampler
 from common.launch import UserError
-from common.loader import Loader
 from common.loop import Loop
+from common.pretraining import IMAGENET_MEAN, IMAGENET_STD
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def test_golden_soft_loss(g, T):
 def test_golden_hard_losses(g):
     z, z0, y = g["loss.student_logits"], g["loss.teacher_logits"], g["loss.labels"]
     close(sr.tuning_loss(z, None, y, 0, 2), g["loss.hard_ce"], 1e-5)
-    close(sr.tuning_loss(z, None, y, 0, 2, smoothing=0.1), g["loss.label_smoothing_0.1"], 1e-5)
+    close(sr.tuning_loss(z, None, 0.9 * F.one_hot(y, 10) + 0.01, 0, 2), g["loss.label_smoothing_0.1"], 1e-5)
     close(sr.tuning_loss(z, None, z0.argmax(1), 0, 2), g["loss.hard_pseudo_label"], 1e-5)
 
 
@@ -60,7 +59,9 @@ def test_golden_learning_rate(g):
     ours = torch.tensor([sr.head_rate(s, total, 2e-3) for s in range(total)], dtype=torch.float64)
     close(ours, g["lr.nowarm.base2e-3"], 1e-12)
     total, warmup = g["lr.warm.steps_warm"].tolist()
-    ours = torch.tensor([sr.head_rate(s, total, 1e-3, warmup) for s in range(total)], dtype=torch.float64)
+    rising = [1e-3 * (s + 1) / warmup for s in range(warmup)]  # the official warm-up, which no command uses
+    rates = rising + [sr.head_rate(s, total - warmup, 1e-3) for s in range(total - warmup)]
+    ours = torch.tensor(rates, dtype=torch.float64)
     close(ours, g["lr.warm.base1e-3"], 1e-12)
 
 
@@ -342,6 +343,16 @@ def test_sentences_are_different_and_hold_the_words_of_the_class_name(capsys):
     assert "2 of 10 classes have fewer than 3 sentences (sea lake 0, river 2)" in capsys.readouterr().out
 
 
+def test_the_writer_is_sampled_by_the_seed():
+    where = models.check_models([("--sentence-model", "tiny", "seq2seq")])["--sentence-model"]
+    write = sr.sentence_writer(where, torch.device("cpu"), **sr.SAMPLING)
+    said = []
+    for seed in (0, 0, 1):
+        seed_global(seed)
+        said.append(write("a seven", 5))
+    assert said[0] == said[1] != said[2] and len(set(said[0])) > 1 and any("seven" in text for text in said[0])
+
+
 # Preset, name as the data set has it: (name as the authors' lists have it, head, prompt of the basic strategy).
 TYPE = "a photo of a {}, a type of {}."
 NAMED = [
@@ -381,13 +392,13 @@ def test_every_preset_says_the_names_that_the_authors_do():
         flags = {k: sr.PRESETS[k] for k in sr.PRESETS if k == preset or k == f"{preset}-few-shot"}
         for key, values in flags.items():
             args = sr.Args(preset=preset if key == preset else key, **values)
-            assert sr.human_names(args, [raw]) == [name], key
+            assert sr.spoken(args.dataset, [raw], args.preset) == [name], key
             templates, prefix = sr.prompts(args)
             assert templates[0].format(name) == head and f"{prefix} a {name}" == drawn, key
             assert len(templates) == (7 if args.dataset == "imagenet" else 1), key
     for key in ("eurosat", "eurosat-few-shot"):
         args = sr.Args(preset=key, **sr.PRESETS[key])
-        names = sr.human_names(args, list("0123456789"))
+        names = sr.spoken(args.dataset, list("0123456789"), args.preset)
         assert names[0] == "Annual Crop Land" and names[3] == "Highway or Road" and names[9] == "Sea or Lake"
         assert sr.prompts(args) == (("a centered satellite photo of {}.",), "a centered satellite photo of")
 
@@ -402,7 +413,7 @@ def drawing(args, folder, name, names, sentences=(), picks=None):
 
 def test_names_and_sentences_reach_the_prompts_of_every_image(tmp_path):
     args = sr.Args(dataset="folder", preset="", gen_images_per_class=2, ladder=("basic-ce", "le-ce"))
-    names = sr.human_names(args, ["n02124075", "002.A330-200", "sea_lake"])
+    names = sr.spoken(args.dataset, ["n02124075", "002.A330-200", "sea_lake"], args.preset)
     one = drawing(args, tmp_path, "basic", names)
     wanted = ["a photo of a Egyptian Mau", "a photo of a A330-200", "a photo of a sea lake"]
     assert [one.prompt(row) for row in range(6)] == [prompt for prompt in wanted for _ in range(2)]
@@ -447,6 +458,13 @@ def test_info_nce_prefers_its_own_key():
     assert sr.info_nce(q, q, -q) < sr.info_nce(q, -q, q)
 
 
+def test_info_nce_is_moco_v2s():
+    q, k = F.normalize(torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), dim=2)
+    wanted = F.cross_entropy(torch.cat([(q * k).sum(1, keepdim=True), q @ k.T], 1) * 5, torch.zeros(3).long())
+    close(sr.info_nce(q, k, k), wanted, 1e-5)  # temperature 0.2
+    assert sr.Args().moco_queue == 65536
+
+
 def test_label_spaces(tmp_path):
     own = tmp_path / "names.txt"
     own.write_text("sorrel\n\nrose hip \nsorrel\n")
@@ -471,36 +489,6 @@ def test_label_spaces(tmp_path):
             sr.check_args(sr.Args(**{**flags, **empty}))
 
 
-def test_repeated_augmentation_keeps_the_length_of_an_epoch():
-    order = Order(10, 0, "x")
-    first, second = ([order[sr.repeated(p, 10, 3)] for p in range(start, start + 10)] for start in (0, 10))
-    for epoch in (first, second):
-        assert epoch[0] == epoch[1] == epoch[2] != epoch[3] and len(set(epoch)) == 4
-    assert first != second and sorted(order[sr.repeated(p, 10, 1)] for p in range(10, 20)) == list(range(10))
-
-
-def test_deit_augmentation_is_a_function_of_the_seed_and_never_asks_pillow_for_no_bits():
-    from PIL import ImageOps
-
-    image = Image.effect_noise((16, 16), 90).convert("RGB")
-    view = sr.augmentation("deit", 16, True)
-    transform = view.__closure__[0].cell_contents
-    (op,) = [o for t in transform.transforms if isinstance(t, sr.RandAugment) for o in t.ops if "Poster" in o.name]
-    assert op.aug_fn(image, 0).tobytes() == ImageOps.posterize(image, 1).tobytes()
-    pixels = Images([0] * 3, ["a", "b", "c"], ["x"], pixels=np.stack([np.asarray(image)] * 3))
-    load = Loader(sr.DecodedOnce(pixels), view, torch.device("cpu"), 0, (0, "data"))
-    first = next(load([[(0, p) for p in range(20)]]))
-    again = next(load([[(1, p) for p in reversed(range(20))]]))
-    assert first.dtype == torch.uint8 and torch.equal(again.flip(0), first) and not torch.equal(first[0], first[1])
-
-
-def test_repeated_images_are_decoded_once():
-    opened = []
-    images = SimpleNamespace(open=lambda row: opened.append(row) or row)
-    once = sr.DecodedOnce(images)
-    assert [once[row] for row in (3, 3, 3, 5, 5, 5, 3)] == [3, 3, 3, 5, 5, 5, 3] and opened == [3, 5]
-
-
 def test_deit_objective_mixes_labels_and_erases():
     net = torch.nn.Linear(4, 3, bias=False)
     net.forward = lambda x: x.flatten(1)[:, :4] @ net.weight.T
@@ -512,34 +500,6 @@ def test_deit_objective_mixes_labels_and_erases():
     seed_global(0)
     erased = sr.Supervised(net, 3, 0, erase=True).erase(torch.zeros(200, 3, 32, 32))
     assert 20 < sum(bool(image.any()) for image in erased) < 80  # a quarter, with noise for pixels
-
-
-def test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries():
-    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "pre_batch": 4, "pre_micro_batch": 4})
-    net = sr.new_backbone(args, 10, 0, "cpu")
-    objective = sr.MoCo(net, 0, torch.device("cpu"), 16, momentum=0.75)
-    x = torch.randn(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    objective.begin(0)
-    loss, k = objective.loss(x.unbind(1), torch.zeros(4), 0)
-    close(k.norm(dim=1), torch.ones(4), 1e-5)
-    assert not k.requires_grad and torch.isfinite(torch.autograd.grad(loss, objective.query[1][0].weight)[0]).all()
-    old = objective.queue.clone()
-    objective.end(k)
-    assert torch.equal(objective.queue, torch.cat([k, old[:-4]])) and sr.Args().moco_queue == 65536
-    assert sr.MoCo(net, 0, torch.device("cpu"), 16).momentum == 0.999
-    q, before = objective.query[1][0].weight, objective.key[1][0].weight.clone()
-    with torch.no_grad():
-        q += 1
-    objective.begin(1)
-    close(objective.key[1][0].weight, 0.75 * before + 0.25 * q.detach(), 1e-5)
-    # Keys see other company in BatchNorm than their queries: in order they would be equal at the start
-    fresh = sr.MoCo(net, 0, torch.device("cpu"), 16)
-    q = fresh.embed(fresh.query, x[:, 1])
-    assert not torch.allclose(fresh.loss(x.unbind(1), torch.zeros(4), 0)[1], q, atol=1e-4)
-    # Temperature 0.2
-    q, k = F.normalize(torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)), dim=2)
-    wanted = F.cross_entropy(torch.cat([(q * k).sum(1, keepdim=True), q @ k.T], 1) * 5, torch.zeros(3).long())
-    close(sr.info_nce(q, k, k), wanted, 1e-5)
 
 
 class Pixels:
@@ -569,18 +529,16 @@ def plain_views(args, source, kind, rows, seed, positions):
         number = seed_of(seed, "data", "augment", p)
         torch.manual_seed(number)
         found.append(view(source[row]))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (sr.IMAGENET_MEAN, sr.IMAGENET_STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return torch.stack([(x / 255 - mean) / std for x in found])
 
 
 def test_two_steps_of_pretraining_equal_plain_sgd_with_batchnorm(tmp_path):
     args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "pre_micro_batch": 20, "recipe": "sgd", "pre_wd": 0.01})
     args.pre_epochs, args.pre_batch, source = 1, 10, Pixels(20)
-    nets = [sr.new_backbone(args, 10, 3, "cpu") for _ in range(2)]
-    objective, kind, optimizer, rate = sr.pre_recipe(args, nets[0], 10, 0.05, 3)
-    sr.train_network(
-        args, Log(), ONE, "t", tmp_path / "c.safetensors", objective, source, kind, 10, 1, optimizer, rate, 3
-    )
+    nets = [sr.new_backbone(args.backbone, 10, 3, "cpu") for _ in range(2)]
+    objective, recipe = sr.pre_recipe(args, nets[0], 10, 0.05, 3)
+    sr.backbone_loop(args, Log(), ONE, "t", tmp_path / "c.safetensors", objective, source, recipe, 3)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(seed_of(3, "order", 0))).tolist()
     plain = torch.optim.SGD(nets[1].train().parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     for step in range(2):
@@ -596,55 +554,64 @@ def test_two_steps_of_pretraining_equal_plain_sgd_with_batchnorm(tmp_path):
 def test_transfer_begins_with_a_head_of_its_own_and_follows_table_8(tmp_path):
     args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "transfer_epochs": 10, "transfer_batch": 10, "transfer_lr": 0.5})
     source, seen, seconds = Pixels(11), [], []
-    start = sr.new_backbone(args, 7, 3, "cpu")
+    start = sr.new_backbone(args.backbone, 7, 3, "cpu")
     save_tensors(tmp_path / "start.safetensors", start.state_dict())
-    train = lambda *a: (seen.append(a), SimpleNamespace(finish=lambda: seconds.append(1)))[1]  # noqa: E731
+    train = lambda *a, **k: (seen.append(a), SimpleNamespace(finish=lambda: seconds.append(1)))[1]  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sr, "train_network", train)
         sr.transfer(args, Log(), ONE, tmp_path, {}, source, source, 10, tmp_path / "start.safetensors", 3)
-    objective, kind, batch, epochs, optimizer, rate = seen[0][5], *seen[0][7:12]
-    assert (kind, batch, epochs, objective.mix) == ("plain", 10, 10, None) and seconds
+    objective, _, recipe = seen[0][4:7]
+    assert (recipe.batch, recipe.epochs, recipe.repeats, objective.mix) == (10, 10, 1, None) and seconds
     assert torch.equal(objective.net.conv1[0].weight, start.conv1[0].weight) and len(objective.net.fc.bias) == 10
-    group = optimizer.param_groups[0]
+    group, rate = recipe.optimizer.param_groups[0], recipe.rate
     assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
     assert [rate(e) / 0.5 for e in (0, 2.9, 3, 6, 8)] == pytest.approx([1, 1, 0.2, 0.04, 0.008])
 
 
-def test_recipes_are_those_of_the_paper():
-    def made(recipe, **flags):
-        args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "recipe": recipe, "pre_wd": 0.3, "pre_epochs": 90, **flags})
-        net = sr.new_backbone(args, 10, 0, "cpu")
+def test_recipes_are_those_of_the_paper(monkeypatch):
+    def made(name, **flags):
+        args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "recipe": name, "pre_wd": 0.3, "pre_epochs": 90, **flags})
+        net = sr.new_backbone(args.backbone, 10, 0, "cpu")
         return sr.pre_recipe(args, net, 10, 0.1, 0)
 
-    objective, kind, optimizer, rate = made("adamw")
-    assert type(optimizer).__name__ == "AdamW" and kind == "plain" and objective.mix is None
-    assert [rate(e) for e in (0, 45, 90)] == pytest.approx([0.1, 0.05, 0])
-    _, _, optimizer, rate = made("sgd")
-    assert [rate(e) for e in (0, 29.9, 30, 60)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
-    assert optimizer.param_groups[0]["momentum"] == 0.9 and optimizer.param_groups[0]["weight_decay"] == 0.3
-    objective, kind, optimizer, rate = made("moco")
-    assert type(objective).__name__ == "MoCo" and kind == "moco" and rate(45) == pytest.approx(0.05)
-    objective, kind, optimizer, rate = made("deit")
-    assert kind == "deit" and objective.mix and not isinstance(objective.erase, type(lambda: 0))
-    assert [rate(e) for e in (0, 5, 90)] == pytest.approx([1e-6, 0.09924, 1e-5], abs=1e-4)
-    decays = sorted(group["weight_decay"] for group in optimizer.param_groups)
-    assert decays == [0.0, 0.3]  # matrices only
+    monkeypatch.setattr(sr, "augmentation", lambda kind, size, flip: kind)
+    objective, recipe = made("adamw")
+    assert type(recipe.optimizer).__name__ == "AdamW" and recipe.view == "plain" and objective.mix is None
+    assert [recipe.rate(e) for e in (0, 45, 90)] == pytest.approx([0.1, 0.05, 0])
+    assert (recipe.batch, recipe.epochs, recipe.repeats) == (50, 90, 1)
+    objective, recipe = made("sgd")
+    assert [recipe.rate(e) for e in (0, 29.9, 30, 60)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    group = recipe.optimizer.param_groups[0]
+    assert group["momentum"] == 0.9 and group["weight_decay"] == 0.3 and recipe.view == "plain"
+    assert len(group["params"]) == len(list(objective.net.parameters()))
+    objective, recipe = made("moco")
+    assert type(objective).__name__ == "MoCo" and recipe.view == "moco" and recipe.rate(45) == pytest.approx(0.05)
+    queries = [p for m in objective.query for p in m.parameters()]
+    trained = {id(p) for p in recipe.optimizer.param_groups[0]["params"]}
+    assert trained < {id(p) for p in queries} and len(trained) == len(queries) - 2  # not the classifier
+    objective, recipe = made("deit")
+    assert recipe.view == "deit" and objective.mix and not isinstance(objective.erase, type(lambda: 0))
+    assert [recipe.rate(e) for e in (0, 5, 90)] == pytest.approx([1e-6, 0.09924, 1e-5], abs=1e-4)
+    decays = sorted(group["weight_decay"] for group in recipe.optimizer.param_groups)
+    assert decays == [0.0, 0.3] and recipe.repeats == 3  # matrices only
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
     args = sr.Args(**sr.PRESETS["digits-pretrain"])
-    net = sr.new_backbone(args, 7, 0, "cpu")
+    net = sr.new_backbone(args.backbone, 7, 0, "cpu")
     save_tensors(tmp_path / "net.safetensors", net.state_dict())
-    other = sr.new_backbone(args, 7, 0, "cpu", tmp_path / "net.safetensors")  # the file's body, a head of its own
+    other = sr.new_backbone(
+        args.backbone, 7, 0, "cpu", tmp_path / "net.safetensors"
+    )  # the file's body, a head of its own
     assert torch.equal(other.conv1[0].weight, net.conv1[0].weight) and not torch.equal(other.fc.weight, net.fc.weight)
-    assert len(sr.new_backbone(args, 10, 0, "cpu", tmp_path / "net.safetensors").fc.bias) == 10
+    assert len(sr.new_backbone(args.backbone, 10, 0, "cpu", tmp_path / "net.safetensors").fc.bias) == 10
     (tmp_path / "text").write_text("no weights at all")
     flags = {**sr.PRESETS["digits-pretrain"], "real_weights": str(tmp_path / "text")}
     with pytest.raises(UserError, match="no safetensors file"):
         sr.check_args(sr.Args(**flags))
     save_tensors(tmp_path / "wrong.safetensors", {"conv1.weight": torch.zeros(3)})
     with pytest.raises(UserError, match="no weights of --backbone"):
-        sr.new_backbone(args, 10, 0, "cpu", tmp_path / "wrong.safetensors")
+        sr.new_backbone(args.backbone, 10, 0, "cpu", tmp_path / "wrong.safetensors")
 
 
 class WithBatchNorm(torch.nn.Module):
@@ -667,10 +634,8 @@ class WithBatchNorm(torch.nn.Module):
 def head_data(W0, features, labels, source):
     """A HeadData of one set, which is the test split too"""
     rows = np.arange(len(labels))
-    return SimpleNamespace(
-        W0=W0, test=features, y_test=labels, n_classes=len(W0), sets={"le": SimpleNamespace(source=source)} | {
-            "test": SimpleNamespace(source=source)}, synthetic=lambda row, m: (rows, features, labels),
-    )  # fmt: skip
+    known = dict(W0=W0, test=features, y_test=labels, n_classes=len(W0), images=lambda name: source)
+    return SimpleNamespace(**known, synthetic=lambda row, m: (rows, features, labels))
 
 
 def tune_on_pixels(tmp_path, monkeypatch, **flags):
@@ -706,13 +671,6 @@ def test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves(flags, t
     assert bool(moved - statistics) == ("tune_share" in flags)
 
 
-def test_last_share_counts_from_the_end():
-    tower = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 10, bias=False))
-    assert sr.last_share(tower, 0.0) == [] and not any(p.requires_grad for p in tower.parameters())
-    assert [id(p) for p in sr.last_share(tower, 0.5)] == [id(tower[1].weight)] and not tower[0].weight.requires_grad
-    assert len(sr.last_share(tower, 1.0)) == 2
-
-
 def trained_alone(folder, row, m, seed, data, **flags):
     args = sr.Args(**{**sr.PRESETS["digits-few-shot"], **flags})
     run = SimpleNamespace(path=lambda *parts: folder.joinpath(*parts), log=lambda *_, **__: None)
@@ -745,7 +703,7 @@ def plain_tuning(W0, parts, lr, wd=0.1, sl=0.5, T=2.0):
 def test_a_row_is_trained_as_plain_lines_say(row, problem, tmp_path):
     W0, x, y, x_real, y_real = problem
     data = head_data(W0, x, y, None)
-    data.real, data.sets = (lambda m: (np.arange(12), x_real, y_real)), {"shots": None, "rg3": None}
+    data.real = lambda m: (np.arange(12), x_real, y_real)
     flags = dict(head_epochs=2, head_batch=16, head_batch_real=5, head_lr=0.05, phase_lr=0.08, rg_images=15)
     ours, about = trained_alone(tmp_path, row, 3, 7, data, **flags)
     cosine = lambda s, n, lr: lr * (1 + math.cos(math.pi * s / n)) / 2  # noqa: E731
@@ -799,7 +757,7 @@ class Interrupted(Exception):
 def test_an_interrupted_head_goes_on_to_the_same_bits(row, problem, tmp_path, monkeypatch):
     W0, x, y, x_real, y_real = problem
     data = head_data(W0, x, y, None)
-    data.real, data.sets = (lambda m: (np.arange(12), x_real, y_real)), {"shots": None, "rg3": None}
+    data.real = lambda m: (np.arange(12), x_real, y_real)
     flags = dict(head_epochs=3, head_batch=16, head_batch_real=5)
     whole, about = trained_alone(tmp_path / "whole", row, 3, 0, data, **flags)
     update, calls = Loop.update, []
@@ -821,39 +779,6 @@ def test_an_interrupted_head_goes_on_to_the_same_bits(row, problem, tmp_path, mo
     assert all(torch.equal(again[k], whole[k]) for k in whole) and others == about
 
 
-def test_features_of_another_clip_are_refused_and_parts_are_not_made_twice(tmp_path, monkeypatch):
-    clip, source = (
-        sr.load_clip("tiny"),
-        Images([0, 1] * 5, [f"{k}" for k in range(10)], ["a", "b"], pixels=Pixels(10).pixels),
-    )
-    monkeypatch.setattr(sr, "PART", 4)
-    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts))
-    args = sr.Args(**{**sr.PRESETS["digits"], "gen_micro_batch": 3})
-    features = sr.Features(args, run, [clip, clip], "le", source)
-    W = sr.text_weights(clip, ["zero", "one"], ["a photo of a {}"])
-    features.write(ONE, W)
-    with torch.no_grad():
-        plain = clip.model.encode_image(torch.stack([clip.preprocess(source[i]) for i in range(10)]))
-    close(features.read("features"), plain, 1e-4)
-    close(features.read("features", np.array([1, 5, 9])), plain[[1, 5, 9]], 1e-4)
-    probability = (100 * F.normalize(plain, dim=1) @ F.normalize(W, dim=1).T * W.norm(dim=1)[0] / 100).softmax(1)
-    close(features.read("confidence"), probability[range(10), source.labels], 1e-4)
-    files = sorted((tmp_path / "features" / "le").iterdir())
-    before = [f.stat().st_mtime_ns for f in files]
-    files[1].unlink()
-    features.write(ONE, W)
-    assert len(files) == 3 and [f.stat().st_mtime_ns == t for f, t in zip(files, before, strict=True)] == [
-        True,
-        False,
-        True,
-    ]
-    other = sr.Features(sr.Args(**{**sr.PRESETS["digits"], "train_lowres": 8}), run, [clip, clip], "le", source)
-    monkeypatch.setattr(models, "fingerprint", lambda where: "another")
-    for strange in (other, sr.Features(args, run, [clip, clip], "le", source)):
-        with pytest.raises(UserError, match="another CLIP"):
-            strange.read("features")
-
-
 def test_filter_set_keeps_rows_of_every_class_and_counts_the_readmitted():
     confidence = torch.tensor([0.9, 0.1, 0.8, 0.7, 0.2, 0.3, 0.6, 0.1])
     kept, about = sr.filter_set(sr.Args(filter_keep=2), "le", confidence, 2)
@@ -863,15 +788,13 @@ def test_filter_set_keeps_rows_of_every_class_and_counts_the_readmitted():
 
 # The method page, sections 2 and 3, by hand: every setting of the paper.
 ALL = dict(gen_images_per_class=2000, sentences=200, gen_guidance=3.0, gen_steps=100, sentence_check=False)
-HEAD = dict(head_epochs=30, head_batch=512, head_wd=0.1, head_warmup=0, sl=0.5, sl_temperature=2.0, label_smoothing=0.0)
+HEAD = dict(head_epochs=30, head_batch=512, head_wd=0.1, sl=0.5, sl_temperature=2.0)
 HEAD |= dict(head_clip="RN50-quickgelu/openai", filter_clip="RN50-quickgelu/openai", filter_keep=800, tune_share=0.0)
-HEAD |= dict(freeze_bn=True, train_lowres=0, real_weight=1.0, syn_weight=1.0, head_batch_real=32, phase_lr=2e-3)
+HEAD |= dict(freeze_bn=True, real_weight=1.0, syn_weight=1.0, head_batch_real=32, phase_lr=2e-3)
 RN50 = dict(backbone="resnet50.tv_in1k", pre_epochs=90, pre_batch=512, pre_size=224, transfer_lr=0.003, pre_flip=True)
 RN50 |= dict(transfer_batch=128, transfer_epochs=200, transfer_images=0, real_weights="imagenet", moco_queue=65536)
 SMALL_VIT = dict(backbone="deit_small_patch16_224", recipe="deit", pre_epochs=300, pre_batch=1024, pre_lr=1e-3)
-SMALL_VIT |= dict(
-    transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000, pre_size=224, pre_wd=0.05, label_smoothing=0
-)
+SMALL_VIT |= dict(transfer_lr=0.01, transfer_batch=768, transfer_epochs=1000, pre_size=224, pre_wd=0.05)
 ONE_K = dict(label_space="imagenet-1k", gen_images_per_class=2400, pre_amounts=(1200, 2400))
 PAGE = {
     "zero-shot": ALL | HEAD | dict(head_lr=2e-3, setting="zero-shot"),

@@ -40,12 +40,6 @@ FAULTS = {
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
         Fault(
-            "BatchNorm always frozen",
-            ".train(not args.freeze_bn)",
-            ".train(False)",
-            tests="test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves",
-        ),
-        Fault(
             "head with another data set's template",
             '"folder/cub": ((KIND.format("bird"),), "a photo of"),',
             '"folder/cub": (PHOTO, "a photo of"),',
@@ -89,7 +83,7 @@ FAULTS = {
         ),
         Fault(
             "rate constant",
-            "return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr, self.warmup)",
+            "return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr)",
             "return self.lr",
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
@@ -101,8 +95,8 @@ FAULTS = {
         ),
         Fault(
             "phases swapped",
-            'if real == "before" else self.phases',
-            'if real == "after" else self.phases',
+            '{"after": [syn_alone, real_alone], "before": [real_alone, syn_alone]}',
+            '{"before": [syn_alone, real_alone], "after": [real_alone, syn_alone]}',
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
         Fault(
@@ -111,6 +105,46 @@ FAULTS = {
             "pass",
             tests="test_a_row_is_trained_as_plain_lines_say",
         ),
+        Fault(
+            "MoCo's temperature 1",
+            "q @ queue.T], 1) / temperature",
+            "q @ queue.T], 1)",
+            tests="test_info_nce_is_moco_v2s",
+        ),
+        Fault(
+            "DeiT without mixing",
+            "mix=deit, erase=deit",
+            "mix=False, erase=deit",
+            tests="test_recipes_are_those_of_the_paper",
+        ),
+        Fault(
+            "a preset's rate",
+            'recipe="sgd", pre_lr=0.2',
+            'recipe="sgd", pre_lr=0.1',
+            tests="test_every_preset_has_the_values_of_the_paper",
+        ),
+        Fault(
+            "real only has the synthetic rows too",
+            'return rows_real, () if self.real == "alone" else rows_syn',
+            "return rows_real, rows_syn",
+            tests="test_a_row_is_trained_as_plain_lines_say",
+        ),
+    ],
+    "common/features.py": [
+        Fault(
+            "BatchNorm always frozen",
+            ".train(not freeze_bn)",
+            ".train(False)",
+            tests="tests/test_synthetic_recognition.py::test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves",
+        ),
+        Fault(
+            "features of another CLIP reused",
+            "if tensors_metadata(self.file(part)) != self.key:",
+            "if False:",
+            tests="test_features_of_another_clip_are_refused_and_parts_are_not_made_twice",
+        ),
+    ],
+    "common/pretraining.py": [
         Fault(
             "MoCo's momentum lost",
             "p.mul_(self.momentum).add_(q, alpha=1 - self.momentum)",
@@ -124,22 +158,10 @@ FAULTS = {
             tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
         ),
         Fault(
-            "MoCo's temperature 1",
-            "q @ queue.T], 1) / temperature",
-            "q @ queue.T], 1)",
-            tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
-        ),
-        Fault(
             "keys in the company of their queries",
             "k = self.embed(self.key, views[1][order])[order.argsort()]",
             "k = self.embed(self.key, views[1])",
             tests="test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries",
-        ),
-        Fault(
-            "DeiT without mixing",
-            "mix=deit, erase=deit",
-            "mix=False, erase=deit",
-            tests="test_recipes_are_those_of_the_paper",
         ),
         Fault(
             "each image once",
@@ -151,25 +173,7 @@ FAULTS = {
             "transfer with the pre-training head",
             "net.reset_classifier(n_classes)\n",
             "net.load_state_dict(load_tensors(weights), strict=False)\n",
-            tests="test_weights_of_another_backbone_are_refused",
-        ),
-        Fault(
-            "features of another CLIP reused",
-            "if tensors_metadata(self.file(part)) != self.key:",
-            "if False:",
-            tests="test_features_of_another_clip_are_refused_and_parts_are_not_made_twice",
-        ),
-        Fault(
-            "a preset's rate",
-            'recipe="sgd", pre_lr=0.2',
-            'recipe="sgd", pre_lr=0.1',
-            tests="test_every_preset_has_the_values_of_the_paper",
-        ),
-        Fault(
-            "real only has the synthetic rows too",
-            'return rows_real, () if self.real == "alone" else rows_syn',
-            "return rows_real, rows_syn",
-            tests="test_a_row_is_trained_as_plain_lines_say",
+            tests="tests/test_synthetic_recognition.py::test_weights_of_another_backbone_are_refused",
         ),
     ],
     "common/painter.py": [

@@ -1,0 +1,75 @@
+"""The engine of pre-training: repeated augmentation, pictures, MoCo's queue and its key network."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from timm.data.auto_augment import RandAugment
+
+from common import pretraining
+from common.datasets import Images
+from common.distributed import Order
+from common.loader import Loader
+
+
+def close(a, b, tol):
+    assert a.shape == b.shape
+    assert (a.double() - b.double()).abs().max().item() <= tol
+
+
+def contrast(q, k, queue):
+    """-log of the softmax weight of the own key"""
+    return F.cross_entropy(torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1), torch.zeros(len(q)).long())
+
+
+def test_repeated_augmentation_keeps_the_length_of_an_epoch():
+    order = Order(10, 0, "x")
+    first, second = ([order[pretraining.repeated(p, 10, 3)] for p in range(start, start + 10)] for start in (0, 10))
+    for epoch in (first, second):
+        assert epoch[0] == epoch[1] == epoch[2] != epoch[3] and len(set(epoch)) == 4
+    assert first != second and sorted(order[pretraining.repeated(p, 10, 1)] for p in range(10, 20)) == list(range(10))
+
+
+def test_deit_augmentation_is_a_function_of_the_seed_and_never_asks_pillow_for_no_bits():
+    image = Image.effect_noise((16, 16), 90).convert("RGB")
+    view = pretraining.augmentation("deit", 16, True)
+    transform = view.__closure__[0].cell_contents
+    (op,) = [o for t in transform.transforms if isinstance(t, RandAugment) for o in t.ops if "Poster" in o.name]
+    assert op.aug_fn(image, 0).tobytes() == ImageOps.posterize(image, 1).tobytes()
+    pixels = Images([0] * 3, ["a", "b", "c"], ["x"], pixels=np.stack([np.asarray(image)] * 3))
+    load = Loader(pretraining.DecodedOnce(pixels), view, torch.device("cpu"), 0, (0, "data"))
+    first = next(load([[(0, p) for p in range(20)]]))
+    again = next(load([[(1, p) for p in reversed(range(20))]]))
+    assert first.dtype == torch.uint8 and torch.equal(again.flip(0), first) and not torch.equal(first[0], first[1])
+
+
+def test_repeated_images_are_decoded_once():
+    opened = []
+    images = SimpleNamespace(open=lambda row: opened.append(row) or row)
+    once = pretraining.DecodedOnce(images)
+    assert [once[row] for row in (3, 3, 3, 5, 5, 5, 3)] == [3, 3, 3, 5, 5, 5, 3] and opened == [3, 5]
+
+
+def test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries():
+    net = pretraining.new_backbone("test_resnet.r160_in1k", 10, 0, "cpu")
+    objective = pretraining.MoCo(net, contrast, 0, torch.device("cpu"), 16, momentum=0.75)
+    x = torch.randn(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    objective.begin(0)
+    loss, k = objective.loss(x.unbind(1), torch.zeros(4), 0)
+    close(k.norm(dim=1), torch.ones(4), 1e-5)
+    assert not k.requires_grad and torch.isfinite(torch.autograd.grad(loss, objective.query[1][0].weight)[0]).all()
+    old = objective.queue.clone()
+    objective.end(k)
+    assert torch.equal(objective.queue, torch.cat([k, old[:-4]]))
+    assert pretraining.MoCo(net, contrast, 0, torch.device("cpu"), 16).momentum == 0.999
+    q, before = objective.query[1][0].weight, objective.key[1][0].weight.clone()
+    with torch.no_grad():
+        q += 1
+    objective.begin(1)
+    close(objective.key[1][0].weight, 0.75 * before + 0.25 * q.detach(), 1e-5)
+    # Keys see other company in BatchNorm than their queries: in order they would be equal at the start
+    fresh = pretraining.MoCo(net, contrast, 0, torch.device("cpu"), 16)
+    q = fresh.embed(fresh.query, x[:, 1])
+    assert not torch.allclose(fresh.loss(x.unbind(1), torch.zeros(4), 0)[1], q, atol=1e-4)
