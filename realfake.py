@@ -657,7 +657,7 @@ def tune_lora(args, run, team, pipe, v, real, names):
 #     z0 = 0.18215 x a draw of VAE(real image),  z_733 = sqrt(abar) z0 + sqrt(1 - abar) eps, then UniPC down to t = 0
 # The latent prior: sampling starts from the real image under the noise of t = 733, not from nothing: layout and large
 # shapes stay, the rest is drawn anew, as prompt and token say. Of 30 steps the last 22 are run (strength 0.75). The
-# adapter counts half (scale 0.5). Versions differ by their noise alone; every image is kept and has its real image's label.
+# adapter counts half (scale 0.5). Versions differ by their noise alone. Every image is kept, with its source's label.
 # Reads lora/, captions, embeddings, the real images; writes images/, ablations/<name>/, shadows/<m>/images/, each an
 # ImageFolder; skips files that exist.
 
