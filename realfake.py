@@ -317,7 +317,10 @@ def generated_sets(args, n):
 
 
 def generated_images(args, run, v, real, versions):
-    """The first versions of a set, class by class; nothing is listed."""
+    """The first versions of a set, class by class; nothing is listed.
+
+    <class>/<j>.png is version j // n_c of image j mod n_c of the class, so fewer versions are the first files.
+    """
     counts = versions * np.bincount(real.labels[v.rows], minlength=len(real.class_names))  # [C], images of each
     return datasets.Generated(run.path(v.folder), real.class_names, counts, images.SUFFIX[args.gen_format])
 
