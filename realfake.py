@@ -448,7 +448,7 @@ class Condition:
     def __init__(self, args, run, pipe, v, real, names, make):
         self.pipe, self.names, self.labels, self.make = pipe, names, real.labels, make
         written = read_json(run.path("captions.json")) if v.caption else {}
-        # A missing key would be an image that is no member of this set.
+        # Members only: an adapter of half of the images must not hear of the others.
         self.texts = {i: make(names[real.labels[i]], written[real.keys[i]] if v.caption else "") for i in v.rows}
         self.tokens = None
         if v.token != "none":
