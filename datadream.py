@@ -174,24 +174,11 @@ from PIL import ImageFilter
 from torch import nn
 from torchvision.transforms import v2
 
-from common import datasets, distributed, images, models
+from common import datasets, diffusion, distributed, images, models
 from common import run as runs
 from common.clip import load_clip, save_clip
 from common.compiling import compiled
-from common.diffusion import (
-    Adapter,
-    autocast,
-    decode,
-    encode_prompts,
-    latent_shape,
-    load_pipeline,
-    lora_config,
-    lora_parameters,
-    noise_schedule,
-    reset_lora,
-    save_lora,
-    token_ids,
-)  # fmt: skip
+from common.diffusion import Adapter, autocast, decode, encode_prompts, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order
 from common.launch import UserError
@@ -397,8 +384,8 @@ def lora_file(args, run, class_names):
 
 def finetune(args, run, dist, pipe, shots, class_names):
     """All adapters. One adapter: the processes share each of its steps; one a class: each process takes classes."""
-    pipe.unet.add_adapter(lora_config(args.sd_rank, UNET_TARGETS))
-    pipe.text_encoder.add_adapter(lora_config(args.sd_rank, TEXT_TARGETS))
+    pipe.unet.add_adapter(diffusion.lora_config(args.sd_rank, UNET_TARGETS))
+    pipe.text_encoder.add_adapter(diffusion.lora_config(args.sd_rank, TEXT_TARGETS))
     files = lora_file(args, run, class_names)  # [N], of which dset has one
     jobs = [(files[0], range(len(shots)))]  # (file of the adapter, rows of the shots it is tuned on)
     jobs = jobs if args.mode == "dset" else [(file, shots.of_class(c)) for c, file in enumerate(files)]
@@ -418,8 +405,8 @@ def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
     if file.exists():
         return
     unit = str(file.parent.relative_to(run.dir))  # names the random numbers and the checkpoint of this adapter
-    layers = lora_parameters([pipe.unet, pipe.text_encoder])
-    reset_lora(layers, args.sd_rank, args.seed, unit)  # A ~ N(0, 1 / r^2), B = 0: it starts as the stock generator
+    layers = diffusion.lora_parameters([pipe.unet, pipe.text_encoder])
+    diffusion.reset_lora(layers, args.sd_rank, args.seed, unit)  # A ~ N(0, 1/r^2), B = 0: the stock generator
     params = [p for _, p in layers]
     optimizer = torch.optim.AdamW(params, lr=args.sd_lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
 
@@ -469,7 +456,7 @@ def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
         loop.log(loss=loss, lr=lr)
 
     if team.main:
-        save_lora(file, unet=pipe.unet, text_encoder=pipe.text_encoder)
+        diffusion.save_lora(file, unet=pipe.unet, text_encoder=pipe.text_encoder)
     loop.finish()
 
 
@@ -1192,7 +1179,7 @@ def main(args):
     check_order(run, todo, before)
     path = found["--sd-model"]
     # Called by the first stage that needs the generator, loaded once.
-    pipe = cache(partial(load_pipeline, path, dist.device, args.precision, **models.load_kwargs(path)))
+    pipe = cache(partial(diffusion.load_pipeline, path, dist.device, args.precision, **models.load_kwargs(path)))
     if "finetune" in todo and args.mode != "zeroshot":
         finetune(args, run, dist, pipe(), shots, names)
     if "generate" in todo:

@@ -215,24 +215,12 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.transforms import v2
 
-from common import captions, datasets, distributed, images, models
+from common import captions, datasets, diffusion, distributed, images, models
 from common import run as runs
 from common.clip import encode_images, load_clip, zero_shot_weights
 from common.compiling import compiled
 from common.datasets import Numbers, in_order
-from common.diffusion import (
-    Adapter,
-    autocast,
-    decode,
-    latent_shape,
-    load_pipeline,
-    lora_config,
-    lora_parameters,
-    noise_schedule,
-    reset_lora,
-    save_lora,
-    token_ids,
-)  # fmt: skip
+from common.diffusion import Adapter, autocast, decode, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order
 from common.launch import UserError
@@ -551,7 +539,7 @@ def tuning_pixels(image, u, v, flip, size):
 
 def finetune(args, run, dist, pipe, real, names, sets):
     """One adapter for the method, and one for each ablation and shadow whose tuning differs from it."""
-    pipe.unet.add_adapter(lora_config(args.sd_rank, UNET_TARGETS))
+    pipe.unet.add_adapter(diffusion.lora_config(args.sd_rank, UNET_TARGETS))
     # Sets may share an adapter; it is tuned as the first of them says.
     jobs = list({v.adapter: v for v in reversed(list(sets.values())) if v.adapter}.values())[::-1]
     units = args.sd_batch // args.sd_micro_batch
@@ -606,8 +594,8 @@ def tune_lora(args, run, team, pipe, v, real, names):
     total, per_epoch = tuning_steps(args, len(v.rows))  # steps
     if not per_epoch:
         raise UserError(f"--sd-batch {args.sd_batch}: {v.adapter} has only {len(v.rows)} images; choose it smaller")
-    layers = lora_parameters([pipe.unet])  # 797,184 numbers at rank 4
-    reset_lora(layers, args.sd_rank, args.seed, "lora")  # A ~ N(0, 1/r^2), B = 0: it starts as the stock generator
+    layers = diffusion.lora_parameters([pipe.unet])  # 797,184 numbers at rank 4
+    diffusion.reset_lora(layers, args.sd_rank, args.seed, "lora")  # A ~ N(0, 1/r^2), B = 0: the stock generator
     params = [p for _, p in layers]
     optimizer = torch.optim.AdamW(params, lr=args.sd_lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, fused=True)
     condition = Condition(args, run, pipe, v, real, names, training_prompt)
@@ -644,14 +632,14 @@ def tune_lora(args, run, team, pipe, v, real, names):
         # ... then the backward passes: each image's share of the loss, whose gradient needs only that sum.
         for u in loop.units(len(batch)):
             r, w = own.pop(loop.unit)
-            diffusion, dm = matching_shares(r, w, residual_sums[u.start // args.dm_batch], args.dm_batch)
-            loop.backward((diffusion + lam * dm) / groups)
+            l_diff, l_dm = matching_shares(r, w, residual_sums[u.start // args.dm_batch], args.dm_batch)
+            loop.backward((l_diff + lam * l_dm) / groups)
         loss = loop.update(clip=1.0)
         moments = residual_sums.pow(2).mean()  # L_dm; the shares' values add up to twice that, as their gradients do
         loop.log(loss=loss - lam * moments, matching=lam * moments)
 
     if team.main:
-        save_lora(file, unet=pipe.unet)
+        diffusion.save_lora(file, unet=pipe.unet)
     loop.finish()
 
 
@@ -1283,7 +1271,7 @@ def main(args):
         embed(args, run, dist, real) if tokens else run.done("embed", embeddings=0)
     path = found["--sd-model"]
     # Called by the first stage that needs the generator, loaded once.
-    pipe = cache(partial(load_pipeline, path, dist.device, args.precision, **models.load_kwargs(path)))
+    pipe = cache(partial(diffusion.load_pipeline, path, dist.device, args.precision, **models.load_kwargs(path)))
     if "finetune" in todo:
         finetune(args, run, dist, pipe(), real, names, sets)
     if "generate" in todo:
