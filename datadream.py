@@ -190,6 +190,10 @@ from common.plans import datadream as planned
 from common.report import compare_saved, conclude, mean_std, spread
 from common.selection import Best
 
+# In shapes: C classes (the paper's N, also [N] in lists), k shots and g synthetic images of each, T templates; B images
+# of a batch, b of a micro-batch, H x W pixels each; latents [4, h, w], h = H / 8; text states [77, W]; D is the width
+# of the space in which CLIP compares images and texts.
+
 # Sec. 4: the word in front of "photo". "a aircraft photo" is what the code writes; the article is not corrected.
 PREFIX = {
     "dtd": "texture ", "eurosat": "satellite ", "fgvc_aircraft": "aircraft ", "pets": "pet ", "cars": "car ",

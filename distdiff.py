@@ -220,9 +220,10 @@ HELD_BYTES = 256e6  # of a list of images that a process keeps in memory as pixe
 
 # ---------------------------------------------------------------------------------------------
 # [1] select: the real images that are multiplied, the validation and the test images. Writes real.json.
-# The method is for small sets, hundreds to tens of thousands of images, whose classifier is trained from scratch. The
-# paper's subsets (Caltech-101, CIFAR-100, PathMNIST) were drawn at random and never published. These draws are ours, so
-# compare differences between rows, not absolute figures.
+# The paper's subsets (Caltech-101, CIFAR-100, PathMNIST) were drawn at random and never published; these draws are
+# ours, so compare differences between rows, not absolute figures. In shapes: N real images, C classes, K groups and k
+# copies; B images of a batch; pixels [3, H, W] (S x S for a network), latents [4, h, w] with h = H / 8, text states
+# [77, W]; D is the width of the guide's features.
 
 
 def load_real(args):

@@ -232,6 +232,9 @@ from common.plan import print_plan
 from common.plans import realfake as planned
 from common.report import conclude, mean_std, roc_chart, spread
 
+# In shapes: N real images, C classes, k versions, M shadow models; B images of a batch, b of a micro-batch; pixels
+# [3, H, W], latents [4, h, w] with h = H / 8, text states [77, W]; D is the width of CLIP's embedding, here equal to W.
+
 # The replacements that the official code makes in open_clip's list of class names.
 IMAGENET_NAMES = {
     421: "baluster handrail", 478: "cardboard box carton", 692: "product packet packaging",
