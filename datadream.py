@@ -164,7 +164,7 @@ if __name__ == "__main__":
     ARGS = parse(Args, PRESETS, __doc__)  # before the imports that take seconds: --help and a wrong flag answer at once
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import timm
 import torch
@@ -174,24 +174,11 @@ from PIL import ImageFilter
 from torch import nn
 from torchvision.transforms import v2
 
-from common import datasets, distributed, images, models
+from common import datasets, diffusion, distributed, images, models
 from common import run as runs
 from common.clip import load_clip, save_clip
 from common.compiling import compiled
-from common.diffusion import (
-    Adapter,
-    autocast,
-    decode,
-    encode_prompts,
-    latent_shape,
-    load_pipeline,
-    lora_config,
-    lora_parameters,
-    noise_schedule,
-    reset_lora,
-    save_lora,
-    token_ids,
-)  # fmt: skip
+from common.diffusion import Adapter, autocast, decode, encode_prompts, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order
 from common.launch import UserError
@@ -202,6 +189,10 @@ from common.plan import print_plan
 from common.plans import datadream as planned
 from common.report import compare_saved, conclude, mean_std, spread
 from common.selection import Best
+
+# In shapes: C classes (the paper's N, also [N] in lists), k shots and g synthetic images of each, T templates; B images
+# of a batch, b of a micro-batch, H x W pixels each; latents [4, h, w], h = H / 8; text states [77, W]; D is the width
+# of the space in which CLIP compares images and texts.
 
 # Sec. 4: the word in front of "photo". "a aircraft photo" is what the code writes; the article is not corrected.
 PREFIX = {
@@ -222,6 +213,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CACHE_BYTES = 2e9  # of one process: VAE statistics in stage 2, evaluation images in stage 4
 
 
+# One prompt serves three times: it conditions the tuning, it draws the images, and its CLIP embedding is the class
+# weight that the classifier starts from. So "a pet photo of a Abyssinian" comes to mean what the shots show.
+
+
 def prompts_of(class_name, prefix, n_templates):
     """Prompts of one class, one per template: list of T strings. No article correction, no period, names verbatim."""
     return [template.format(prefix, class_name) for template in TEMPLATES[:n_templates]]
@@ -235,6 +230,9 @@ def all_prompts(args, class_names):
 
 # ---------------------------------------------------------------------------------------------
 # [1] select: k real images of each class, and the images that will choose the epoch (Sec. 4.1).
+# These N k images are all that generator and classifier learn from. The authors' own draw was never published: ours
+# takes 16 of each class and of them the first k, so that the sets of a curve over k are nested. Validation images,
+# where there is no split for them, are other training images; they choose an epoch and are never trained on.
 # Reads the training split (and the validation split), writes fewshot.json.
 
 
@@ -244,11 +242,11 @@ def choose(args):
     data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file, train_needed=not ready)
     train, val, n = data.train, data.val, len(data.class_names)
     if ready:  # Trap: ready-made shots come out of the training split, so they are in what would be held out below
-        shots = first_shots(datasets.read_fewshot_folder(ready, data.class_names), args.shots, ready)
+        shots = first_shots(datasets.read_fewshot_folder(ready, data.class_names), args.shots, ready)  # N k images
         train, val = (split and datasets.without(split, shots) for split in (train, val))
     if not val and train and args.val_images:
         train, val = datasets.hold_out(train, args.val_images, args.fewshot_seed)
-    if not ready:
+    if not ready:  # after the validation images, so that no shot is among them
         sampler = datasets.few_shot if args.fewshot_sampler == "datadream" else datasets.few_shot_disef
         shots = train.subset(sampler(train, data.name, args.shots, args.fewshot_seed, n))
     return data, shots, val
@@ -259,7 +257,7 @@ def first_shots(found, k, folder):
 
     Trap: the official generator takes the first k in natural order, its classifier the first k of os.listdir.
     """
-    rows = [found.of_class(c)[:k] for c in range(len(found.class_names))]
+    rows = [found.of_class(c)[:k] for c in range(len(found.class_names))]  # [N][k]
     short = [name for name, of_class in zip(found.class_names, rows, strict=True) if len(of_class) < k]
     if short:
         raise UserError(f"{folder}: fewer than {k} images for {short[:5]}; pass a smaller --shots")
@@ -268,7 +266,7 @@ def first_shots(found, k, folder):
 
 def select(run, shots, val):
     """Write down what was chosen; refuse to go on with other images than the run began with."""
-    chosen = {"shots": list(shots.keys), "validation": list(val.keys) if val else []}
+    chosen = {"shots": list(shots.keys), "validation": list(val.keys) if val else []}  # names of files
     if run.todo("select"):
         write_json(run.path("fewshot.json"), chosen)
         run.done("select", run.under("fewshot.json"), shots=len(shots), validation=len(chosen["validation"]))
@@ -280,6 +278,10 @@ def select(run, shots, val):
 # ---------------------------------------------------------------------------------------------
 # [2] finetune: LoRA, r = alpha = 16, on q, k, v and out of every attention layer of U-Net and text encoder, with the
 # plain denoising loss and the prompt that will draw the images (Sec. 3.2). No prior preservation, no prompt dropout.
+#     z = 0.18215 x a draw of VAE(x),  z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps,  L = |U-Net(z_t, t, h) - eps|^2
+# h are the text states of the image's prompt. Each weight is W x + B A x with W frozen, A ~ N(0, 1/r^2) and B = 0, so
+# that the first step starts from the stock generator. dset tunes one adapter on all N k images; cls tunes one for each
+# class on its k images, always from the stock weights: N short runs that know nothing of each other.
 # Reads the shots, writes lora/pytorch_lora_weights.safetensors (dset) or lora/<class>/... (cls).
 
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every self- and cross-attention
@@ -328,6 +330,8 @@ class Posteriors:
     """Mean and deviation of the VAE's posterior for images of the shots; a step draws its latents from them.
 
     Cached for `crops` random crops of each image, while they fit; else each step crops and encodes anew, as officially.
+    The VAE is frozen and each shot comes up 200 times; without a cache it would take some 40 % of the stage. A square
+    image has one crop only, itself: there the cache changes nothing.
     """
 
     def __init__(self, args, pipe, shots, rows, team):
@@ -338,7 +342,7 @@ class Posteriors:
         self.pictures = Loader(shots, view, team.device, args.workers, (args.seed, "crop"))
         self.square = all(shots.size(i)[0] == shots.size(i)[1] for i in rows)
         self.crops = 1 if self.square else args.sd_cached_crops
-        numbers = 2 * math.prod(latent_shape(pipe, size)) * len(rows) * self.crops
+        numbers = 2 * math.prod(latent_shape(pipe, size)) * len(rows) * self.crops  # float32: 4 bytes each
         self.cached = self.crops > 0 and 4 * numbers <= CACHE_BYTES
         if self.cached:
             wanted = chunks([(i, crop) for i in rows for crop in range(self.crops)], b)
@@ -361,7 +365,7 @@ class Posteriors:
                 yield [(i, (i << 32) + crop) for i, crop in batch]
 
         for n, x in enumerate(self.pictures(full())):
-            posterior = self.pipe.vae.encode(to_unit(x)).latent_dist
+            posterior = self.pipe.vae.encode(to_unit(x)).latent_dist  # of uint8 [b, 3, H, W], scaled to [-1, 1]
             yield torch.stack([posterior.mean, posterior.std], 1)[: sizes[n]]
 
     def stream(self, batches):
@@ -383,12 +387,13 @@ def lora_file(args, run, class_names):
 
 
 def finetune(args, run, dist, pipe, shots, class_names):
-    pipe.unet.add_adapter(lora_config(args.sd_rank, UNET_TARGETS))
-    pipe.text_encoder.add_adapter(lora_config(args.sd_rank, TEXT_TARGETS))
-    files = lora_file(args, run, class_names)
-    jobs = [(files[0], range(len(shots)))] if args.mode == "dset" else [
-        (file, shots.of_class(c)) for c, file in enumerate(files)
-    ]  # fmt: skip
+    """All adapters. One adapter: the processes share each of its steps; one a class: each process takes classes."""
+    pipe.unet.add_adapter(diffusion.lora_config(args.sd_rank, UNET_TARGETS))
+    pipe.text_encoder.add_adapter(diffusion.lora_config(args.sd_rank, TEXT_TARGETS))
+    files = lora_file(args, run, class_names)  # [N], of which dset has one
+    jobs = [(files[0], range(len(shots)))]  # (file of the adapter, rows of the shots it is tuned on)
+    jobs = jobs if args.mode == "dset" else [(file, shots.of_class(c)) for c, file in enumerate(files)]
+    # With dset eight micro-batches of one image keep eight processes busy in each step; with cls a class is one unit.
     units = math.ceil(min(args.sd_batch, len(jobs[0][1])) / args.sd_micro_batch)
     smaller = f"--sd-micro-batch {max(1, args.sd_batch // dist.world)}"
     team, mine = distributed.deal(jobs, units, dist, "finetune", smaller)
@@ -404,26 +409,30 @@ def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
     if file.exists():
         return
     unit = str(file.parent.relative_to(run.dir))  # names the random numbers and the checkpoint of this adapter
-    layers = lora_parameters([pipe.unet, pipe.text_encoder])
-    reset_lora(layers, args.sd_rank, args.seed, unit)
+    layers = diffusion.lora_parameters([pipe.unet, pipe.text_encoder])
+    diffusion.reset_lora(layers, args.sd_rank, args.seed, unit)  # A ~ N(0, 1/r^2), B = 0: the stock generator
     params = [p for _, p in layers]
     optimizer = torch.optim.AdamW(params, lr=args.sd_lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, fused=True)
 
     ids = token_ids(pipe, sum(all_prompts(args, class_names), [])).to(team.device)  # [N T, 77]
-    abar = alphas_cumprod(**noise_schedule(pipe.scheduler.config))
-    shape, kind = latent_shape(pipe, args.sd_resolution), pipe.scheduler.config.prediction_type
+    abar = alphas_cumprod(**noise_schedule(pipe.scheduler.config))  # [1000], float32
+    shape, kind = latent_shape(pipe, args.sd_resolution), pipe.scheduler.config.prediction_type  # (4, 64, 64) at 512
     per_epoch = math.ceil(len(rows) / args.sd_batch)
-    total = args.sd_epochs * per_epoch
+    total = args.sd_epochs * per_epoch  # steps: 400 a class at 16 shots, with cls and with dset
 
     def draw(step):
-        """All that is random in a step, for the whole batch, whoever computes which part of it."""
+        """All that is random in a step, for the whole batch, whoever computes which part of it.
+
+        -> [(image, crop)] B times, template [B], timestep t [B], noise of the posterior and eps, both [B, 4, h, w]
+        """
         epoch, i = divmod(step, per_epoch)
         order = torch.randperm(len(rows), generator=distributed.generator(args.seed, unit, "epoch", epoch)).tolist()
+        # [B], classes mixed; an epoch's last batch may be short
         batch = [rows[j] for j in order[i * args.sd_batch : (i + 1) * args.sd_batch]]
         g = distributed.generator(args.seed, unit, "step", step)
         crop = torch.randint(2**31, (len(batch),), generator=g).tolist()
         template = torch.randint(args.n_templates, (len(batch),), generator=g)
-        t = torch.randint(len(abar), (len(batch),), generator=g)
+        t = torch.randint(len(abar), (len(batch),), generator=g)  # uniform over the 1,000 steps
         xi, eps = torch.randn(2, len(batch), *shape, generator=g)
         return list(zip(batch, crop, strict=True)), template, t, xi, eps
 
@@ -434,15 +443,16 @@ def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
     stream = posteriors.stream(part for step in loop.steps for part in loop.mine(draw(step)[0]))
     for step in loop:
         batch, template, t, xi, eps = draw(step)
-        text_row = torch.tensor([int(shots.labels[i]) for i, _ in batch]) * args.n_templates + template
-        for u in loop.units(len(batch)):
-            mean, std = next(stream).unbind(1)
+        text_row = torch.tensor([int(shots.labels[i]) for i, _ in batch]) * args.n_templates + template  # [B], of ids
+        for u in loop.units(len(batch)):  # micro-batches of this process; their gradients are added in loop.update
+            mean, std = next(stream).unbind(1)  # [b, 4, h, w] each
             noise, target, abar_t, t_u = (x.to(team.device) for x in (xi[u], eps[u], abar[t[u]], t[u]))
-            z = pipe.vae.config.scaling_factor * (mean + std * noise)
+            z = pipe.vae.config.scaling_factor * (mean + std * noise)  # a fresh draw of the posterior, about unit size
+            # The text is encoded in every step, as its encoder is tuned too; each distinct prompt once.
             distinct, which = text_row[u].unique(return_inverse=True)
             with autocast(args.precision, team.device):
                 h = pipe.text_encoder(ids[distinct.to(team.device)])[0][which.to(team.device)]  # [B, 77, W], with LoRA
-                prediction = pipe.unet(add_noise(z, target, abar_t), t_u, h).sample
+                prediction = pipe.unet(add_noise(z, target, abar_t), t_u, h).sample  # [b, 4, h, w]
             target = denoising_target(z, target, abar_t, kind)
             loop.backward(F.mse_loss(prediction.float(), target, reduction="sum") / eps.numel())  # share of the mean
         lr = args.sd_lr * sd_lr_factor(step, args.sd_warmup, total)
@@ -450,13 +460,15 @@ def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
         loop.log(loss=loss, lr=lr)
 
     if team.main:
-        save_lora(file, unet=pipe.unet, text_encoder=pipe.text_encoder)
+        diffusion.save_lora(file, unet=pipe.unet, text_encoder=pipe.text_encoder)
     loop.finish()
 
 
 # ---------------------------------------------------------------------------------------------
 # [3] generate: g images of each class, from noise, with classifier-free guidance; the empty prompt goes through the
 # adapted text encoder too (Sec. 3.3). No filter, no negative prompt.
+#     z_T ~ N(0, I) [4, h, w];  at each of S timesteps eps = eps_u + w (eps_c - eps_u), w = 2, and a step of the sampler
+# eps_c sees the class's prompt, eps_u the empty one. Image and label: what the prompt of class c draws is of class c.
 # Reads lora/, writes images/<class>/<k>.png (and unadapted/<class>/<k>.png), skips files that exist.
 
 
@@ -491,14 +503,14 @@ def sample(args, pipe, unet, text, null, seeds):
     bit-equal images in any slot, beside any neighbours, on any number of processes. State and guidance are float32.
     """
     pad, shape = args.gen_micro_batch - len(seeds), latent_shape(pipe, args.sd_resolution)
-    h_c = torch.stack(text + text[-1:] * pad)  # [B, 77, W]
+    h_c = torch.stack(text + text[-1:] * pad)  # [B, 77, W]; both halves of the guidance go through the U-Net together
     h = torch.cat([null.expand_as(h_c), h_c])  # [2 B, 77, W]
     z = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds + seeds[-1:] * pad])
 
     scheduler = make_sampler(args.gen_sampler, pipe.scheduler)
     scheduler.set_timesteps(args.gen_steps, device=h.device)
-    z = z.to(h.device) * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
+    z = z.to(h.device) * scheduler.init_noise_sigma  # [B, 4, h, w]
+    for t in scheduler.timesteps:  # PNDM with 50 steps: 981, 961, 961, 941, ..., 1
         z_in = scheduler.scale_model_input(torch.cat([z, z]), t)
         eps_u, eps_c = unet(z_in.to(h.dtype), t, h).sample.float().chunk(2)
         z = scheduler.step(guided(eps_u, eps_c, args.gen_guidance), t, z).prev_sample
@@ -514,6 +526,7 @@ def generated_sets(args, run, class_names):
 
 
 def generate(args, run, dist, pipe, class_names):
+    """Every image of every set that is not there yet; then the list of what each one is."""
     adapter, sets = Adapter(pipe), generated_sets(args, run, class_names)
     unet = compiled(pipe.unet, args.compile, "U-Net")
     with run.timed("generate", "--gen-micro-batch"), images.ImageWriter(
@@ -543,10 +556,11 @@ def draw_set(args, run, dist, pipe, unet, adapter, writer, folder, files, class_
         jobs += [(file, batch) for batch in chunks(items, args.gen_micro_batch)]
     bar, loaded = distributed.progress(sum(map(len, todo)), f"generate {folder}", dist, together=True), False
     for file, batch in distributed.my_items(jobs, dist):
-        if loaded is False or loaded != file:
+        if loaded != file:  # another adapter is another text encoder: all texts are encoded anew
             adapter.use(file)
             loaded, text = file, encode_prompts(pipe, [""])
         text |= encode_prompts(pipe, {p for c, _ in batch for p in prompts[c]} - text.keys())
+        # [77, W] for each image of the micro-batch
         h_c = [text[prompts[c][template_of(k, args.n_templates)]] for c, k in batch]
         drawn = sample(args, pipe, unet, h_c, text[""], [image_seed(args, c, k) for c, k in batch])
         for (c, k), image in zip(batch, drawn, strict=True):
@@ -569,6 +583,10 @@ def write_image_list(args, run, folder, class_names):
 
 # ---------------------------------------------------------------------------------------------
 # [4] train: CLIP with LoRA on q and v of both towers, or ResNet-50, on each kind of training set (Sec. 3.4).
+#     logits = exp(scale) x cos(image, class weight);  L = lambda mean_real CE + (1 - lambda) mean_synthetic CE
+# A class weight is the CLIP embedding of the class's prompt: before the first update this is zero-shot CLIP. The real
+# shots stand in the list floor(g / k) times, so a batch is about half real; each half has a mean of its own, so
+# that lambda = 0.8 weighs the halves and not the number of images in them.
 # Reads images/, unadapted/, the shots; writes classifier/runs/<row>-seed<s>/ and, for the best, classifier/.
 
 CLASSES_PER_UNIT = 125  # classes whose text is encoded in one pass: of 1,000 classes an eighth
@@ -594,10 +612,11 @@ class LoRAAttention(nn.Module):
         return self.scale * torch.cat([b_q @ a_q, torch.zeros_like(self.attn.out_proj.weight), b_v @ a_v])
 
     def forward(self, x, key=None, value=None, need_weights=False, attn_mask=None):
-        q, k, v = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias).chunk(3, dim=-1)  # [N, L, E]
+        # The frozen attention, written out, for open_clip keeps q, k and v in one matrix W_qkv [3E, E]: [N, L, E] each.
+        q, k, v = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias).chunk(3, dim=-1)
         # Official code: one dropout mask for q and v. peft would draw one each.
         a_q, a_v = F.linear(self.dropout(x), self.lora_A).chunk(2, dim=-1)  # [N, L, r]
-        b_q, b_v = self.lora_B.chunk(2)
+        b_q, b_v = self.lora_B.chunk(2)  # [E, r]
         q, v = q + self.scale * F.linear(a_q, b_q), v + self.scale * F.linear(a_v, b_v)
         q, k, v = (t.unflatten(-1, (self.attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))  # [N, H, L, E/H]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
@@ -621,17 +640,17 @@ class ClipLoRA(nn.Module):
     def __init__(self, clip, prompts, args):
         """clip: common.clip.Clip, modified in place; prompts: [N][T] strings."""
         super().__init__()
-        self.clip, self.n_templates = clip.model.requires_grad_(False), len(prompts[0])
+        self.clip, self.n_templates = clip.model.requires_grad_(False), len(prompts[0])  # exp(scale) is frozen too
         if not hasattr(self.clip, "transformer"):
             tower = type(self.clip.text).__name__
             raise UserError(f"--clip-model {clip.name}: not a CLIP of OpenAI's form; its text tower is a {tower}")
         g = torch.Generator().manual_seed(0)  # reset() draws the real start
         image_blocks = getattr(getattr(self.clip.visual, "transformer", None), "resblocks", [])
+        # CLIP RN50 has none: its image tower is trained in full, the text tower by LoRA.
+        self.clip.visual.requires_grad_(not image_blocks)
         for blocks in (image_blocks, self.clip.transformer.resblocks):
             for block in blocks:
                 block.attn = LoRAAttention(block.attn, args.clf_rank, 2 * args.clf_rank, args.clf_dropout, g)
-        if not image_blocks:  # CLIP RN50: the image tower is trained in full, the text tower by LoRA
-            self.clip.visual.requires_grad_(True)
         trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
         self.start = {n: p.detach().clone() for n, p in trained.items()}
         self.text_params = [p for n, p in trained.items() if n.startswith("clip.transformer.")]
@@ -655,13 +674,14 @@ class ClipLoRA(nn.Module):
     def text_features(self, classes=slice(None)):
         """Unit class weights [C, D] of a slice of the classes, with gradients: the text tower is trained too."""
         model, tokens = self.clip, self.tokens.unflatten(0, (-1, self.n_templates))[classes].flatten(0, 1)
-        length = tokens.shape[1]
+        length = tokens.shape[1]  # of the longest prompt, at most 77
         x = model.token_embedding(tokens) + model.positional_embedding[:length]
-        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
+        x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))  # [C T, length, W]
         text = x[torch.arange(len(x)), tokens.argmax(1)] @ model.text_projection  # end of text: the largest id
         return normalised_text_features(text.unflatten(0, (-1, self.n_templates)).float())
 
     def logits(self, x, text):
+        """Normalised images [B, 3, S, S], class weights [C, D] -> [B, C]"""
         return clip_logits(self.clip.encode_image(x), text, self.clip.logit_scale)
 
     def save(self, folder):
@@ -669,13 +689,10 @@ class ClipLoRA(nn.Module):
 
         Trap: the official checkpoint holds merged weights *and* LoRA, so that reloading adds the product twice.
         """
-        state = {}
-        for name, tensor in self.clip.state_dict().items():
-            if not name.endswith(("lora_A", "lora_B")):
-                state[name.replace(".attn.attn.", ".attn.")] = tensor.detach().clone()
-        for name, module in self.clip.named_modules():
-            if isinstance(module, LoRAAttention):
-                state[f"{name}.in_proj_weight"] += module.delta_w().detach()
+        stock = {n: t for n, t in self.clip.state_dict().items() if not n.endswith(("lora_A", "lora_B"))}
+        state = {n.replace(".attn.attn.", ".attn."): t.detach().clone() for n, t in stock.items()}
+        for name, module in [(n, m) for n, m in self.clip.named_modules() if isinstance(m, LoRAAttention)]:
+            state[f"{name}.in_proj_weight"] += module.delta_w().detach()
         save_clip(folder, state, *self.source)
 
 
@@ -691,12 +708,10 @@ class ResNet50(nn.Module):
     @torch.no_grad()
     def reset(self, seed):
         g = distributed.generator(seed, "resnet50")
-        for module in self.net.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight, generator=g)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_running_stats()
-                nn.init.ones_(module.weight), nn.init.zeros_(module.bias)
+        for conv in [m for m in self.net.modules() if isinstance(m, nn.Conv2d)]:
+            nn.init.xavier_uniform_(conv.weight, generator=g)
+        for norm in [m for m in self.net.modules() if isinstance(m, nn.BatchNorm2d)]:
+            norm.reset_parameters()  # its running statistics too
         nn.init.normal_(self.net.fc.weight, std=0.01, generator=g), nn.init.zeros_(self.net.fc.bias)
 
     def logits(self, x, text):
@@ -712,7 +727,8 @@ def load_classifier(args, class_names, device):
     return ClipLoRA(load_clip(args.clip_model, device="cpu"), all_prompts(args, class_names), args).to(device)
 
 
-# The training images: g synthetic ones of each class, and the shots repeated until they are about as many.
+# The training images: g synthetic ones of each class, and the shots repeated until they are about as many: with 500 and
+# 16 each shot stands 31 times in the list, seen in another random view each time. Rows differ by this list and lambda.
 
 
 def repeat_shots(images_per_class, shots):
@@ -728,7 +744,7 @@ def drawn_in(args, run, folder, class_names):
 def training_list(args, run, arm, shots):
     """-> (datasets.Concat, number of synthetic images, which come first). Officially real is what has real_train in
     its path, so that a folder of another name silently empties a group; here it is the place in the list."""
-    folder = {"real": None, "unadapted": "unadapted"}.get(arm, "images")
+    folder = {"real": None, "unadapted": "unadapted"}.get(arm, "images")  # where the row's synthetic images lie
     drawn = [drawn_in(args, run, folder, shots.class_names)] if folder else []
     repeats = repeat_shots(args.gen_images_per_class, args.shots) if arm in ("real", "pooled") else 0
     return datasets.Concat([*drawn, *[shots] * repeats]), sum(map(len, drawn))
@@ -748,10 +764,10 @@ class GaussianBlur:
 def train_transform(size, augment):
     """Official code: the augmentation, order included. PIL RGB of any size -> uint8 [3, size, size]"""
     crop = dict(ratio=(3 / 4, 4 / 3), interpolation=v2.InterpolationMode.BICUBIC)
-    if augment == "gentle":
+    if augment == "gentle":  # no mirror, no colours: a mirrored 3 is no 3
         return v2.Compose([v2.RandomResizedCrop(size, scale=(0.7, 1.0), **crop), v2.PILToTensor()])
     return v2.Compose([
-        v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=31),
+        v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=31),  # at full size, before the crop
         v2.RandomResizedCrop(size, scale=(0.25, 1.0), **crop),
         v2.RandomHorizontalFlip(0.5),
         v2.RandomApply([v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)], p=0.8),
@@ -768,7 +784,8 @@ def eval_pixels(image, size):
     return v2.functional.pil_to_tensor(v2.functional.center_crop(image, size))
 
 
-# Mixing and the loss: real and synthetic images have their own means, and are never mixed with each other.
+# Mixing and the loss: real and synthetic images have their own means, and are never mixed with each other: such an
+# image would belong to neither mean. So each group is rolled and cut as if it were a batch of its own.
 
 
 def mixup(x, y, lam):
@@ -779,7 +796,7 @@ def mixup(x, y, lam):
 def cutmix(x, y, box):
     """CutMix: paste the box (x1, y1, x2, y2) of the batch rolled by one; labels follow the area. As mixup."""
     x1, y1, x2, y2 = box
-    mixed = x.clone()
+    mixed = x.clone()  # outside the box each image stays itself
     mixed[..., y1:y2, x1:x2] = x.roll(1, 0)[..., y1:y2, x1:x2]
     lam = 1 - (x2 - x1) * (y2 - y1) / (x.shape[-1] * x.shape[-2])
     return mixed, lam * y + (1 - lam) * y.roll(1, 0)
@@ -788,7 +805,7 @@ def cutmix(x, y, box):
 def cutmix_box(lam, height, width, g):
     """Box of area about 1 - lam around a uniform centre, cut off at the border (torchvision v2.CutMix)."""
     cx, cy = (int(torch.randint(n, (1,), generator=g)) for n in (width, height))
-    half = 0.5 * math.sqrt(1 - lam)
+    half = 0.5 * math.sqrt(1 - lam)  # of its sides, as a share of the image's
     hw, hh = int(half * width), int(half * height)
     return max(cx - hw, 0), max(cy - hh, 0), min(cx + hw, width), min(cy + hh, height)
 
@@ -847,7 +864,9 @@ class Split:
 
 
 def train(args, run, dist, shots, val, test, class_names):
+    """A classifier for each row and seed, all from the same CLIP, then the best of the main row as classifier/."""
     model = load_classifier(args, class_names, dist.device)
+    # val chooses the step. test is scored there, and at each look only for the column of the official selection.
     scored = {name: Split(data, model, args, dist.device) for name, data in (("val", val), ("test", test)) if data}
     jobs, units = training_runs(args), math.ceil(args.clf_batch / args.clf_micro_batch)
     smaller = f"--clf-micro-batch {max(1, args.clf_batch // dist.world)}"
@@ -878,15 +897,15 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
     if (folder / "metrics.json").exists():
         return
     data, n_synthetic = training_list(args, run, arm, shots)
-    labels, n = torch.as_tensor(data.labels).long(), model.n_classes
+    labels, n = torch.as_tensor(data.labels).long(), model.n_classes  # [entries of the list]
     repeats = repeat_shots(args.gen_images_per_class, args.shots)
     length = args.gen_images_per_class * n + repeats * len(shots) if args.clf_equal_updates else len(data)
     batches = Batches(len(data), args.clf_batch, seed, length=length)  # rows of equal length see the same order
-    total = args.clf_epochs * batches.per_epoch
+    total = args.clf_epochs * batches.per_epoch  # updates
     model.reset(seed)
     params = [*model.image_params, *model.text_params]
     optimizer = torch.optim.AdamW(params, lr=args.clf_lr, weight_decay=args.clf_wd, fused=True)
-    buffers = [b for name, b in model.named_buffers() if "running_" in name or "num_batches" in name]
+    buffers = [b for name, b in model.named_buffers() if "running_" in name or "num_batches" in name]  # of a ResNet
     loop = Loop(
         run, f"train/{arm}-seed{seed}", total, optimizer, team, args.clf_micro_batch,
         file=folder / "checkpoint.safetensors", params=model.image_params, buffers=buffers,
@@ -895,16 +914,18 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
     score = lambda split: top_k(*evaluate(args, model, scored[split], team))[0]  # noqa: E731
     best = Best(loop, trained_state(model), args.clf_evals, score, looked_at)
     schedule = args.clf_lr, args.clf_min_lr, args.clf_epochs, batches.per_epoch, args.clf_warmup_epochs, args.clf_min_lr
-    lam = {"pooled": args.clf_real_weight, "real": 1.0}.get(arm, 0.0)
+    lam = {"pooled": args.clf_real_weight, "real": 1.0}.get(arm, 0.0)  # with one group only, its mean is the loss
     view = train_transform(model.size, args.clf_augment)
     pictures = Loader(data, view, device, args.workers, seed=(seed, "augment"))
     stream = pictures(part for step in loop.steps for part in loop.mine(batches[step]))
 
     for step in loop:
         model.train()
-        entries = torch.tensor([entry for entry, _ in batches[step]])
-        is_real, target = entries >= n_synthetic, F.one_hot(labels[entries], n).float()
+        entries = torch.tensor([entry for entry, _ in batches[step]])  # [B], places in the list
+        is_real, target = entries >= n_synthetic, F.one_hot(labels[entries], n).float()  # [B], [B, C]
         n_real = int(is_real.sum())
+        # The class weights are trained too. They are the same for all micro-batches, so the text tower runs once a step
+        # and its backward pass once, with the gradient that all images leave at the weights.
         features, text = class_weights(args, model, loop, team, seed, step)
         for u in loop.units(len(entries)):
             x, y = normalised(next(stream), model.mean, model.std), target[u].to(device, non_blocking=True)
@@ -912,9 +933,9 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
             x, y = mix_groups(x, y, is_real[u], args.clf_mix_prob, g)
             distributed.seed_global(distributed.seed_of(seed, "dropout", step, loop.unit), device)
             with autocast(args.precision, device):
-                logits = model.logits(x, text)
+                logits = model.logits(x, text)  # [b, C]
             loop.backward(pooled_loss(logits, y, is_real[u], lam, n_real, len(entries) - n_real), leaves=[text])
-        (grad_text,) = loop.sum()
+        (grad_text,) = loop.sum()  # [C, D], over all images of the batch
         through_text_tower(model, loop, features, grad_text)
         lr = clf_lr(step, *schedule)
         loop.log(loss=loop.update(lr=lr), lr=lr)
@@ -939,7 +960,7 @@ def class_weights(args, model, loop, team, seed, step):
         with autocast(args.precision, team.device):
             own[loop.unit] = model.text_features(u)
     everyone = gather_units({j: w.detach() for j, w in own.items()}, math.ceil(n / CLASSES_PER_UNIT), team)
-    return own, torch.cat(everyone).requires_grad_()
+    return own, torch.cat(everyone).requires_grad_()  # a leaf: the images' backward passes stop here
 
 
 def through_text_tower(model, loop, features, grad_text):
@@ -949,7 +970,7 @@ def through_text_tower(model, loop, features, grad_text):
     for u in loop.units(model.n_classes, CLASSES_PER_UNIT):
         loop.keep(torch.autograd.grad(features[loop.unit], model.text_params, grad_text[u]))
     for p, grad in zip(model.text_params, loop.sum(), strict=True):
-        p.grad = grad
+        p.grad = grad  # the image tower's were set by the loop
 
 
 def trained_state(model):
@@ -960,6 +981,7 @@ def trained_state(model):
 
 @torch.no_grad()
 def load_state(model, tensors):
+    """tensors: what trained_state gave"""
     for name, tensor in trained_state(model).items():
         tensor.copy_(tensors[name])
 
@@ -975,7 +997,7 @@ def evaluate(args, model, split, team):
     """Logits [N, C] and labels [N] of a split, on every process of the team. The class weights are computed once."""
     model.eval()
     n = len(split.labels)
-    rows = [list(range(rank, n, team.world)) for rank in range(team.world)]
+    rows = [list(range(rank, n, team.world)) for rank in range(team.world)]  # of each process
     with autocast(args.precision, team.device):
         text = model.text_features() if hasattr(model, "text_features") else None
         parts = [
@@ -983,7 +1005,7 @@ def evaluate(args, model, split, team):
             for x in split.pictures(chunks(rows[team.rank], args.clf_micro_batch))
         ]
     logits = torch.zeros(n, model.n_classes)
-    logits[sum(rows, [])] = distributed.gather_rows(torch.cat([logits[:0], *parts]), team)
+    logits[sum(rows, [])] = distributed.gather_rows(torch.cat([logits[:0], *parts]), team)  # in the split's order
     return logits, split.labels
 
 
@@ -1012,15 +1034,16 @@ def export_classifier(args, run, model, class_names):
 
 # ---------------------------------------------------------------------------------------------
 # [5] evaluate: load the saved classifier from its folder, score it, write the table and the report.
+# A row's figure is the test score at the step that validation chose (the last, without validation images), mean and
+# deviation over seeds; stage 4 wrote it down. Here classifier/ is loaded as a user would load it, and must score alike.
+# Near-copies: how many synthetic images have nearly the perceptual hash of a shot, and how many test images have.
 # Reads classifier/, images/; writes results.json, samples.png, report.html.
 
 ROW_NAMES = {
-    "zero-shot": "CLIP zero-shot, no training",
-    "real": "real shots only",
-    "unadapted": "synthetic, stock generator",
-    "synthetic": "synthetic, DataDream",
-    "pooled": "real + synthetic, DataDream",
-}
+    "zero-shot": "CLIP zero-shot, no training", "real": "real shots only", "unadapted": "synthetic, stock generator",
+    "synthetic": "synthetic, DataDream", "pooled": "real + synthetic, DataDream",
+}  # fmt: skip
+OTHER_SCORES = ("last_epoch_test", "test_selected")  # of the last step, and the best on test: the official selection
 
 
 class Saved(nn.Module):
@@ -1037,7 +1060,7 @@ class Saved(nn.Module):
         else:
             self.net = timm.create_model(f"local-dir:{folder}", pretrained=True)
             self.mean, self.std, self.size = IMAGENET_MEAN, IMAGENET_STD, 224
-        self.register_buffer("tokens", tokens)
+        self.register_buffer("tokens", tokens)  # None for ResNet-50, whose classes have no text
 
     def text_features(self):
         if self.tokens is not None:
@@ -1050,6 +1073,7 @@ class Saved(nn.Module):
 
 
 def evaluate_saved(args, run, dist, shots, test):
+    """Top-1 and top-5 on the real test split, of the classifier in the folder and of all rows."""
     with run.timed("evaluate"):
         model = Saved(run.path("classifier")).to(dist.device)
         logits, labels = evaluate(args, model, Split(test, model, args, dist.device), dist)
@@ -1063,20 +1087,22 @@ def evaluate_saved(args, run, dist, shots, test):
     run.done("evaluate", run.under(*runs.RESULTS), top1=top1)
 
 
+def over_seeds(found):
+    """The classifiers of one row, at least one: their metrics.json -> the row's entry in results.json"""
+    scores = [m["test"] for m in found]
+    row = dict(zip(("mean", "std"), mean_std(scores), strict=True), per_seed=scores, updates=found[0]["updates"])
+    return row | {key: mean_std([m[key] for m in found])[0] for key in OTHER_SCORES if key in found[0]}
+
+
 def write_results(args, run, shots, drawn, near, predicted, labels, saved):
     """results.json, the table, the contact sheet and the report."""
     table, metrics, class_names = [], {}, shots.class_names
     for arm in args.arms:
         found = [m for m in run_metrics(args, run) if m["arm"] == arm]
-        if not found:
-            table.append([ROW_NAMES[arm], "not run", "", "", ""])
-            continue
-        scores = [m["test"] for m in found]
-        row = dict(zip(("mean", "std"), mean_std(scores), strict=True), per_seed=scores, updates=found[0]["updates"])
-        others = [key for key in ("last_epoch_test", "test_selected") if key in found[0]]
-        metrics[arm] = row | {key: mean_std([m[key] for m in found])[0] for key in others}
-        extra = [f"{metrics[arm][key]:.1f}" for key in others] + [""] * (2 - len(others))
-        table.append([ROW_NAMES[arm], spread(scores), *extra, f"{found[0]['images']}"])
+        metrics |= {arm: over_seeds(found)} if found else {}
+        row = metrics.get(arm, {"per_seed": []})
+        others = (f"{row[key]:.1f}" if key in row else "" for key in OTHER_SCORES)
+        table.append([ROW_NAMES[arm], spread(row["per_seed"]), *others, f"{found[0]['images']}" if found else ""])
 
     right, n, g = (predicted == labels).float(), len(class_names), args.gen_images_per_class
     saved["per_class"] = {name: 100 * right[labels == c].mean().item() for c, name in enumerate(class_names)}
@@ -1104,27 +1130,27 @@ def write_results(args, run, shots, drawn, near, predicted, labels, saved):
 def check_args(args):
     """What a single flag's range cannot say; what depends on other flags gets its value."""
     check(args)
-    if args.sd_micro_batch == 0:
-        args.sd_micro_batch = args.sd_batch if args.mode == "cls" else 1
-    if args.clf_warmup_epochs >= args.clf_epochs:
-        warmup, epochs = args.clf_warmup_epochs, args.clf_epochs
-        raise UserError(f"--clf-warmup-epochs {warmup} leaves nothing of --clf-epochs {epochs}")
-    # Trap: g < k means zero repeats, an empty real group and a NaN loss in the official code.
-    if repeat_shots(args.gen_images_per_class, args.shots) == 0:
-        few = f"--gen-images-per-class {args.gen_images_per_class} is less than --shots {args.shots}"
-        raise UserError(f"{few}: no real image would be used")
-    if args.mode == "zeroshot" and "unadapted" in args.arms and "synthetic" not in args.arms:
-        raise UserError("--mode zeroshot: the stock generator's row is called synthetic here, not unadapted")
-    if not set(args.arms) - {"zero-shot"}:
-        raise UserError("--arms names no row that is trained; add real, unadapted, synthetic or pooled")
+    args.sd_micro_batch = args.sd_micro_batch or (args.sd_batch if args.mode == "cls" else 1)
+    g, k, warmup, epochs = args.gen_images_per_class, args.shots, args.clf_warmup_epochs, args.clf_epochs
+    misnamed = args.mode == "zeroshot" and "unadapted" in args.arms and "synthetic" not in args.arms
+    for wrong, why in (
+        (warmup >= epochs, f"--clf-warmup-epochs {warmup} leaves nothing of --clf-epochs {epochs}"),
+        # Trap: g < k means zero repeats, an empty real group and a NaN loss in the official code.
+        (g < k, f"--gen-images-per-class {g} is less than --shots {k}: no real image would be used"),
+        (misnamed, "--mode zeroshot: the stock generator's row is called synthetic here, not unadapted"),
+        (
+            not set(args.arms) - {"zero-shot"},
+            "--arms names no row that is trained; add real, unadapted, synthetic or pooled",
+        ),
+    ):
+        if wrong:
+            raise UserError(why)
 
 
 def planned_models(args):
     """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
-    wanted = [("--sd-model", args.sd_model, "generator")]
-    if args.clf_model == "clip":
-        wanted.append(("--clip-model", args.clip_model, "clip"))
-    found = models.check_models(wanted)
+    classifier = [("--clip-model", args.clip_model, "clip")] if args.clf_model == "clip" else []
+    found = models.check_models([("--sd-model", args.sd_model, "generator"), *classifier])
     size = "--sd-resolution", args.sd_resolution
     models.check_generator(args.sd_model, found["--sd-model"], size, ("epsilon", "v_prediction"))
     return found
@@ -1145,8 +1171,7 @@ def main(args):
     dist = distributed.setup_distributed(args.device)
     data, shots, val = distributed.on_rank_0(partial(choose, args), dist)
     names = data.class_names
-    if data.note:
-        distributed.say(dist, data.note)
+    distributed.say(dist, data.note)
     found = planned_models(args)
     ids = models.fingerprints(found)
 
@@ -1156,14 +1181,14 @@ def main(args):
     select(run, shots, val)
     before = {"train": "generate", "evaluate": "train"} | ({"generate": "finetune"} if args.mode != "zeroshot" else {})
     check_order(run, todo, before)
-    if "finetune" in todo or "generate" in todo:
-        path = found["--sd-model"]
-        pipe = load_pipeline(path, dist.device, args.precision, **models.load_kwargs(path))
-        if "finetune" in todo and args.mode != "zeroshot":
-            finetune(args, run, dist, pipe, shots, names)
-        if "generate" in todo:
-            generate(args, run, dist, pipe, names)
-        del pipe
+    path = found["--sd-model"]
+    # Called by the first stage that needs the generator, loaded once.
+    pipe = cache(partial(diffusion.load_pipeline, path, dist.device, args.precision, **models.load_kwargs(path)))
+    if "finetune" in todo and args.mode != "zeroshot":
+        finetune(args, run, dist, pipe(), shots, names)
+    if "generate" in todo:
+        generate(args, run, dist, pipe(), names)
+    pipe.cache_clear()  # the classifiers get its memory
     if "train" in todo:
         train(args, run, dist, shots, val, data.test, names)
     if "evaluate" in todo:

@@ -203,7 +203,7 @@ if __name__ == "__main__":
 import math
 import random
 import shutil
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import numpy as np
 import timm
@@ -215,24 +215,12 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torchvision.transforms import v2
 
-from common import captions, datasets, distributed, images, models
+from common import captions, datasets, diffusion, distributed, images, models
 from common import run as runs
 from common.clip import encode_images, load_clip, zero_shot_weights
 from common.compiling import compiled
 from common.datasets import Numbers, in_order
-from common.diffusion import (
-    Adapter,
-    autocast,
-    decode,
-    latent_shape,
-    load_pipeline,
-    lora_config,
-    lora_parameters,
-    noise_schedule,
-    reset_lora,
-    save_lora,
-    token_ids,
-)  # fmt: skip
+from common.diffusion import Adapter, autocast, decode, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order
 from common.launch import UserError
@@ -243,6 +231,9 @@ from common.ood import ood_sets, restricted_top1
 from common.plan import print_plan
 from common.plans import realfake as planned
 from common.report import conclude, mean_std, roc_chart, spread
+
+# In shapes: N real images, C classes, k versions, M shadow models; B images of a batch, b of a micro-batch; pixels
+# [3, H, W], latents [4, h, w] with h = H / 8, text states [77, W]; D is the width of CLIP's embedding, here equal to W.
 
 # The replacements that the official code makes in open_clip's list of class names.
 IMAGENET_NAMES = {
@@ -257,6 +248,9 @@ PART = 256  # images in one file of captions or embeddings; an interrupted stage
 
 # ---------------------------------------------------------------------------------------------
 # The data: real images in one fixed order, and the sets that are generated from them.
+# A generated set has exactly one image for each real image and version. The method is one such set; an ablation is
+# another with one part off, a shadow model of the attack one from half of the real images. All of them share captions,
+# embeddings and seeds, so two sets differ by the part in question and by nothing else.
 
 
 def choose_real(args, data):
@@ -264,7 +258,7 @@ def choose_real(args, data):
     real, n = data.train, len(data.class_names)
     if args.real_per_class is not None:
         real = real.subset(datasets.few_shot(real, data.name, args.real_per_class, args.seed, n))
-    return in_order(real)
+    return in_order(real)  # of the names: the rows below, and the split of the attack, hang on it
 
 
 def prompt_names(dataset, class_names):
@@ -280,19 +274,20 @@ def prompt_names(dataset, class_names):
 class Variant:
     """One generated set: `versions` images from each real image in rows, with an adapter tuned on the same rows."""
 
-    folder: str
+    folder: str  # in the run folder
     adapter: str | None  # name of the file in lora/; None: the stock generator
-    rows: list[int]
-    versions: int
-    lam: float
-    token: Token
-    prior: Prior
-    caption: bool
+    rows: list[int]  # of the real images
+    versions: int  # k
+    lam: float  # lambda of the matching term; 0 without it
+    token: Token  # what the last text slot holds
+    prior: Prior  # where sampling starts: a real image's latent, or noise
+    caption: bool  # is it in the prompt?
 
 
 def generated_sets(args, n):
     """The method, its ablations with one part off, and the shadow models of the attack, each on half of the images."""
     flags = dict(versions=args.gen_versions, lam=args.dm_lambda, token=args.token, prior=args.gen_prior)
+    # The method: everything on, all N real images.
     full = Variant("images", "full" if args.lora else None, list(range(n)), caption=args.caption, **flags)
     off = {
         "no-lora": dict(adapter=None), "no-matching": dict(lam=0.0), "no-token": dict(token="none"),
@@ -305,7 +300,7 @@ def generated_sets(args, n):
             other.adapter = name
         sets[other.folder] = other
     for m, keep in enumerate(half_split(n, args.mia_models) if args.mia_models else []):
-        rows = np.flatnonzero(keep).tolist()
+        rows = np.flatnonzero(keep).tolist()  # its members; adapter, images and network see no others
         shadow = replace(full, folder=f"shadows/{m}/images", rows=rows, versions=args.mia_versions)
         shadow.adapter = full.adapter and f"shadow-{m}"
         sets[shadow.folder] = shadow
@@ -313,17 +308,23 @@ def generated_sets(args, n):
 
 
 def generated_images(args, run, v, real, versions):
-    """The first versions of a set, class by class; nothing is listed."""
-    counts = versions * np.bincount(real.labels[v.rows], minlength=len(real.class_names))
+    """The first versions of a set, class by class; nothing is listed.
+
+    <class>/<j>.png is version j // n_c of image j mod n_c of the class, so fewer versions are the first files.
+    """
+    counts = versions * np.bincount(real.labels[v.rows], minlength=len(real.class_names))  # [C], images of each
     return datasets.Generated(run.path(v.folder), real.class_names, counts, images.SUFFIX[args.gen_format])
 
 
 # ---------------------------------------------------------------------------------------------
 # [1] caption, [2] embed: one sentence and one CLIP vector per real image, where a set of the run asks for them.
+# Both say what is in one image: the caption in words (BLIP-2, greedy, at most 16 new tokens), the embedding [768] as
+# the image tower of that CLIP sees it whose text tower the generator has.
 # Reads the real images, writes captions.json and embeddings.safetensors (in parts/ while they grow).
 
 
 def caption(args, run, dist, real):
+    """{image: caption}: read from a file, or written by the image-to-text model."""
     with run.timed("caption"):
         if args.captions_file:
             written = captions.read_captions(args.captions_file, real)
@@ -354,19 +355,23 @@ def embed(args, run, dist, real):
     clip = load_clip(args.token_clip, dist.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
 
     def save(part, file):
-        features = encode_images(clip, part, 64, max(1, args.workers))
+        features = encode_images(clip, part, 64, max(1, args.workers))  # [n, D]: 224 pixels, CLIP's own view
         save_tensors(file, {"embeddings": features.half()})
 
     with run.timed("embed"):
         files = in_parts(run, dist, "embeddings", ".safetensors", real, save)
         if dist.main:
-            rows = torch.cat([load_tensors(file)["embeddings"] for file in files])
+            rows = torch.cat([load_tensors(file)["embeddings"] for file in files])  # [N, D], in the order of the images
             save_tensors(run.path("embeddings.safetensors"), {"embeddings": rows})
     run.done("embed", run.under("embeddings.safetensors"), embeddings=len(real))
 
 
 # ---------------------------------------------------------------------------------------------
 # What the generator is told about an image.
+# The text states h = text encoder(prompt), [77, 768], condition the U-Net. The prompt names the class and holds the
+# caption; the last of the 77 states, which is padding unless the prompt is that long, is overwritten with the image's
+# CLIP embedding g, the visual token. CLIP ViT-L/14 is as wide as these states, so nothing is projected or trained. The
+# paper describes the mean over the class (token="class_mean"), the released code takes the image's own.
 
 
 def training_prompt(class_name, caption):
@@ -381,14 +386,14 @@ def sampling_prompt(class_name, caption):
 
 def class_means(features, labels, n_classes):
     """Mean embedding of each class, no normalisation. [N, D], [N] -> [C, D]; NaN for a class without an image"""
-    total = torch.zeros(n_classes, features.shape[1]).index_add_(0, labels, features.float())
+    total = torch.zeros(n_classes, features.shape[1]).index_add_(0, labels, features.float())  # [C, D], sums
     return total / torch.bincount(labels, minlength=n_classes)[:, None]
 
 
 def released_mixture(features):
     """Official code, by mistake: the embeddings of a batch are stacked along the wrong axis and read row by row, so
     that every token is a mixture of the batch. [B, D] -> [B, D]"""
-    return features.T.reshape(features.shape)
+    return features.T.reshape(features.shape)  # no transpose back: row i holds numbers of all images
 
 
 class VisualTokens:
@@ -400,7 +405,7 @@ class VisualTokens:
 
     def __init__(self, features, labels, rows, mode, n_classes):
         self.features, self.labels, self.rows, self.mode = features, torch.as_tensor(labels), list(rows), mode
-        self.place = {row: n for n, row in enumerate(self.rows)}
+        self.place = {row: n for n, row in enumerate(self.rows)}  # of each image in its set
         if mode == "class_mean":
             self.means = class_means(features[self.rows], self.labels[self.rows], n_classes)
 
@@ -411,7 +416,7 @@ class VisualTokens:
             return self.means[self.labels[rows]]
         if self.mode == "image":
             return self.features[rows]
-        starts = [place - place % MIXED for place in places]
+        starts = [place - place % MIXED for place in places]  # of the official batch that each one stood in
         mixed = {start: released_mixture(self.features[self.rows[start : start + MIXED]]) for start in set(starts)}
         return torch.stack([mixed[start][place - start] for start, place in zip(starts, places, strict=True)])
 
@@ -434,6 +439,7 @@ class Condition:
     def __init__(self, args, run, pipe, v, real, names, make):
         self.pipe, self.names, self.labels, self.make = pipe, names, real.labels, make
         written = read_json(run.path("captions.json")) if v.caption else {}
+        # Members only: an adapter of half of the images must not hear of the others.
         self.texts = {i: make(names[real.labels[i]], written[real.keys[i]] if v.caption else "") for i in v.rows}
         self.tokens = None
         if v.token != "none":
@@ -442,6 +448,7 @@ class Condition:
             if features.shape[1] != width:
                 what = f"--token-clip {args.token_clip}: its embedding has {features.shape[1]} numbers"
                 raise UserError(f"{what}, the generator's text states have {width}; choose a CLIP of that width")
+            # The released code mixes the tokens when it samples, not when it tunes.
             mode = "image" if v.token == "released" and make is training_prompt else v.token
             self.tokens = VisualTokens(features, real.labels, v.rows, mode, len(names))
 
@@ -449,8 +456,8 @@ class Condition:
     def states(self, rows, b):
         """Text states of these images with their tokens, filled up to b rows: [b, 77, W]"""
         rows = rows + rows[-1:] * (b - len(rows))
-        ids = token_ids(self.pipe, [self.texts[i] for i in rows])
-        h = self.pipe.text_encoder(ids.to(self.pipe.text_encoder.device))[0]
+        ids = token_ids(self.pipe, [self.texts[i] for i in rows])  # [b, 77]
+        h = self.pipe.text_encoder(ids.to(self.pipe.text_encoder.device))[0]  # [b, 77, W]; frozen
         return with_token(h, None if self.tokens is None else self.tokens[rows])
 
 
@@ -461,6 +468,12 @@ def padded(tensors, b):
 
 # ---------------------------------------------------------------------------------------------
 # [3] finetune: LoRA on every attention of the U-Net, denoising loss plus the matching term, always conditional.
+#     r_i = U-Net(z_t, t, h) - eps,  L = mean_i w_i mean(r_i^2) + lambda mean((sum_i w_i r_i)^2),  w = min(snr, 5) / snr
+# Why the second term: with a linear kernel the squared MMD between true and predicted noise is the squared length of
+# the mean residual, |E r|^2; by Jensen's inequality E |r|^2, the denoising loss, is only a bound of it. The term asks
+# for the thing itself, estimated on a batch: errors of single images may cancel, an error that all share may not.
+# It makes the batch of 8 part of the method. Residuals that have nothing in common add some 2 % to the loss (lambda B);
+# a bias shared by all of a batch adds at most lambda B^2 = 19 %. Pixels in [-1, 1], latents [4, 64, 64] at 512 pixels.
 # Reads the real images, captions.json, embeddings.safetensors; writes lora/pytorch_lora_weights.safetensors and, for
 # ablations and shadows, lora/<name>/pytorch_lora_weights.safetensors.
 
@@ -493,9 +506,9 @@ def matching_loss(pred, target, w, lam):
     pred, target [B, 4, h, w], w [B] -> (L, L_diff, L_dm). The paper speaks of the mean over the batch, the code sums:
     with the mean the same lambda would be B^2 = 64 times weaker. Always L_dm <= B^2 L_diff.
     """
-    r = pred.float() - target.float()
-    diffusion = (w * r.pow(2).mean((1, 2, 3))).mean()
-    dm = (w.view(-1, 1, 1, 1) * r).sum(0).pow(2).mean()
+    r = pred.float() - target.float()  # [B, 4, h, w]
+    diffusion = (w * r.pow(2).mean((1, 2, 3))).mean()  # L_diff: mean over the batch
+    dm = (w.view(-1, 1, 1, 1) * r).sum(0).pow(2).mean()  # L_dm: sum over the batch, then mean over [4, h, w]
     return diffusion + lam * dm, diffusion, dm
 
 
@@ -515,19 +528,22 @@ def matching_weight(lam, b):
 
 
 def adapter_file(run, name):
+    """name: "full", or that of an ablation or shadow"""
     return run.path("lora", *([] if name == "full" else [name]), "pytorch_lora_weights.safetensors")
 
 
 def tuning_pixels(image, u, v, flip, size):
     """PIL RGB -> uint8 [3, size, size]: shorter side to size (bilinear), crop at the shares u, v, mirrored"""
     image = v2.functional.resize(image, size, v2.InterpolationMode.BILINEAR)
-    free_x, free_y = image.size[0] - size, image.size[1] - size
+    free_x, free_y = image.size[0] - size, image.size[1] - size  # one of them is 0
     image = v2.functional.crop(image, int(u * (free_y + 1)), int(v * (free_x + 1)), size, size)
     return v2.functional.pil_to_tensor(v2.functional.horizontal_flip(image) if flip else image)
 
 
 def finetune(args, run, dist, pipe, real, names, sets):
-    pipe.unet.add_adapter(lora_config(args.sd_rank, UNET_TARGETS))
+    """One adapter for the method, and one for each ablation and shadow whose tuning differs from it."""
+    pipe.unet.add_adapter(diffusion.lora_config(args.sd_rank, UNET_TARGETS))
+    # Sets may share an adapter; it is tuned as the first of them says.
     jobs = list({v.adapter: v for v in reversed(list(sets.values())) if v.adapter}.values())[::-1]
     units = args.sd_batch // args.sd_micro_batch
     smaller = f"--sd-micro-batch {max(1, args.sd_batch // dist.world)}"
@@ -562,7 +578,7 @@ class TuningBatches:
         (epoch, i), b = divmod(step, self.per_epoch), self.args.sd_batch
         batch = [self.rows[j] for j in self.order(epoch)[i * b : (i + 1) * b]]
         g = distributed.generator(self.args.seed, "step", step)
-        where, t = torch.rand(3, b, generator=g), torch.randint(self.n_times, (b,), generator=g)
+        where, t = torch.rand(3, b, generator=g), torch.randint(self.n_times, (b,), generator=g)  # t: 0..999
         return batch, where, t, *torch.randn(2, b, *self.shape, generator=g)
 
     def pictures(self, step):
@@ -578,17 +594,17 @@ def tune_lora(args, run, team, pipe, v, real, names):
     file = adapter_file(run, v.adapter)
     if file.exists():
         return
-    total, per_epoch = tuning_steps(args, len(v.rows))
+    total, per_epoch = tuning_steps(args, len(v.rows))  # steps
     if not per_epoch:
         raise UserError(f"--sd-batch {args.sd_batch}: {v.adapter} has only {len(v.rows)} images; choose it smaller")
-    layers = lora_parameters([pipe.unet])
-    reset_lora(layers, args.sd_rank, args.seed, "lora")  # A ~ N(0, 1/r^2), B = 0: it starts as the stock generator
+    layers = diffusion.lora_parameters([pipe.unet])  # 797,184 numbers at rank 4
+    diffusion.reset_lora(layers, args.sd_rank, args.seed, "lora")  # A ~ N(0, 1/r^2), B = 0: the stock generator
     params = [p for _, p in layers]
     optimizer = torch.optim.AdamW(params, lr=args.sd_lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8, fused=True)
     condition = Condition(args, run, pipe, v, real, names, training_prompt)
-    abar = alphas_cumprod(**noise_schedule(pipe.scheduler.config))
+    abar = alphas_cumprod(**noise_schedule(pipe.scheduler.config))  # [1000]
     lam, shape = matching_weight(v.lam, args.dm_batch), latent_shape(pipe, args.gen_resolution)
-    groups = args.sd_batch // args.dm_batch
+    groups = args.sd_batch // args.dm_batch  # matching batches in a step; 1 as released
 
     batches = TuningBatches(args, v.rows, per_epoch, len(abar), shape)
     view = partial(tuning_pixels, size=args.gen_resolution)
@@ -598,8 +614,9 @@ def tune_lora(args, run, team, pipe, v, real, names):
     stream = pictures(part for step in loop.steps for part in loop.mine(batches.pictures(step)))
     for step in loop:
         batch, _, t, xi, eps = batches.draw(step)
-        # Forward passes, and the sum of the weighted residuals of each matching batch over all processes ...
-        own = {}
+        # The gradient of L at the prediction of image i is 2 / (4 h w) (w_i r_i / B + lambda w_i sum_j w_j r_j): of
+        # the other images it needs only their sum. So first the forward passes, and that sum over all processes ...
+        own = {}  # micro-batch -> its residuals, with their graph, and its weights
         for u in loop.units(len(batch)):
             noise, target, abar_t, t_u = (x.to(team.device) for x in (xi[u], eps[u], abar[t[u]], t[u]))
             with autocast(args.precision, team.device):
@@ -607,31 +624,36 @@ def tune_lora(args, run, team, pipe, v, real, names):
                     posterior = pipe.vae.encode(to_unit(next(stream))).latent_dist
                     z0 = pipe.vae.config.scaling_factor * (posterior.mean + posterior.std * noise).float()
                 h = condition.states(batch[u], len(batch[u]))
-                prediction = pipe.unet(add_noise(z0, target, abar_t), t_u, h).sample
+                prediction = pipe.unet(add_noise(z0, target, abar_t), t_u, h).sample  # [b, 4, h, w]
             w = snr_weight(snr_of(abar_t), args.dm_gamma) if args.dm_gamma else torch.ones_like(abar_t)
             own[loop.unit] = prediction.float() - target, w
-            group = u.start // args.dm_batch
+            group = u.start // args.dm_batch  # the matching batch that this micro-batch is part of
             sums = torch.zeros(groups, *shape, device=team.device)
             sums[group] = (w.view(-1, 1, 1, 1) * own[loop.unit][0].detach()).sum(0)
             loop.keep([sums])
-        (residual_sums,) = loop.sum()
+        (residual_sums,) = loop.sum()  # [groups, 4, h, w], the same on every process
         # ... then the backward passes: each image's share of the loss, whose gradient needs only that sum.
         for u in loop.units(len(batch)):
             r, w = own.pop(loop.unit)
-            diffusion, dm = matching_shares(r, w, residual_sums[u.start // args.dm_batch], args.dm_batch)
-            loop.backward((diffusion + lam * dm) / groups)
+            l_diff, l_dm = matching_shares(r, w, residual_sums[u.start // args.dm_batch], args.dm_batch)
+            loop.backward((l_diff + lam * l_dm) / groups)
         loss = loop.update(clip=1.0)
         moments = residual_sums.pow(2).mean()  # L_dm; the shares' values add up to twice that, as their gradients do
         loop.log(loss=loss - lam * moments, matching=lam * moments)
 
     if team.main:
-        save_lora(file, unet=pipe.unet)
+        diffusion.save_lora(file, unet=pipe.unet)
     loop.finish()
 
 
 # ---------------------------------------------------------------------------------------------
-# [4] generate: versions 1..k of every real image. Reads lora/, captions, embeddings, the real images;
-# writes images/, ablations/<name>/, shadows/<m>/images/, each an ImageFolder; skips files that exist.
+# [4] generate: versions 1..k of every real image.
+#     z0 = 0.18215 x a draw of VAE(real image),  z_733 = sqrt(abar) z0 + sqrt(1 - abar) eps, then UniPC down to t = 0
+# The latent prior: sampling starts from the real image under the noise of t = 733, not from nothing: layout and large
+# shapes stay, the rest is drawn anew, as prompt and token say. Of 30 steps the last 22 are run (strength 0.75). The
+# adapter counts half (scale 0.5). Versions differ by their noise alone. Every image is kept, with its source's label.
+# Reads lora/, captions, embeddings, the real images; writes images/, ablations/<name>/, shadows/<m>/images/, each an
+# ImageFolder; skips files that exist.
 
 
 def guided(eps_u, eps_c, w):
@@ -659,15 +681,15 @@ def denoise(unet, stored, steps, strength, w, z0, noise, h, watch=lambda t: None
     """
     scheduler, z = make_unipc(stored), noise
     scheduler.set_timesteps(steps, device=noise.device)
-    first = 0 if z0 is None else steps - kept_steps(strength, steps)
-    times = scheduler.timesteps[first:]
+    first = 0 if z0 is None else steps - kept_steps(strength, steps)  # 8 of 30 are left out
+    times = scheduler.timesteps[first:]  # 733, 699, ..., 67, 33
     scheduler.set_begin_index(first)
     if z0 is not None:
         z = add_noise(z0, noise, alphas_cumprod(**noise_schedule(stored.config)).to(z0.device)[times[0]])
     for t in times:
         watch(t)
         eps_u, eps_c = unet(torch.cat([z, z]).to(h.dtype), t, h).sample.float().chunk(2)
-        z = scheduler.step(guided(eps_u, eps_c, w), t, z).prev_sample
+        z = scheduler.step(guided(eps_u, eps_c, w), t, z).prev_sample  # float32 [B, 4, h, w]
     return z
 
 
@@ -684,6 +706,7 @@ def my_batches(args, dist, batches):
 
 
 def generate(args, run, dist, pipe, real, names, sets):
+    """Every image of every set that is not there yet; then the list of what each one is."""
     todo = distributed.on_rank_0(partial(missing_versions, args, run, real, sets), dist)
     adapter = Adapter(pipe)
     unet = compiled(pipe.unet, args.compile, "U-Net")
@@ -717,19 +740,15 @@ def missing_versions(args, run, real, sets):
         gone = np.stack([~there[first + numbers.of(every, k)] for k in range(v.versions)], 1)  # [image, version]
         missing = np.flatnonzero(gone.any(1)).tolist()
         todo[v.folder] = {v.rows[m]: np.flatnonzero(gone[m]).tolist() for m in missing}
-    left, n = (
-        sum(len(ks) for of in todo.values() for ks in of.values()),
-        sum(len(v.rows) * v.versions for v in sets.values()),
-    )
+    left = sum(len(ks) for of in todo.values() for ks in of.values())
+    n = sum(len(v.rows) * v.versions for v in sets.values())
     # A PNG of a photo takes about 1.5 bytes per pixel, a JPEG 0.2.
     need = planned.PIXEL_BYTES[args.gen_format] * left * (args.gen_save_size or args.gen_resolution) ** 2
     free = shutil.disk_usage(run.dir).free
     print(f"generate: {left:,} of {n:,} images to draw, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
     if need > free:
-        raise UserError(
-            f"{run.dir}: the images need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free; "
-            "free some space, lower --gen-versions or choose another --output-dir"
-        )
+        what = f"the images need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+        raise UserError(f"{run.dir}: {what}; free some space, lower --gen-versions or choose another --output-dir")
     return todo
 
 
@@ -744,7 +763,7 @@ def draw_versions(args, run, dist, pipe, unet, writer, v, real, condition, todo)
     bar = distributed.progress(sum(map(len, todo.values())), f"generate {v.folder}", dist, together=True)
     for rows in mine:
         posterior = posterior_of(args, pipe, next(stream)) if v.prior == "image" else None
-        h = guidance_states(args, pipe, condition, rows)
+        h = guidance_states(args, pipe, condition, rows)  # [2 b, 77, W]
         for k in sorted({k for i in rows for k in todo[i]}):
             seeds = [version_seed(args, real.keys[i], k) for i in rows]
             for i, image in zip(rows, sample_versions(args, pipe, unet, posterior, h, seeds), strict=True):
@@ -780,7 +799,7 @@ def sample_versions(args, pipe, unet, posterior, h, seeds):
     """
     shape = latent_shape(pipe, args.gen_resolution)
     both = [torch.randn(2, *shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    xi, noise = padded(both, args.gen_micro_batch).to(h.device).unbind(1)
+    xi, noise = padded(both, args.gen_micro_batch).to(h.device).unbind(1)  # [b, 4, h, w] each
     z0 = pipe.vae.config.scaling_factor * (posterior[0] + posterior[1] * xi) if posterior else None
     z = denoise(unet, pipe.scheduler, args.gen_steps, args.i2i_strength, args.gen_guidance, z0, noise, h)
     return decode(pipe, z, args.precision)[: len(seeds)]
@@ -804,8 +823,12 @@ def list_versions(args, run, v, real, names):
 
 
 # ---------------------------------------------------------------------------------------------
-# [5] train: a network from scratch on synthetic, real + synthetic and real images. Reads the real images and the sets;
-# writes classifier/runs/<row>-seed<s>/. The test split is not opened before stage 7.
+# [5] train: a network from scratch on synthetic, real + synthetic and real images.
+# The paper's question: how accurate is a network on generated images in place of the real ones (synthetic-kx), and how
+# much do they add to them? Cross-entropy with label smoothing, SGD, the recipe that the released script gets from
+# timm's defaults. Sets are joined and shuffled: k versions are k times the images and, as officially, k times the
+# updates. Nothing is selected: the last epoch counts, and no validation images are needed.
+# Reads the real images and the sets; writes classifier/runs/<row>-seed<s>/. Test images are opened in stage 7 only.
 
 
 def multistep_lr(epoch, base, milestones, decay, warmup, start=1e-5):
@@ -827,7 +850,7 @@ def make_net(args, n_classes, seed):
     if args.net_stem == "cifar":
         if not hasattr(net, "maxpool"):
             raise UserError(f"--net-stem cifar: {args.net_model} is no ResNet of timm's; use --net-stem imagenet")
-        width = net.bn1.num_features
+        width = net.bn1.num_features  # channels of the stem
         net.conv1, net.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return net
@@ -847,7 +870,7 @@ def make_optimizer(args, net):
 def transforms(args, training):
     """PIL RGB -> uint8 [3, net_size, net_size]. Official code: timm's defaults, which overwrite the transforms that the
     released data set class defines."""
-    size, stats = args.net_size, dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    size, stats = args.net_size, dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)  # the training loop normalises
     if training and args.net_augment == "cifar":
         steps = [v2.Resize((size, size)), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(args.net_flip)]
         return v2.Compose([*steps, v2.PILToTensor()])
@@ -875,6 +898,7 @@ def training_jobs(args):
 
 
 def train(args, run, dist, real, sets):
+    """A network for each row of the table and each seed."""
     jobs, units = training_jobs(args), math.ceil(args.net_batch / args.net_micro_batch)
     smaller = f"--net-micro-batch {max(1, args.net_batch // dist.world)}"
     team, mine = distributed.deal(jobs, units, dist, "train", smaller)
@@ -895,10 +919,10 @@ def train_net(args, run, team, folder, chart, sources, n_real, seed):
     data = datasets.Concat(sources)  # one list after the other, no re-weighting
     length = min(n_real, len(data)) if args.net_equal_updates else len(data)
     batches = Batches(len(data), args.net_batch, seed, length=length, drop_last=True)
-    total = args.net_epochs * batches.per_epoch
+    total = args.net_epochs * batches.per_epoch  # updates
     net = make_net(args, len(data.class_names), seed).to(team.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(args, net)
-    running = [b for n, b in net.named_buffers() if n.endswith(("running_mean", "running_var"))]
+    running = [b for n, b in net.named_buffers() if n.endswith(("running_mean", "running_var"))]  # of BatchNorm
     params = [p for p in net.parameters() if p.requires_grad]
     checkpoint, micro = folder / "checkpoint.safetensors", args.net_micro_batch
     loop = Loop(run, chart, total, optimizer, team, micro, file=checkpoint, params=params, buffers=running)
@@ -906,13 +930,13 @@ def train_net(args, run, team, folder, chart, sources, n_real, seed):
     pictures = Loader(data, transforms(args, training=True), team.device, args.workers, (seed, "augment"))
     stream = pictures(part for step in loop.steps for part in loop.mine(batches[step]))
     for step in loop:
-        target = labels[[entry for entry, _ in batches[step]]]
+        target = labels[[entry for entry, _ in batches[step]]]  # [B]
         for u in loop.units(len(target)):
             x = normalised(next(stream), IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)
             with autocast(args.precision, team.device):
-                logits = net(x)
+                logits = net(x)  # [b, C]
             y = target[u].to(team.device, non_blocking=True)
-            loop.backward(classifier_loss(logits, y, args.net_smoothing) * len(y) / len(target))
+            loop.backward(classifier_loss(logits, y, args.net_smoothing) * len(y) / len(target))  # share of the mean
         lr = multistep_lr(step // batches.per_epoch, args.net_lr, args.net_milestones, args.net_decay, args.net_warmup)
         loss = loop.update(lr=lr)
         loop.log(loss=loss, lr=lr)
@@ -943,7 +967,11 @@ def logits_of(args, net, data, device):
 
 # ---------------------------------------------------------------------------------------------
 # [6] attack: membership inference. For each shadow model: LoRA on its members, images from its members (stages 3, 4),
-# a network on them; and the same for real members. Writes shadows/<m>/<kind>/ and attack.json, attack.png.
+# a network on them; and the same for real members. Does a network that saw generated images only betray which real
+# images they were made from? phi is high where a network is sure of the right class; LiRA asks whether the phi of the
+# attacked network looks more like those of networks that had the image or of those that had not. By chance the AUC is
+# 50 %, the true positives at 1 % false ones are 1 %.
+# Writes shadows/<m>/<kind>/ and attack.json, attack.png.
 
 
 def half_split(n, n_models=10):
@@ -951,13 +979,13 @@ def half_split(n, n_models=10):
 
     Official code. The sizes of the models' sets are only about n / 2.
     """
-    return np.random.RandomState(0).uniform(0, 1, (n_models, n)).argsort(0) < n_models // 2
+    return np.random.RandomState(0).uniform(0, 1, (n_models, n)).argsort(0) < n_models // 2  # ranks in a column
 
 
 def membership_logit(logits, labels):
     """phi = log(p_y / (1 - p_y)) = z_y - logsumexp over the other classes, float64. [N, C], [N] -> [N]"""
     z = logits.double()
-    own = z.gather(1, labels[:, None])
+    own = z.gather(1, labels[:, None])  # z_y, [N, 1]
     return (own - z.scatter(1, labels[:, None], -math.inf).logsumexp(1, keepdim=True))[:, 0]
 
 
@@ -968,7 +996,7 @@ def balanced(keep):
     fewer shadows lies farther from the target, so that without this a network that learnt nothing would seem to
     say "not a member" (AUC below 50 %; negligible with hundreds of shadows, large with ten).
     """
-    n = torch.minimum(keep.sum(0), (~keep).sum(0))
+    n = torch.minimum(keep.sum(0), (~keep).sum(0))  # [N], shadows on the smaller side
     return keep & (keep.cumsum(0) <= n), ~keep & ((~keep).cumsum(0) <= n)
 
 
@@ -982,8 +1010,8 @@ def lira_score(shadow, inside, outside, target, pool=False):
     shadow, target, score = shadow.double(), target.double(), 0
     for sign, mask in ((1, inside), (-1, outside)):
         mask = mask.double()
-        count = mask.sum(0)
-        mean = (shadow * mask).sum(0) / count
+        count = mask.sum(0)  # [N]
+        mean = (shadow * mask).sum(0) / count  # [N], of phi over the shadows of this side
         squares = ((shadow - mean) ** 2 * mask).sum(0)
         var = squares.sum() / count.sum() if pool else squares / count
         score = score + sign * (-(var.sqrt() + 1e-30).log() - (target - mean) ** 2 / (2 * var + 1e-30))
@@ -998,8 +1026,10 @@ def attack_figures(score, member):
 
 
 def attack(args, run, dist, real, sets):
+    """Train the shadow networks, ask each about every real image, and let each in turn be the attacked one."""
     n_classes, keep = len(real.class_names), torch.from_numpy(half_split(len(real), args.mia_models))
-    jobs = [(kind, m) for kind in ("synthetic", "real") for m in range(args.mia_models)]
+    kinds = ("synthetic", "real")  # what the networks are trained on
+    jobs = [(kind, m) for kind in kinds for m in range(args.mia_models)]
     smaller = f"--net-micro-batch {max(1, args.net_batch // dist.world)}"
     team, mine = distributed.deal(jobs, math.ceil(args.net_batch / args.net_micro_batch), dist, "attack", smaller)
     with run.timed("attack", "--net-micro-batch"):
@@ -1015,12 +1045,11 @@ def attack(args, run, dist, real, sets):
             scores[kind, m] = membership_logit(logits_of(args, net, real, dist.device), torch.tensor(real.labels))
         scores = {k: v for part in distributed.all_gather_object(scores, dist) for k, v in part.items()}
         if dist.main:
-            kinds = ("synthetic", "real")
+            # [M, N]: phi of each real image under each shadow network
             phi = {kind: torch.stack([scores[kind, m] for m in range(args.mia_models)]) for kind in kinds}
-            results, curves = {}, {}
-            for kind in kinds:
-                results[kind], curves[kind] = attack_results(phi[kind], keep)
-            write_json(run.path("attack.json"), results)
+            results = {kind: attack_results(phi[kind], keep) for kind in kinds}
+            write_json(run.path("attack.json"), {kind: figures for kind, (figures, _) in results.items()})
+            curves = {kind: curve for kind, (_, curve) in results.items()}
             roc_chart(run.path("attack.png"), "Who was a member? LiRA", curves)
     run.done("attack", run.under("attack.json", "attack.png"), shadows=args.mia_models)
 
@@ -1032,7 +1061,7 @@ def attack_results(phi, keep):
     """
     found, curve = {"lira": [], "threshold": []}, []
     for t in range(len(phi)):
-        others = torch.arange(len(phi)) != t
+        others = torch.arange(len(phi)) != t  # [M], all models but the target
         score = lira_score(phi[others], *balanced(keep[others]), phi[t], pool=len(phi) < 64)
         curve.append((score, keep[t]))
         found["lira"].append(attack_figures(score, keep[t]))
@@ -1042,15 +1071,19 @@ def attack_results(phi, keep):
 
 
 # ---------------------------------------------------------------------------------------------
-# [7] evaluate: every saved network on the real test split and further test sets. Writes results.json, samples.png,
-# report.html and classifier/, a timm folder of the first seed of the largest synthetic row.
+# [7] evaluate: every saved network on the real test split and further test sets (--ood), top-1 in percent, mean and
+# deviation over seeds. A further set may show only some of the classes: only these may then be answered. The table of
+# claims says for each of the paper's orderings whether it shows here, given the spread over seeds.
+# Writes results.json, samples.png, report.html and classifier/, a timm folder of the first seed of the largest
+# synthetic row.
 
 
 def evaluate(args, run, dist, data, real, sets):
+    """Score the networks, one process each, CLIP as it comes, and count near-copies of real images."""
     with run.timed("evaluate"):
         n, test = len(data.class_names), data.test
-        every = list(range(n))
-        scored = {"test": (test, every)} | ood_sets(args.ood, args.dataset)
+        # {name: (images, classes that may be answered)}
+        scored = {"test": (test, list(range(n)))} | ood_sets(args.ood, args.dataset)
         jobs, mine = training_jobs(args), {}
         for row, seed in distributed.my_items(jobs, dist):
             net = trained_net(args, run.path("classifier", "runs", f"{row}-seed{seed}"), n, dist.device)
@@ -1096,15 +1129,16 @@ def compared(metrics, k):
             table.append([claim, "", "not run"])
             continue
         n, gap = len(a["per_seed"]), a["mean"] - b["mean"]
-        error = math.sqrt((a["std"] ** 2 + b["std"] ** 2) / n)
+        error = math.sqrt((a["std"] ** 2 + b["std"] ** 2) / n)  # standard error of the difference of two means of n
         verdict = "within noise" if n < 2 or abs(gap) <= 2 * error else "shows" if gap > 0 else "the reverse"
         table.append([claim, f"{gap:+.1f}" + (f" ± {error:.1f}" if n > 1 else ""), verdict])
     return table
 
 
 def write_report(args, run, data, real, sets, found, splits, clip_top1, near):
-    metrics, table = {"zero-shot": dict(mean=clip_top1)}, [["CLIP zero-shot, no training", f"{clip_top1:.1f}", "", ""]]
-    table[0] += [""] * (len(splits) - 1)
+    """results.json, tables, contact sheet, classifier/, report. found: {(row, seed): ({split: top-1}, answers [N])}"""
+    metrics = {"zero-shot": dict(mean=clip_top1)}
+    table = [["CLIP zero-shot, no training", f"{clip_top1:.1f}", *[""] * (len(splits) + 1)]]  # on the test split alone
     for row in training_rows(args):
         per_seed = {s: [found[row, args.seed + i][0][s] for i in range(args.clf_seeds)] for s in splits}
         about = read_json(run.path("classifier", "runs", f"{row}-seed{args.seed}", "metrics.json"))
@@ -1165,28 +1199,27 @@ def save_classifier(args, run, row, class_names):
 def check_args(args):
     """What a single flag's range cannot say."""
     check(args)
-    if args.sd_batch % args.dm_batch:
-        raise UserError(f"--sd-batch {args.sd_batch}: it must be a multiple of --dm-batch {args.dm_batch}")
-    if args.dm_batch % args.sd_micro_batch:
-        raise UserError(f"--dm-batch {args.dm_batch}: it must be a multiple of --sd-micro-batch {args.sd_micro_batch}")
-    if not kept_steps(args.i2i_strength, args.gen_steps):
-        raise UserError(f"--i2i-strength {args.i2i_strength}: it keeps none of --gen-steps {args.gen_steps}")
-    if (
-        not args.net_versions
-        or max(args.net_versions) > args.gen_versions
-        or list(args.net_versions) != sorted(set(args.net_versions))
+    batch, group, part, m = args.sd_batch, args.dm_batch, args.sd_micro_batch, args.mia_models
+    strength, steps, versions = args.i2i_strength, args.gen_steps, args.net_versions
+    fine = versions and max(versions) <= args.gen_versions and list(versions) == sorted(set(versions))
+    for wrong, why in (
+        (batch % group, f"--sd-batch {batch}: it must be a multiple of --dm-batch {group}"),
+        (group % part, f"--dm-batch {group}: it must be a multiple of --sd-micro-batch {part}"),
+        (not kept_steps(strength, steps), f"--i2i-strength {strength}: it keeps none of --gen-steps {steps}"),
+        (not fine, f"--net-versions {versions}: ascending numbers, at most --gen-versions"),
+        # From 6 on every target has two shadows on each side.
+        (m % 2 or 0 < m < 6, f"--mia-models {m}: an even number from 6 on, or 0 for no attack"),
     ):
-        raise UserError(f"--net-versions {args.net_versions}: ascending numbers, at most --gen-versions")
+        if wrong:
+            raise UserError(why)
     ood_sets(args.ood, args.dataset)  # a wrong folder is told now, not after days
-    if args.mia_models % 2 or 0 < args.mia_models < 6:  # 6: every target then has two shadows on each side
-        raise UserError(f"--mia-models {args.mia_models}: an even number from 6 on, or 0 for no attack")
 
 
 def planned_models(args, sets):
     """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
+    writes = "caption" in args.stages and needs_captions(sets) and args.captions_file is None
     wanted = [("--sd-model", args.sd_model, "generator"), ("--token-clip", args.token_clip, "clip")]
-    if "caption" in args.stages and needs_captions(sets) and args.captions_file is None:
-        wanted.append(("--captioner", args.captioner, "captioner"))
+    wanted += [("--captioner", args.captioner, "captioner")] if writes else []
     found = models.check_models([*wanted, ("--net-model", args.net_model, "network")])
     # epsilon only: residuals of v are no residuals of the noise, and another min-SNR weight belongs to them
     models.check_generator(args.sd_model, found["--sd-model"], ("--gen-resolution", args.gen_resolution))
@@ -1195,10 +1228,6 @@ def planned_models(args, sets):
 
 def needs_captions(sets):
     return any(v.caption for v in sets.values())
-
-
-def needs_tokens(sets):
-    return any(v.token != "none" for v in sets.values())
 
 
 NEEDS = dict(
@@ -1223,8 +1252,7 @@ def main(args):
         return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device)
     data = distributed.on_rank_0(partial(datasets.load_dataset, args.dataset, args.data_dir), dist)
-    if data.note:
-        distributed.say(dist, data.note)
+    distributed.say(dist, data.note)
     if args.dm_batch != 8:
         lam = matching_weight(args.dm_lambda, args.dm_batch)
         distributed.say(dist, f"note: --dm-batch {args.dm_batch}: lambda becomes {lam:g}, which is 0.003 at 8")
@@ -1233,8 +1261,7 @@ def main(args):
         distributed.on_rank_0(lambda: captions.read_captions(args.captions_file, real) and None, dist)
     names, sets = prompt_names(args.dataset, data.class_names), generated_sets(args, len(real))
     found = planned_models(args, sets)
-    ids = models.fingerprints(found)
-    ids |= {"real": keys_hash(real)}
+    ids = models.fingerprints(found) | {"real": keys_hash(real)}
 
     free, read = ["gen_micro_batch", "gen_split"], dict(real=real, test=data.test)
     run = runs.open_run("realfake", args, dist, free, models=ids, later=LATER, pictures=read)
@@ -1243,15 +1270,16 @@ def main(args):
     if "caption" in todo:
         caption(args, run, dist, real) if needs_captions(sets) else run.done("caption", captions=0)
     if "embed" in todo:
-        embed(args, run, dist, real) if needs_tokens(sets) else run.done("embed", embeddings=0)
-    if "finetune" in todo or "generate" in todo:
-        path = found["--sd-model"]
-        pipe = load_pipeline(path, dist.device, args.precision, **models.load_kwargs(path))
-        if "finetune" in todo:
-            finetune(args, run, dist, pipe, real, names, sets)
-        if "generate" in todo:
-            generate(args, run, dist, pipe, real, names, sets)
-        del pipe
+        tokens = any(v.token != "none" for v in sets.values())
+        embed(args, run, dist, real) if tokens else run.done("embed", embeddings=0)
+    path = found["--sd-model"]
+    # Called by the first stage that needs the generator, loaded once.
+    pipe = cache(partial(diffusion.load_pipeline, path, dist.device, args.precision, **models.load_kwargs(path)))
+    if "finetune" in todo:
+        finetune(args, run, dist, pipe(), real, names, sets)
+    if "generate" in todo:
+        generate(args, run, dist, pipe(), real, names, sets)
+    pipe.cache_clear()  # the classifiers get its memory
     if "train" in todo:
         train(args, run, dist, real, sets)
     if "attack" in todo and args.mia_models:

@@ -197,8 +197,8 @@ def gather_known_rows(tensor: torch.Tensor, counts: list[int], dist: Dist) -> to
 
 
 def say(dist: Dist, *words: Any) -> None:
-    """Print on rank 0, at once."""
-    if dist.main:
+    """Print on rank 0, at once; of nothing but empty words nothing."""
+    if dist.main and any(words):
         print(*words, flush=True)
 
 

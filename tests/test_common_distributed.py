@@ -332,6 +332,7 @@ def test_progress_of_a_short_stage_is_one_line_and_of_others_none(capsys, enviro
         bar.update(3)
         bar.set_postfix(loss=1)
     D.say(D.Dist(1, 1, 2, CPU), "quiet")
+    D.say(ONE, "")  # a data set without a note
     D.say(ONE, "loud", 1)
     said = capsys.readouterr()
     assert said.err == "" and said.out == "loud 1\n"

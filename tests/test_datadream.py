@@ -140,7 +140,7 @@ def test_golden_lora_linear(g):
     with torch.no_grad():
         net.to_q.weight.copy_(w)
         net.to_q.bias.copy_(g["lora_lin.b"])
-    inject_adapter_in_model(dd.lora_config(r, dd.UNET_TARGETS), net)
+    inject_adapter_in_model(dd.diffusion.lora_config(r, dd.UNET_TARGETS), net)
     assert alpha == r
     with torch.no_grad():
         close(net(g["lora_lin.x"]), g["lora_lin.y_init"], 1e-6)
@@ -411,7 +411,7 @@ def test_tuning_equals_a_plain_loop_over_stock_parts(tmp_path, digits, mode):
 
     args = small_args(tmp_path, mode=mode, n_templates=3, sd_epochs=2, sd_lr=3e-3, prompt_prefix="drawn ", seed=5)
     shots = few(digits, [7, 2, 4], 3)
-    run, pipe = opened(args), dd.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
+    run, pipe = opened(args), dd.diffusion.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
     with torch.no_grad():  # a generator far from its optimum: gradients of norm above 1, which clipping changes
         for p in pipe.unet.conv_out.parameters():
             p.mul_(12)
@@ -485,13 +485,13 @@ def test_tuning_equals_a_plain_loop_over_stock_parts(tmp_path, digits, mode):
 
 def random_adapter(file, seed, scale=0.15):
     """An adapter file that changes what is drawn, written without training."""
-    pipe = dd.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
-    pipe.unet.add_adapter(dd.lora_config(4, dd.UNET_TARGETS))
-    pipe.text_encoder.add_adapter(dd.lora_config(4, dd.TEXT_TARGETS))
+    pipe = dd.diffusion.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
+    pipe.unet.add_adapter(dd.diffusion.lora_config(4, dd.UNET_TARGETS))
+    pipe.text_encoder.add_adapter(dd.diffusion.lora_config(4, dd.TEXT_TARGETS))
     g = torch.Generator().manual_seed(seed)
-    for _, p in dd.lora_parameters([pipe.unet, pipe.text_encoder]):
+    for _, p in dd.diffusion.lora_parameters([pipe.unet, pipe.text_encoder]):
         p.data = scale * torch.randn(p.shape, generator=g)
-    dd.save_lora(file, unet=pipe.unet, text_encoder=pipe.text_encoder)
+    dd.diffusion.save_lora(file, unet=pipe.unet, text_encoder=pipe.text_encoder)
 
 
 def test_drawn_images_equal_those_of_a_stock_pipeline(tmp_path, digits):
@@ -500,7 +500,7 @@ def test_drawn_images_equal_those_of_a_stock_pipeline(tmp_path, digits):
 
     shots = few(digits, [3, 8], 2)
     args = small_args(tmp_path, mode="cls", n_templates=3, gen_sampler="pndm", gen_guidance=3.0, gen_steps=4, sd_rank=4)
-    run, pipe = opened(args), dd.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
+    run, pipe = opened(args), dd.diffusion.load_pipeline(resolve("tiny", "generator"), ALONE.device, "fp32")
     files = dd.lora_file(args, run, shots.class_names)
     for c, file in enumerate(files):
         random_adapter(file, c)
@@ -1166,8 +1166,8 @@ def test_full_size_parameters_and_flops_are_those_of_the_method_page():
     # 51 network evaluations with guidance and one decode: what an image costs
     assert 51 * 2 * per_pass + decode == pytest.approx(84.5, rel=0.02)
 
-    unet.requires_grad_(False).add_adapter(dd.lora_config(16, dd.UNET_TARGETS))
-    text.requires_grad_(False).add_adapter(dd.lora_config(16, dd.TEXT_TARGETS))
+    unet.requires_grad_(False).add_adapter(dd.diffusion.lora_config(16, dd.UNET_TARGETS))
+    text.requires_grad_(False).add_adapter(dd.diffusion.lora_config(16, dd.TEXT_TARGETS))
     lora = [[p for p in m.parameters() if p.requires_grad] for m in (unet, text)]
     assert [sum(p.numel() for p in ps) for ps in lora] == [3_319_808, 3_014_656] and len(lora[0]) == 256
 

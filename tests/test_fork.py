@@ -78,7 +78,7 @@ def test_the_weight_is_min_snr(fork):
 def test_the_fork_differs_by_the_weight_and_by_nothing_else(fork, tmp_path):
     train = load_dataset("digits").train
     shots = train.subset([int(train.of_class(c)[0]) for c in range(10)])
-    pipe = dd.load_pipeline(dd.models.resolve("tiny", "generator"), ALONE.device, "fp32")
+    pipe = dd.diffusion.load_pipeline(dd.models.resolve("tiny", "generator"), ALONE.device, "fp32")
 
     # One image, one step, whose rate is 0: the loss of the stock generator times the weight of its time step.
     one, ratios = shots.subset([3]), {}

@@ -52,8 +52,8 @@ FAULTS = {
         ),
         Fault(
             "matching term zero",
-            "loop.backward((diffusion + lam * dm) / groups)",
-            "loop.backward((diffusion + 0 * dm) / groups)",
+            "loop.backward((l_diff + lam * l_dm) / groups)",
+            "loop.backward((l_diff + 0 * l_dm) / groups)",
             tests=TUNING,
         ),
         Fault(
@@ -86,8 +86,8 @@ FAULTS = {
         Fault("no weight decay of the LoRA", "weight_decay=1e-2", "weight_decay=0", tests=TUNING),
         Fault(
             "gradients summed instead of averaged",
-            "loop.backward((diffusion + lam * dm) / groups)",
-            "loop.backward(diffusion + lam * dm)",
+            "loop.backward((l_diff + lam * l_dm) / groups)",
+            "loop.backward(l_diff + lam * l_dm)",
             tests=TUNING,
         ),
         Fault(
