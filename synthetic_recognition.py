@@ -404,7 +404,7 @@ def choose_shots(args, data):
     n = len(data.class_names)
     picks = {m: datasets.few_shot(data.train, data.name, m, args.seed, n) for m in sorted(args.shot_counts)}
     largest = picks[max(picks)]
-    place = {i: row for row, i in enumerate(largest)}
+    place = {i: row for row, i in enumerate(largest)}  # row of the training split -> row of the shots
     return data.train.subset(largest), {m: [place[i] for i in rows] for m, rows in picks.items()}
 
 
@@ -442,11 +442,11 @@ def sentences_of(args, speak, c, name, device):
     # T5's sentences may or may not have hyphens. Dots stay: the official code would split "St. Bernard".
     name, found = " ".join(name.replace("-", " ").split()), []
     for attempt in range(8):
-        seed_global(seed_of(args.gen_seed, "sentences", c, attempt), device)
+        seed_global(seed_of(args.gen_seed, "sentences", c, attempt), device)  # a class does not depend on others
         found = usable([*found, *speak(f"a {name}", args.sentences + 50)], name, args.sentence_check)
         if len(found) >= args.sentences:
             break
-    pool = sorted(found)
+    pool = sorted(found)  # what is said first by chance has no advantage
     order = torch.randperm(len(pool), generator=distributed.generator(args.gen_seed, "choice", c)).tolist()
     return [pool[i] for i in order[: args.sentences]]
 
@@ -574,13 +574,13 @@ def draw(args, dist, paints, drawing, todo, shots, writer):
     """This process's share of the rows of one set. Each micro-batch notes its real images once."""
     mine = distributed.my_items(chunks(todo, args.gen_micro_batch), dist)
     references = [list(dict.fromkeys(map(drawing.shot, batch))) for batch in mine] if drawing.shots else []
-    stream = Loader(shots, partial(square, side=paints.side), dist.device, args.workers)(references)
+    stream = Loader(shots, partial(square, side=paints.side), dist.device, args.workers)(references)  # read ahead
     start = noised_reference if drawing.shots else None
-    kept = painter.timesteps(paints, run_indices(drawing.r, args.gen_steps))
+    kept = painter.timesteps(paints, run_indices(drawing.r, args.gen_steps))  # as the network numbers them
     with distributed.progress(len(todo), f"generate {drawing.name}", dist, together=True) as bar:
         for i, batch in enumerate(mine):
             latents = dict(zip(references[i], map(paints.latent, next(stream)), strict=True)) if drawing.shots else {}
-            begin = [latents[drawing.shot(row)] for row in batch] if drawing.shots else ()
+            begin = [latents[drawing.shot(row)] for row in batch] if drawing.shots else ()  # x_0 of each image's shot
             texts, seeds = [drawing.prompt(row) for row in batch], [drawing.seed(row) for row in batch]
             for row, picture in zip(batch, paints.paint(texts, seeds, kept, start, begin), strict=True):
                 writer.save(drawing.images.root / drawing.images.key(row), picture)
@@ -649,12 +649,12 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
         return run.done("filter")
     keep, report, least = {}, {}, {}
     with run.timed("filter", "--gen-micro-batch"):
-        judge = text_weights(clips[1], names, prompts(args)[0])
+        judge = text_weights(clips[1], names, prompts(args)[0])  # of the filter
         head = judge if clips[0] is clips[1] else text_weights(clips[0], names, prompts(args)[0])
         judged = lambda f, c: {"confidence": own_confidence(f, judge, c)}  # noqa: E731
         sets = feature_sets(args, run, clips, names, shots, test)
         for name, features in sets.items():
-            features.write(dist, judged if name in image_sets(args) else None)
+            features.write(dist, judged if name in image_sets(args) else None)  # real images are not filtered
         distributed.barrier(dist)
         if dist.main:
             save_tensors(run.path("features", "head.safetensors"), {"weight": head})
@@ -794,11 +794,11 @@ def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(
     for step in loop:
         (rows_real, rows_syn), loss = pair_at(step), 0.0
         if step in fresh:
-            loop.optimizer.state.clear()
+            loop.optimizer.state.clear()  # a phase is a training of its own
         for _ in loop.units(1):
             if len(rows_real):
                 f, y = real(rows_real)
-                loss = loss + weights[0] * F.cross_entropy(head_logits(f, W, b), y)
+                loss = loss + weights[0] * F.cross_entropy(head_logits(f, W, b), y)  # its label is sure: no soft term
             if len(rows_syn):
                 f, y = syn(rows_syn)
                 with torch.no_grad():
@@ -839,7 +839,7 @@ class HeadData:
         self.sets = feature_sets(args, run, clips, names, shots, test)
         self.keep = {name: np.array(rows) for name, rows in read_json(run.path("keep.json"))["keep"].items()}
         self.W0 = load_tensors(run.path("features", "head.safetensors"))["weight"].to(device)
-        _, self.test, self.y_test = self.of("test")
+        _, self.test, self.y_test = self.of("test")  # features [N, D], labels [N]
         self.kept = lru_cache(1)(lambda name, cf: self.of(name, self.keep[name] if cf else None))
 
     def of(self, name, rows=None):
@@ -861,7 +861,7 @@ class HeadData:
         """What a row of the table draws on"""
         rows, f, y = self.kept(set_of(row, m), ROWS[row].cf)
         if row == "rf":
-            good = real_filter(f, y, *self.real(m)[1:])
+            good = real_filter(f, y, *self.real(m)[1:])  # by the shots of this row alone
             rows, f, y = rows[good.cpu().numpy()], f[good], y[good]
             none = f"row rf, {m} shots: Real Filtering left no image; leave the row out of --ladder"
             refuse(not len(rows), none)
@@ -913,7 +913,7 @@ def top1(logits, labels):
 
 def main_row(args):
     """(row, n, seed) of the classifier that is saved: fixed beforehand, so nothing is chosen on the test set"""
-    order = ["le+cf-sce", "rg", "synthetic", *args.ladder[::-1]]
+    order = ["le+cf-sce", "rg", "synthetic", *args.ladder[::-1]]  # the main row of Tables 1, 5 and 8, if it is trained
     trained = [(row, n) for row, n in table_rows(args) if row != "zero-shot"]
     row = min((row for row, _ in trained), key=order.index)
     return row, max(n for r, n in trained if r == row), args.seed
@@ -1028,7 +1028,7 @@ def transfer(args, run, team, folder, about, real, test, n_classes, weights, see
 def train_backbones(args, run, dist, data, gen_names):
     """Weights from real images where asked for, then from synthetic ones, then the transfers: the initialisations of
     Tables 8 to 11. Each round is dealt to the processes."""
-    names, real, rest = data.class_names, data.train, data.train.subset([])
+    names, real, rest = data.class_names, data.train, data.train.subset([])  # rest: what the transfer does not see
     if args.transfer_images:
         chosen = datasets.few_shot(real, data.name, args.transfer_images, args.seed, len(names))
         rest, real = real.subset(np.setdiff1d(np.arange(len(real)), chosen)), real.subset(chosen)
@@ -1038,7 +1038,7 @@ def train_backbones(args, run, dist, data, gen_names):
         made = run.path("classifier", "runs", f"real-weights-seed{seed}", "pretrained.safetensors")
         return (made if args.real_weights == "train" else args.real_weights) if ROWS[row].init else None
 
-    jobs, round0 = planned_classifiers(args), []
+    jobs, round0 = planned_classifiers(args), []  # round 0: folders of the weights from real images
     if args.real_weights == "train" and any(ROWS[row].init for row, *_ in jobs):
         round0 = [start_of("real-init", args.seed + s).parent for s in range(args.clf_seeds)]
     with run.timed("train", "--pre-micro-batch"):
@@ -1093,7 +1093,7 @@ def predictions_of(args, device, net, source, rows):
 def saved_predictions(args, run, dist, test):
     """Class of each test image by classifier/ with stock open_clip or timm and the head beside it"""
     folder, n = run.path("classifier"), len(test)
-    rows = range(dist.rank * n // dist.world, (dist.rank + 1) * n // dist.world)
+    rows = range(dist.rank * n // dist.world, (dist.rank + 1) * n // dist.world)  # this process's share, in order
     if read_json(folder / "classes.json")["kind"] == "timm":
         net = timm.create_model(f"local-dir:{folder}", pretrained=True).to(dist.device)
         logits = predictions_of(args, dist.device, net, test, rows)
