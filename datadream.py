@@ -180,7 +180,7 @@ from common.clip import load_clip, save_clip
 from common.compiling import compiled
 from common.diffusion import Adapter, autocast, decode, encode_prompts, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order
+from common.inputs import check_order, refuse
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop, gather_units, units_of
@@ -1133,18 +1133,12 @@ def check_args(args):
     args.sd_micro_batch = args.sd_micro_batch or (args.sd_batch if args.mode == "cls" else 1)
     g, k, warmup, epochs = args.gen_images_per_class, args.shots, args.clf_warmup_epochs, args.clf_epochs
     misnamed = args.mode == "zeroshot" and "unadapted" in args.arms and "synthetic" not in args.arms
-    for wrong, why in (
-        (warmup >= epochs, f"--clf-warmup-epochs {warmup} leaves nothing of --clf-epochs {epochs}"),
-        # Trap: g < k means zero repeats, an empty real group and a NaN loss in the official code.
-        (g < k, f"--gen-images-per-class {g} is less than --shots {k}: no real image would be used"),
-        (misnamed, "--mode zeroshot: the stock generator's row is called synthetic here, not unadapted"),
-        (
-            not set(args.arms) - {"zero-shot"},
-            "--arms names no row that is trained; add real, unadapted, synthetic or pooled",
-        ),
-    ):
-        if wrong:
-            raise UserError(why)
+    refuse(warmup >= epochs, f"--clf-warmup-epochs {warmup} leaves nothing of --clf-epochs {epochs}")
+    # Trap: g < k means zero repeats, an empty real group and a NaN loss in the official code.
+    refuse(g < k, f"--gen-images-per-class {g} is less than --shots {k}: no real image would be used")
+    refuse(misnamed, "--mode zeroshot: the stock generator's row is called synthetic here, not unadapted")
+    trained = set(args.arms) - {"zero-shot"}
+    refuse(not trained, "--arms names no row that is trained; add real, unadapted, synthetic or pooled")
 
 
 def planned_models(args):

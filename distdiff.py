@@ -193,7 +193,7 @@ from common.compiling import compiled
 from common.datasets import Numbers, in_order
 from common.diffusion import DECODED_PIXELS, autocast, encode_prompts, latent_shape, noise_schedule
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order
+from common.inputs import check_order, refuse
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop
@@ -1197,16 +1197,12 @@ def check_args(args):
     late = f"--gen-step-from-end {m} must lie between --gen-period {p}"
     too_many = max(args.clf_copies, default=k + 1) > k
     no_place = args.gen_prompt is not None and args.gen_prompt.count("{}") != 1
-    for wrong, why in (
-        # Trap: the official code then draws plain img2img samples without a word.
-        (not p <= m <= steps, f"{late} and the {steps} steps that --gen-strength {args.gen_strength} leaves"),
-        (too_many, f"--clf-copies {args.clf_copies}: each must lie in 1..{k} (--gen-copies)"),
-        (size > resize, f"--clf-size {size} is larger than --clf-resize {resize}"),
-        (not set(args.rows) - {"zero-shot"}, "--rows: name at least one row that is trained"),
-        (no_place, f"--gen-prompt {args.gen_prompt!r} needs one {{}} for the class name"),
-    ):
-        if wrong:
-            raise UserError(why)
+    # Trap: the official code then draws plain img2img samples without a word.
+    refuse(not p <= m <= steps, f"{late} and the {steps} steps that --gen-strength {args.gen_strength} leaves")
+    refuse(too_many, f"--clf-copies {args.clf_copies}: each must lie in 1..{k} (--gen-copies)")
+    refuse(size > resize, f"--clf-size {size} is larger than --clf-resize {resize}")
+    refuse(not set(args.rows) - {"zero-shot"}, "--rows: name at least one row that is trained")
+    refuse(no_place, f"--gen-prompt {args.gen_prompt!r} needs one {{}} for the class name")
 
 
 def planned_models(args):

@@ -222,7 +222,7 @@ from common.compiling import compiled
 from common.datasets import Numbers, in_order
 from common.diffusion import Adapter, autocast, decode, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order
+from common.inputs import check_order, refuse
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop
@@ -710,7 +710,7 @@ def generate(args, run, dist, pipe, real, names, sets):
     todo = distributed.on_rank_0(partial(missing_versions, args, run, real, sets), dist)
     adapter = Adapter(pipe)
     unet = compiled(pipe.unet, args.compile, "U-Net")
-    quality = args.gen_quality if args.gen_format == "jpeg" else 100
+    quality = args.gen_quality if args.gen_format == "jpeg" else None
     with run.timed("generate", "--gen-micro-batch"), images.ImageWriter(
         args.gen_format, quality, args.gen_save_size
     ) as writer:  # fmt: skip
@@ -1202,16 +1202,12 @@ def check_args(args):
     batch, group, part, m = args.sd_batch, args.dm_batch, args.sd_micro_batch, args.mia_models
     strength, steps, versions = args.i2i_strength, args.gen_steps, args.net_versions
     fine = versions and max(versions) <= args.gen_versions and list(versions) == sorted(set(versions))
-    for wrong, why in (
-        (batch % group, f"--sd-batch {batch}: it must be a multiple of --dm-batch {group}"),
-        (group % part, f"--dm-batch {group}: it must be a multiple of --sd-micro-batch {part}"),
-        (not kept_steps(strength, steps), f"--i2i-strength {strength}: it keeps none of --gen-steps {steps}"),
-        (not fine, f"--net-versions {versions}: ascending numbers, at most --gen-versions"),
-        # From 6 on every target has two shadows on each side.
-        (m % 2 or 0 < m < 6, f"--mia-models {m}: an even number from 6 on, or 0 for no attack"),
-    ):
-        if wrong:
-            raise UserError(why)
+    refuse(batch % group, f"--sd-batch {batch}: it must be a multiple of --dm-batch {group}")
+    refuse(group % part, f"--dm-batch {group}: it must be a multiple of --sd-micro-batch {part}")
+    refuse(not kept_steps(strength, steps), f"--i2i-strength {strength}: it keeps none of --gen-steps {steps}")
+    refuse(not fine, f"--net-versions {versions}: ascending numbers, at most --gen-versions")
+    # From 6 on every target has two shadows on each side.
+    refuse(m % 2 or 0 < m < 6, f"--mia-models {m}: an even number from 6 on, or 0 for no attack")
     ood_sets(args.ood, args.dataset)  # a wrong folder is told now, not after days
 
 

@@ -152,17 +152,17 @@ def verify(images: Any, memory: Path | None = None, progress: Callable[[int], An
 class ImageWriter:
     """`with ImageWriter() as writer: writer.save(path, image)`: threads encode and write atomically.
 
-    format: png (lossless), jpeg (4:4:4 from quality 90 on) or webp (quality 100: lossless). size: pixels per side to
-    save at, None: as drawn. At most 16 images wait for each thread: save() blocks when the disk is the slower side.
-    The first error is raised by the next save() or at the end of the block, which waits for every image; a UserError
-    where the disk is full or the file cannot be written.
+    format: png (lossless), jpeg (4:4:4 from quality 90 on) or webp. quality: None is 95 for jpeg, lossless for webp.
+    size: pixels per side to save at, None: as drawn. At most 16 images wait for each thread: save() blocks when the
+    disk is the slower side. The first error is raised by the next save() or at the end of the block, which waits for
+    every image; a UserError where the disk is full or the file cannot be written.
     """
 
-    def __init__(self, format: str = "png", quality: int = 95, size: int | None = None, threads: int = 4):
+    def __init__(self, format: str = "png", quality: int | None = None, size: int | None = None, threads: int = 4):
         self.format, self.size = format, size
-        jpeg = dict(quality=quality, subsampling=0 if quality >= 90 else 2)
+        jpeg = dict(quality=quality or 95, subsampling=0 if (quality or 95) >= 90 else 2)
         # Lossless by WebP's fastest method is still smaller than PNG, and written and read in less time.
-        webp = dict(lossless=True, quality=0, method=0) if quality == 100 else dict(quality=quality)
+        webp = dict(quality=quality) if quality else dict(lossless=True, quality=0, method=0)
         self.options = {"png": dict(compress_level=1), "jpeg": jpeg, "webp": webp}[format]
         self.queue: queue.Queue = queue.Queue(16 * threads)
         self.error: Exception | None = None

@@ -48,6 +48,7 @@ class Work:
     loads: float = 0  # pictures that the loader's workers read and augment
     load_size: int = 512  # their pixels per side
     load_format: str = "jpeg"
+    augment: float = 1.7e-3  # seconds of a core for each, at 224 pixels; see load_seconds
     ram: float = 0  # bytes of a process, without the libraries
     gpu: float = 0
     precision: str = "bf16"  # or fp32; tf32: float32 in convolutions, where that is what torch computes in
@@ -60,14 +61,16 @@ class Work:
         peak, _, share = ACCELERATORS[args.plan]
         pieces = self.units if shared(self.jobs, self.units, world) else self.jobs
         busy, rate = pieces / math.ceil(pieces / world), share * peak[self.precision]
-        loading = self.loads * load_seconds(self.load_format, self.load_size) / max(1, args.workers)
+        loading = self.loads * load_seconds(self.load_format, self.load_size, self.augment) / max(1, args.workers)
         return self.tflop / rate / busy, loading / busy
 
 
-def load_seconds(format: str, size: int) -> float:
-    """Of a core, to decode a picture of size x size pixels, crop it to at most 224 and change its colours; between what
-    the lightest and the heaviest augmentation took (docs/performance.md)."""
-    return 3e-4 + 1.7e-3 * min(size / 224, 1) ** 2 + DECODE_PIXEL[format] * size**2
+def load_seconds(format: str, size: int, augment: float = 1.7e-3) -> float:
+    """Of a core, to decode a picture of size x size pixels and augment it at 224 pixels or fewer (docs/performance.md).
+
+    augment: the default lies between a crop with a mirror, 1.5e-4, and what also changes colours.
+    """
+    return 3e-4 + augment * min(size / 224, 1) ** 2 + DECODE_PIXEL[format] * size**2
 
 
 @dataclass

@@ -4,7 +4,7 @@
 # Expect: top-1 78.83 without pre-training, 83.90, 85.03, 85.24; from ImageNet's weights 84.50, 84.90, 85.32, 85.52
 #         (the paper's Table 8; not run by us)
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         1,040 GPU-hours on 8 x h100 (130 h, loading 47.4 h), 3,600,000 images, 689,000 PFLOP, 361 GB of images, 8.2 GB per GPU
+#         830 GPU-hours on 8 x h100 (104 h, loading 21.3 h), 3,600,000 images, 689,000 PFLOP, 47.2 GB of images, 8.2 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   CIFAR-100 is downloaded to data/
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -3,7 +3,7 @@
 #
 # Expect: the paper shows a curve only; not run by us
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         616 GPU-hours on 8 x h100 (76.9 h), 6,000,000 images, 547,000 PFLOP, 2,410 GB of images, 14.5 GB per GPU
+#         617 GPU-hours on 8 x h100 (77.1 h), 6,000,000 images, 547,000 PFLOP, 2,410 GB of images, 14.5 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   data/imagenet with train/<wnid>/ and val/<wnid>/
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -4,7 +4,7 @@
 # Expect: top-1 58.51 -> 60.07 (the paper's Table 1; not run by us); ViT-B/16: 62.51 -> 63.79
 #         with --head-clip ViT-B-16-quickgelu/openai
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         292 GPU-hours on 8 x h100 (36.4 h), 1,588,000 images, 259,000 PFLOP, 637 GB of images, 8.2 GB per GPU
+#         292 GPU-hours on 8 x h100 (36.5 h), 1,588,000 images, 259,000 PFLOP, 637 GB of images, 8.2 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   below data/; the paper's split: --split-file split_zhou_<Name>.json where CoOp has one
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

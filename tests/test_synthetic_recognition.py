@@ -1238,22 +1238,14 @@ def test_training_on_pixels_equals_training_on_cached_features_and_can_tune_the_
 
 def test_pretrain_end_to_end_with_two_processes(launch, tmp_path, tree_hash):
     flags = "--preset digits-pretrain --pre-amounts 5 --pre-epochs 1 --transfer-epochs 1 --pre-micro-batch 25".split()
-    flags += [
-        *SMALL[:8],
-        "--clf-seeds",
-        "1",
-        "--ladder",
-        "scratch",
-        "synthetic",
-        "real-init+synthetic",
-        "--recipe",
-        "moco",
-    ]
-    flags += ["--transfer-images", "90"]
+    flags += SMALL[:8] + "--clf-seeds 1 --ladder scratch synthetic real-init+synthetic --recipe moco".split()
+    flags += "--transfer-images 90 --gen-format jpeg".split()
     launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "one")
     launch("synthetic_recognition.py", *flags, "--output-dir", tmp_path / "two", processes=2)
     result = json.loads((tmp_path / "one" / "results.json").read_text())
     assert {"synthetic-5", "real-init+synthetic-5"} <= set(result["metrics"]) and "scratch" in result["baselines"]
+    drawn = {p.name for p in (tmp_path / "one" / "images").rglob("*.*")}
+    assert "0.jpg" in drawn and not any(name.endswith(".png") for name in drawn)
     pattern = "classifier/runs/**/*.safetensors"
     assert tree_hash(tmp_path / "one", pattern) == tree_hash(tmp_path / "two", pattern)
 
