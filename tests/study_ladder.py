@@ -35,7 +35,7 @@ PAIRS = (  # the paper's orderings in Table 2: better, worse
     ("le-ce", "basic-ce"), ("le-sce", "basic-sce"), ("le+cf-ce", "le-ce"), ("le+cf-sce", "le-sce"),
     ("basic-sce", "basic-ce"), ("le-sce", "le-ce"), ("le+cf-sce", "le+cf-ce"), ("le+cf-sce", "zero-shot"),
 )  # fmt: skip
-MAKE, TRAIN = ("select", "sentences", "generate", "filter"), ("train", "evaluate")
+DRAW, FILTER, TRAIN = ("select", "sentences", "generate"), ("filter",), ("train", "evaluate")
 
 
 def command(*words):
@@ -61,18 +61,27 @@ def training_digits(folder):
     return ["--dataset", "folder", "--data-dir", folder, "--template", "a photo of a {}"]
 
 
-def scores(base, draw, clip, prefix, rate, data):
-    """{row: test accuracy, mean over the seeds of the head}. The rates of a draw share its images and features."""
-    flags = ["--gen-seed", draw, "--seed", draw, "--gen-prefix", prefix, "--ladder", *ROWS, *data]
-    flags += ["--head-clip", clip, "--filter-clip", clip]
-    drawn, folder = base / "drawn", base / f"rate-{rate}"
-    if not (drawn / "stages" / "filter.json").exists():
-        command("synthetic_recognition.py", "--output-dir", drawn, *flags, "--stages", *MAKE)
-    if not (folder / "results.json").exists():
+def step(before, folder, *words):
+    """The command in a copy of a folder that an earlier command left, unless it is done -> the folder"""
+    if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(drawn, folder)
-        command("synthetic_recognition.py", "--output-dir", folder, *flags, "--head-lr", rate, "--stages", *TRAIN)
-    found = json.loads((folder / "results.json").read_text())
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if before is not None:
+            shutil.copytree(before, folder)
+        command("synthetic_recognition.py", "--output-dir", folder, *words)
+        (folder / "done").touch()
+    return folder
+
+
+def scores(base, target, draw, clip, prefix, rate, data):
+    """{row: test accuracy, mean over the seeds of the head}. Targets share the images of a draw, rates its features."""
+    base = base / ("training" if data else "test") / f"prefix-{PREFIXES.index(prefix)}-draw-{draw}"
+    flags = ["--gen-seed", draw, "--seed", draw, "--gen-prefix", prefix, "--ladder", *ROWS, *data]
+    drawn = step(None, base / "drawn", *flags, "--stages", *DRAW)
+    flags += ["--head-clip", clip, "--filter-clip", clip]
+    seen = step(drawn, base / target, *flags, "--stages", *FILTER)
+    trained = step(seen, base / f"{target}-rate-{rate}", *flags, "--head-lr", rate, "--stages", *TRAIN)
+    found = json.loads((trained / "results.json").read_text())
     return {row: (found["metrics"] | found["baselines"])[row]["mean"] for row in ROWS}
 
 
@@ -88,9 +97,9 @@ def interval(x):
 def study(base, name, clip, draws, training):
     """One target: its setting from the training digits, then its ladder on the test digits."""
     tried = {}
-    for p, prefix in enumerate(PREFIXES):
+    for prefix in PREFIXES:
         for rate in RATES:
-            found = scores(base / name / f"choose-{p}", 0, clip, prefix, rate, training)
+            found = scores(base, name, 0, clip, prefix, rate, training)
             tried[prefix, rate] = sum(v for row, v in found.items() if row != "zero-shot") / (len(ROWS) - 1)
             print(
                 f"{name}, {prefix!r}, rate {rate}, training digits:",
@@ -98,7 +107,7 @@ def study(base, name, clip, draws, training):
                 flush=True,
             )
     prefix, rate = max(tried, key=tried.get)
-    found = [scores(base / name / f"draw{draw}", draw, clip, prefix, rate, ()) for draw in range(draws)]
+    found = [scores(base, name, draw, clip, prefix, rate, ()) for draw in range(draws)]
     print(f"\n{name}: {prefix!r}, rate {rate}, {draws} draws, test digits")
     print_table(["row", "mean"], [[row, f"{sum(f[row] for f in found) / draws:.1f}"] for row in ROWS])
     header = ["ordering of the paper", "difference within a draw, 95 % interval"]
