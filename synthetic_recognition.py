@@ -16,7 +16,7 @@ Run:
 
 Expect:
     EuroSAT, CLIP RN50, zero-shot: 37.51 -> 55.37; 16 shots: 85.8 real only, 88.47 with RG (paper; not run by us)
-    digits: zero-shot 70.4 -> 71.9; 4 shots 83.2 real only, 86.5 with RG; pre-training 81.6 -> 90.9 (tables in docs/)
+    digits: zero-shot 70.4 -> 71.9; 4 shots 83.2 real only, 86.5 with RG; pre-training 82.4 -> 91.0 (tables in docs/)
 
 Differs:
     1. the default generator is Stable Diffusion 1.5; the paper's is --sd-model glide:DIR, see common/glide
