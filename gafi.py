@@ -931,8 +931,8 @@ def load_sampler(args, run, data, classifier, seed, epoch):
 # classifier of filtered sets that change every P = 10 epochs.
 #     e* = argmax_e score(e, 1, 0);   sigma* = argmax_sigma score(e*, sigma, 0);   t* = argmax_t score(e*, sigma*, t)
 # A candidate costs the training of a classifier: 36 + 21 + 10 of them one grid after the other, where all combinations
-# would be 7,560. They share the classifier's seed and z_0, and differ by what is tried alone. sigma 1 and t 0 repeat the
-# winner before them and are not trained again. Those of all GANs are dealt out to the processes together.
+# would be 7,560. They share the classifier's seed and z_0, and differ by what is tried alone. sigma 1 and t 0 repeat
+# the winner before them and are not trained again. Those of all GANs are dealt out to the processes together.
 # Reads gan/, writes search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json.
 
 

@@ -302,7 +302,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2
 from torchvision.transforms import v2
 
-from common import datasets, distributed, images, models, painter
+from common import datasets, distributed, images, models, painter, pretraining
 from common import run as runs
 from common.captions import sentence_writer
 from common.clip import encode_texts, load_clip, save_clip
@@ -318,21 +318,16 @@ from common.near_copies import near_copies
 from common.parts import in_parts
 from common.plan import print_plan
 from common.plans import synthetic_recognition as planned
-from common.pretraining import (
-    MoCo,
-    Objective,
-    Recipe,
-    augmentation,
-    cosine,
-    logits_of,
-    new_backbone,
-    steps_per_epoch,
-    train_network,
-)  # fmt: skip
+from common.pretraining import MoCo, Objective, Recipe, augmentation, cosine, logits_of, new_backbone, train_network
 from common.report import compare_saved, conclude, over_seeds, per_class, spread
 
 # ---------------------------------------------------------------------------------------------
-# What is said and trained: prompts by data set, rows of the tables, sets of images.
+# What is said and trained: prompts by data set, rows of the tables, sets of images. Prompts of the head and the filter,
+# "a photo of a {}.", take class names to CLIP; the generator draws "a photo of" + a sentence, or + "a <name>".
+# In shapes: N images of a set, n of a class, B of a batch, M real images per class, C classes, P prompts per class, D
+# numbers of a CLIP feature (1,024 of RN50). Pictures are bytes [3, H, W] until a network takes them. Symbols: g(x), h(t)
+# are CLIP's towers for images and texts, N(v) = v / |v|, s = exp(logit scale), 100 of OpenAI's weights; W [C, D] and
+# b [C] are the head. Row c n + k of a set is image k of class c.
 
 ENSEMBLE = (  # with which CLIP RN50 has 60.33 on ImageNet
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
@@ -397,7 +392,9 @@ def classifier_folder(run, row, n, seed):
 
 
 # ---------------------------------------------------------------------------------------------
-# [1] select: M real images of each class. Reads the training split, writes fewshot.json.
+# [1] select (Sec. 3.2): M real images of each class, drawn by seed from the training split. 16 shots contain the 8, and
+# so on: a curve over M compares more images, not others. Zero-shot has none, pretrain takes its own in stage 5.
+# Reads the training split, writes fewshot.json.
 
 
 def choose_shots(args, data):
@@ -423,14 +420,17 @@ def select(run, shots):
 
 
 # ---------------------------------------------------------------------------------------------
-# [2] sentences: language enhancement (Sec. 3.1): a T5 tuned to make a sentence of a word says S different things about
-# each class, so that images differ in more than their noise. Reads class names, writes sentences.json.
+# [2] sentences: language enhancement, LE (Sec. 3.1): a T5 tuned on CommonGen, to make a sentence of words, says S = 200
+# different things about each class, so that images differ in more than their noise. It gets "a <name>" and no more, and
+# is sampled freely: S + 50 sentences, equal ones once, S of those at random. Image k is drawn from sentence k mod S, so
+# 2,000 images are ten of each. The row B, without LE, draws all from "a <name>".
+# Reads class names, writes sentences.json: [{class_index, class_name, sentences}].
 
 SAMPLING = dict(top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)  # of the sentence model
 
 
 def words(text):
-    """Lower-case words and numbers, a blank around each, without all other signs"""
+    """Lower-case words and numbers, a blank around each, without all other signs; so `in` finds whole words only"""
     return " " + " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split()) + " "
 
 
@@ -482,9 +482,17 @@ def tell_short(args, short, n_classes):
 # ---------------------------------------------------------------------------------------------
 # [3] generate: from noise, or by Real Guidance (Sec. 3.2): a noised real image takes the place of the noise, and only
 # the last r of 100 reverse steps run. The fewer shots, the larger r, and the less an image resembles its shot.
+#     from noise:     x ~ N(0, I),  r = 100
+#     Real Guidance:  x = sqrt(abar) x_ref + sqrt(1 - abar) noise,  abar that of step r - 1
+#     each step:      eps = eps_u + w (eps_c - eps_u),  w = 3; then x is denoised by it (common/glide/sampler.py)
+# eps_c is the noise that the stock network sees under the prompt, eps_u that under the empty one. No step looks at
+# x_ref again, and nothing is tuned. x is a latent [4, h, w] of Stable Diffusion, or an image [3, 64, 64] in [-1, 1] of
+# GLIDE and DeepFloyd IF, which a second network enlarges. An image has the label of its name, or of its real image. 800
+# images from M shots are 800 / M of each; their prompt is the class's, and none of them is filtered away.
 # Reads sentences.json and the shots, writes images/, basic/, rg<M>/; skips files that exist.
 
-RG_STEPS = {16: 15, 8: 20, 4: 35, 2: 40, 1: 50}  # of 100: the fewer shots, the further from them
+# Shots: r of 100. Of GLIDE sqrt(1 - abar), the weight of the noise, is 0.23, 0.31, 0.52, 0.59 and 0.71.
+RG_STEPS = {16: 15, 8: 20, 4: 35, 2: 40, 1: 50}
 
 
 def run_indices(r, steps):
@@ -496,7 +504,10 @@ def run_indices(r, steps):
 
 
 def noised_reference(ref, noise, abar):
-    """Real Guidance: x = sqrt(abar) ref + sqrt(1 - abar) noise. Only the start of the sampler sees the real image."""
+    """Real Guidance: x = sqrt(abar) ref + sqrt(1 - abar) noise. Only the start of the sampler sees the real image.
+
+    ref, noise [B, 4, h, w] or [B, 3, 64, 64], abar () -> the same shape; each image has noise of its own.
+    """
     return abar.sqrt() * ref + (1 - abar).sqrt() * noise
 
 
@@ -519,7 +530,7 @@ class Drawing:
         self.images = generated_set(args, run, name, names, self.n)
         self.prefix = prompts(args)[1]
         self.shots = picks[int(name[2:])] if name.startswith("rg") else None  # rows of the shots, class by class
-        self.r = rg_steps_of(args, int(name[2:])) if self.shots else 100
+        self.r = rg_steps_of(args, int(name[2:])) if self.shots else 100  # reverse steps; 100: from pure noise
         file = run.path("sentences.json")
         self.sentences = [row["sentences"] for row in read_json(file)] if name == "le" else None
 
@@ -540,9 +551,7 @@ class Drawing:
 
     def missing(self):
         """Rows without a file"""
-        there = [
-            images.existing(self.images.root / folder, self.n, self.images.suffix) for folder in self.images.folders
-        ]
+        there = [images.existing(self.images.root / f, self.n, self.images.suffix) for f in self.images.folders]
         return np.flatnonzero(~np.concatenate(there))
 
     def list(self, scores=None):
@@ -590,14 +599,18 @@ def draw(args, dist, paints, drawing, todo, shots, writer):
             latents = dict(zip(references[i], map(paints.latent, next(stream)), strict=True)) if drawing.shots else {}
             begin = [latents[drawing.shot(row)] for row in batch] if drawing.shots else ()  # x_0 of each image's shot
             texts, seeds = [drawing.prompt(row) for row in batch], [drawing.seed(row) for row in batch]
-            for row, picture in zip(batch, paints.paint(texts, seeds, kept, start, begin), strict=True):
+            for row, picture in zip(batch, paints.paint(texts, seeds, kept, start, begin), strict=True):  # [3, H, W]
                 writer.save(drawing.images.root / drawing.images.key(row), picture)
             bar.update(len(batch))
 
 
 # ---------------------------------------------------------------------------------------------
-# [4] filter (Sec. 3.1): an image stays if CLIP gives its class more than chance, p > 1/C. One CLIP pass over the pixels
-# gives the filter's confidences and the head's training features.
+# [4] filter, CF (Sec. 3.1): an image stays if CLIP gives its class more than chance.
+#     w_c = s N(mean_p N(h(prompt p of class c))),  b = 0;   p(x) = softmax(N(g(x)) W^T + b);   keep x if p_c(x) > 1 / C
+# W is CLIP's zero-shot classifier. It serves three times: as the judge here, in stage 5 as the head's first weights
+# and as the teacher in its loss. Sentences stray from their class, and images with them: the filter is for these. 800 of
+# what passes stay; where fewer pass, the 800 most confident of all, so that classes stay equally large.
+# One CLIP pass over the pixels gives the filter's confidences and the head's training features.
 # Reads all sets, the shots and the test split; writes features/<set>/, features/head.safetensors, keep.json,
 # filtered.png. Nothing for pretrain: there the paper wants as many images as possible.
 
@@ -619,7 +632,7 @@ def own_confidence(f, W, c):
 
 
 def clip_filter(confidence, n_classes, keep, g):
-    """Sec. 3.1: images of one class with confidence > 1/C; `keep` of them, drawn with g. [N] -> sorted indices.
+    """Sec. 3.1: images of one class with confidence > 1/C; `keep` of them, drawn with g. [n] -> sorted indices [kept].
 
     Official code: when fewer than `keep` pass, the `keep` most confident of all images, so classes stay balanced.
     """
@@ -680,7 +693,7 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
 def filter_set(args, name, confidence, n_classes):
     """-> kept rows of a set, and what the filter did in each class (trap T6: re-admitted images are counted)"""
     kept, about = [], []
-    for c, own in enumerate(confidence.view(n_classes, -1)):
+    for c, own in enumerate(confidence.view(n_classes, -1)):  # own [n]: class by class
         g = distributed.generator(args.seed, "filter", name, c)
         chosen = clip_filter(own, n_classes, args.filter_keep, g)
         above = (own > 1 / n_classes).sum().item()
@@ -697,24 +710,31 @@ def least_trusted(name, source, confidence):
 
 
 # ---------------------------------------------------------------------------------------------
-# [5] train, zero-shot and few-shot: classifier tuning. The head W begins as CLIP's text embeddings and is tuned on
-# features of the frozen tower. Synthetic labels are noisy, so half of their loss, SCE's soft term, holds the head to
-# what the untouched CLIP says (Table 2). Real and synthetic images meet in each step, or come in turn (Table 7).
+# [5] train, zero-shot and few-shot: classifier tuning. The head W begins as CLIP's text embeddings, W_0, and is tuned
+# on features f = g(x) [D] of the frozen tower; with z = N(f) W^T + b and z0 = N(f) W_0^T, [C] each, a step minimises
+#     soft = mean_B -sum_k softmax(z0 / T)_k log softmax(z)_k,    T = 2
+#     loss = CE(z, y) of 32 real images + (sl soft + (1 - sl) CE(z, y)) of 512 synthetic images,    sl = 0.5
+# by AdamW. The rate falls along half a cosine, and rows of W have length s = 100, for which the rates are meant.
+# Synthetic labels are noisy, so half of their loss, SCE's soft term, holds the head to what the untouched CLIP says;
+# alone it would be least at W = W_0 / 2, and CE sharpens towards the label. Table 2, EuroSAT: CE 54.75, SCE 55.37.
+# Real and synthetic images meet in each step, or come in turn, which is worse (Table 7, 16 shots: 88.47; 87.10, 87.44).
 # Reads features/, keep.json; writes classifier/runs/<row>-seed<s>/ and, for the main row, classifier/.
 
 
 def real_filter(f, y, f_real, y_real, chunk=65536):
     """Real Filtering, our definition (the paper gives none): drop an image of class c if its nearest real image of
-    another class is more similar than its nearest one of class c. [N, D], [N], [M, D], [M] -> bool [N], True: keep"""
+    another class is more similar than its nearest one of class c. f [N, D], y [N]; real, M of each class, [C M, D],
+    [C M] -> bool [N], True: keep"""
     near, good = F.normalize(f_real, dim=-1).T, []
     for some, classes in zip(f.split(chunk), y.split(chunk), strict=True):
-        cos, own = F.normalize(some, dim=-1) @ near, classes[:, None] == y_real[None]  # [chunk, M]
+        cos, own = F.normalize(some, dim=-1) @ near, classes[:, None] == y_real[None]  # [chunk, C M]; -2 < any cosine
         good.append(cos.masked_fill(own, -2).amax(1) <= cos.masked_fill(~own, -2).amax(1))
     return torch.cat(good)
 
 
 def soft_loss(z, z0, T):
-    """mean_b -sum_k softmax(z0 / T)_k log softmax(z)_k. Only the teacher is divided by T; there is no T^2."""
+    """mean_b -sum_k softmax(z0 / T)_k log softmax(z)_k. [B, C] twice -> (). Only the teacher is divided by T, and there
+    is no T^2: not the usual distillation."""
     return F.cross_entropy(z, (z0 / T).softmax(-1))
 
 
@@ -805,12 +825,12 @@ def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(
             loop.optimizer.state.clear()  # a phase is a training of its own
         for _ in loop.units(1):
             if len(rows_real):
-                f, y = real(rows_real)
+                f, y = real(rows_real)  # [32, D], [32]
                 loss = loss + weights[0] * F.cross_entropy(head_logits(f, W, b), y)  # its label is sure: no soft term
             if len(rows_syn):
-                f, y = syn(rows_syn)
+                f, y = syn(rows_syn)  # [512, D], [512]
                 with torch.no_grad():
-                    z0 = teacher(rows_syn)
+                    z0 = teacher(rows_syn)  # [512, C]
                 loss = loss + weights[1] * tuning_loss(head_logits(f, W, b), z0, y, sl, T)
             loop.backward(loss)
         loss = loop.update(lr=rate_at(step), clip=1.0)
@@ -905,7 +925,7 @@ def train_head(args, run, team, clip, row, m, seed, data):
     for step, _ in tune_head(loop, W, b, course.pair, course.rate, *how):
         if course.ends_epoch(step):  # where the official code looks
             with torch.no_grad():
-                f = see.again(data.test, data.images("test"))
+                f = see.again(data.test, data.images("test"))  # [N, D]
                 score = top1(head_logits(f, W, b), data.y_test)
             loop.extra = best = max(best, score)
     save_tensors(folder / "weights.safetensors", {"weight": W.detach(), "bias": b.detach()} | see.weights)
@@ -940,13 +960,18 @@ def export_head(args, run, clip, names):
 # ---------------------------------------------------------------------------------------------
 # [5] train, pretrain: a backbone on synthetic images, then all its weights on the real ones (Sec. 3.3). Names of the
 # task at hand are drawn (downstream-aware) or others (agnostic); a row says where the backbone begins: random or real.
+#     pre-training:  min CE(net(x), y), y the name that x was drawn from;  or without labels MoCo v2, info_nce below
+#     transfer:      the same body under a new head:  min CE(net(x), y) on real images;  its test top-1 is the result
+# Amount is what counts here (Table 8: 83.9, 85.0, 85.2 of 1.2, 2.4, 3.6 million images; none 78.8), so nothing is
+# filtered. The authors released no code for this part: what the paper leaves open is DeiT's, MoCo's or ours.
 # common/pretraining has the loop, the augmentations and MoCo's queue.
 # Reads images/ and the training split; writes classifier/runs/<row>-<n>-seed<s>/ and classifier/.
 
 
 def info_nce(q, k, queue, temperature=0.2):
-    """MoCo v2: -log of the softmax weight of the own key among it and the queue. Unit rows q, k [B, d], queue [K, d]"""
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature
+    """MoCo v2: mean_b -log( exp(q.k / t) / (exp(q.k / t) + sum_j exp(q.queue_j / t)) ), t = 0.2: a view of an image is
+    to find the other view of it, k, among the views of other images. Unit rows q, k [B, d], queue [K, d]"""
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature  # [B, 1 + K]
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
@@ -963,7 +988,7 @@ class Supervised(Objective):
         x = self.erase(views[0])
         if self.mix:
             np.random.seed(seed_of(self.seed, "mixup", step) % 2**32)
-            x, y = self.mix(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])  # timm mixes an even number
+            x, y = self.mix(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])  # timm mixes an even number; y [B, C] now
         return F.cross_entropy(self.net(x).float(), y), None
 
 
@@ -1059,8 +1084,8 @@ def train_backbones(args, run, dist, data, gen_names):
         for team, (row, n, seed) in shared_out(args, dist, jobs, args.transfer_batch):
             folder, drawn = classifier_folder(run, row, n, seed), n * len(gen_names)
             weights = folder / "pretrained.safetensors" if ROWS[row].data else start_of(row, seed)
-            updates = args.transfer_epochs * steps_per_epoch(len(real), args.transfer_batch)
-            updates += args.pre_epochs * steps_per_epoch(drawn, args.pre_batch) if drawn else 0
+            updates = args.transfer_epochs * pretraining.steps_per_epoch(len(real), args.transfer_batch)
+            updates += args.pre_epochs * pretraining.steps_per_epoch(drawn, args.pre_batch) if drawn else 0
             about = dict(row=row, n=n, images=drawn, updates=updates)
             transfer(args, run, team, folder, about, real, data.test, len(names), weights, seed)
         if dist.main:
@@ -1094,7 +1119,9 @@ def predictions_of(args, device, net, source, rows):
 
 
 # ---------------------------------------------------------------------------------------------
-# [6] evaluate: load the saved classifier from its folder, score it, write the table and the report.
+# [6] evaluate: load the saved classifier, of a row that was fixed beforehand, from its folder, score it on the test
+# images, and put what each training noted into one table. Beside the accuracy after the last epoch stands that of the
+# best epoch on the test images, which the official code reports.
 # Reads classifier/, images; writes results.json, samples.png, report.html.
 
 
@@ -1283,8 +1310,7 @@ def main(args):
     dist, pre = distributed.setup_distributed(args.device), args.setting == "pretrain"
     wanted = partial(datasets.load_dataset, args.dataset, args.data_dir, args.split_file)
     data = distributed.on_rank_0(partial(wanted, train_needed=args.setting != "zero-shot"), dist)
-    if data.note:
-        distributed.say(dist, data.note)
+    distributed.say(dist, data.note)
     names = spoken(args.dataset, data.class_names, args.preset)
     gen_names = label_space(args, names)
     found = planned_models(args)
