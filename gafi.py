@@ -274,7 +274,7 @@ def augmented(x, args, g):
     if args.random_crop:
         pad = args.image_size // 8  # 4 of 32
         top, left = torch.randint(2 * pad + 1, (2, b), generator=g, device=device)
-        x = crop(x, top, left, pad)
+        x = crop(x, top, left, pad)  # the same size, moved by up to 4 pixels
     if args.random_erasing:
         noise = torch.randn(x.shape, generator=g, device=device)
         x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], 0.2, 0.5, g))  # sides of 7 to 16 of 32 pixels
@@ -317,7 +317,7 @@ def train_classifier(args, run, dist, data, sets, folder, about):
     net = make_classifier(args, data, sets.seed).to(dist.device, memory_format=torch.channels_last)
     fast = compiled(net, args.compile, "ResNet", dynamic=True)
     optimizer = SGDW(net.parameters(), args.resnet_lr, args.resnet_wd, args.resnet_momentum)
-    weights, per_epoch = net.state_dict(), math.ceil(sets.size / args.resnet_batch)
+    weights, per_epoch = net.state_dict(), math.ceil(sets.size / args.resnet_batch)  # weights: those being trained
     chart, file = str(folder.relative_to(run.dir)), folder / "checkpoint.safetensors"
     whole = dist.alone(), args.resnet_batch  # the batch is one unit
     loop = Loop(run, chart, sets.epochs * per_epoch, optimizer, *whole, file, state=weights, save_seconds=math.inf)
@@ -327,7 +327,7 @@ def train_classifier(args, run, dist, data, sets, folder, about):
     for step in loop:
         epoch, i = step // per_epoch + 1, step % per_epoch
         if i == 0:
-            batches, lost = training_batches(args, *sets.at(epoch), sets.seed, epoch), 0
+            batches, lost = training_batches(args, *sets.at(epoch), sets.seed, epoch), 0  # here a set is drawn anew
             net.train()
         batch, labels = next(batches)  # [B, 3, S, S] in [-1, 1], [B]
         for _ in loop.units(len(labels)):
@@ -434,14 +434,14 @@ class ConditionalBN(nn.Module):
 class Attention(nn.Module):
     """x + gain out(softmax(theta^T phi) g): phi and g max-pooled 2 x 2, no 1/sqrt(d), no biases. [B, D, H, W]
 
-    Each of H W positions looks at H W / 4 pooled ones. gain is 0 at first: the layer begins as the identity.
+    Each of H W positions looks at H W / 4 pooled ones.
     """
 
     def __init__(self, c):
         super().__init__()
         self.theta, self.phi = SNConv(c, c // 8, 1, bias=False), SNConv(c, c // 8, 1, bias=False)
         self.g, self.out = SNConv(c, c // 2, 1, bias=False), SNConv(c // 2, c, 1, bias=False)
-        self.gain = nn.Parameter(torch.zeros(1))
+        self.gain = nn.Parameter(torch.zeros(1))  # the layer begins as the identity
 
     def forward(self, x):
         q, k, v = self.theta(x), F.max_pool2d(self.phi(x), 2), F.max_pool2d(self.g(x), 2)
@@ -467,10 +467,10 @@ class GBlock(nn.Module):
         return F.interpolate(x, scale_factor=2) if self.up else x
 
     def forward(self, x, c):
-        h = self.conv1(F.relu(self.cbn1(x, c)))
-        h = self.conv2(self.upsampled(F.relu(self.cbn2(h, c))))
+        h = self.conv1(F.relu(self.cbn1(x, c)))  # [B, D / 4, H, W]
+        h = self.conv2(self.upsampled(F.relu(self.cbn2(h, c))))  # here the side doubles
         h = self.conv3(F.relu(self.cbn3(h, c)))
-        h = self.conv4(F.relu(self.cbn4(h, c)))
+        h = self.conv4(F.relu(self.cbn4(h, c)))  # D channels again
         return h + self.upsampled(self.skip(x))  # 1x1 and nearest upsampling commute: a quarter of the cost
 
 
@@ -483,7 +483,7 @@ class Generator(nn.Module):
     def __init__(self, n_classes, channels=3, width=128, latent=128, embedding=128, start="uniform", size=32):
         super().__init__()
         self.latent, self.channels, self.side, c = latent, 4 * width, size // 8, latent + embedding
-        self.embed = nn.Embedding(n_classes, embedding)
+        self.embed = nn.Embedding(n_classes, embedding)  # e_y, the only weights of G without spectral norm
         if start == "uniform":  # Keras' default
             nn.init.uniform_(self.embed.weight, -0.05, 0.05)
         self.first = SNLinear(c, self.channels * self.side**2)
@@ -547,7 +547,7 @@ class Discriminator(nn.Module):
                 x = self.attn(x)  # at 16 x 16
         h = F.relu(x).float().sum((2, 3))  # [B, D]
         with unmixed(x.device):
-            return self.out(h)[:, 0] + (self.embed(y) * h).sum(1)
+            return self.out(h)[:, 0] + (self.embed(y) * h).sum(1)  # [B]
 
 
 def make_generator(args, data):
@@ -595,7 +595,7 @@ class BigGAN:
         place = dict(device=device, memory_format=torch.channels_last)
         self.g = make_generator(args, data).to(**place)
         self.d = Discriminator(data.n_classes, data.channels, args.gan_width).to(**place)
-        self.ema = make_generator(args, data).to(**place).requires_grad_(False)
+        self.ema = make_generator(args, data).to(**place).requires_grad_(False)  # G_ema, which begins as G
         self.ema.load_state_dict(self.g.state_dict())
         how = dict(betas=args.gan_betas) | (dict(fused=True) if device.type == "cuda" else dict(foreach=True))
         self.d_adam = torch.optim.Adam(self.d.parameters(), lr=args.gan_d_lr or args.gan_lr, **how)
@@ -671,7 +671,7 @@ def gan_batches(args, images, labels, seed, steps):
         rows = order[i * b : (i + 1) * b]
         x = in_unit_range(images[rows])
         x = mirrored(x, coins[rows]) if args.random_flip else x
-        z = latents(epoch, i // DRAWN_STEPS)[i % DRAWN_STEPS]
+        z = latents(epoch, i // DRAWN_STEPS)[i % DRAWN_STEPS]  # [gan_d_steps + 1, B, L]
         yield x.contiguous(memory_format=torch.channels_last), labels[rows], z
 
 
@@ -739,7 +739,7 @@ def measured(args, generator, classifier, real, seed, inception=None):
     """
     n, device = min(len(real[1]), 10_000), real[0].device
     z = torch.randn(n, args.gan_latent, generator=distributed.generator(seed, "monitor")).to(device)
-    y = torch.arange(n, device=device) % classifier.fc.out_features
+    y = torch.arange(n, device=device) % classifier.fc.out_features  # the classes in turn
     x = torch.cat([generator.eval()(*p) for p in zip(z.split(500), y.split(500), strict=True)])  # [n, 3, S, S]
     fake = torch.cat([classifier.features(part) for part in x.split(500)])  # [n, D]
     true = torch.cat([classifier.features(in_unit_range(part)) for part in real[0][:n].split(500)])
@@ -795,7 +795,7 @@ def filtered_set(draw, classes, n, threshold, attempts):
             kept[c] += [passed, x] if draws[c] == attempts else [passed]
             m[c] = sum(map(len, kept[c]))
             looked_at, accepted = looked_at + len(x), accepted + len(passed)
-    x = torch.cat([torch.cat(kept[c])[:n] for c in classes])
+    x = torch.cat([torch.cat(kept[c])[:n] for c in classes])  # [C n, 3, S, S]; what is too many is dropped
     y = torch.tensor(list(classes), device=x.device).repeat_interleave(n)
     return x, y, [looked_at, accepted, sum(d == attempts for d in draws.values())]
 
@@ -846,8 +846,7 @@ class Samples:
         blocks = range(start // self.block, (start + count - 1) // self.block + 1)
         shape = self.block, self.sampler.latent
         z = torch.cat([torch.randn(shape, generator=distributed.generator(*self.seeds, c, b)) for b in blocks])
-        # z: whole blocks, [.., L]; the expansion trick is this product, and nothing else
-        return self.sigma * z[start - blocks[0] * self.block :][:count]
+        return self.sigma * z[start - blocks[0] * self.block :][:count]  # the expansion trick is this product alone
 
     def draw(self, sizes):
         """{class: q} -> {class: (x [q, ...], confidence [q])}, all classes in one go"""
@@ -867,7 +866,7 @@ def refreshed(old, new, n_classes, fraction, g):
     fresh = round(fraction * n)  # r n of each class
     draws = [torch.randperm(n, generator=g)[: n - fresh] for _ in range(n_classes)]
     kept = torch.stack([c * n + rows for c, rows in enumerate(draws)])  # [C, n - fresh]
-    taken = torch.arange(n_classes * n).view(n_classes, n)[:, :fresh]
+    taken = torch.arange(n_classes * n).view(n_classes, n)[:, :fresh]  # [C, fresh]
     pairs = zip(old, new, strict=True)
     return tuple(torch.cat([o[kept.to(o.device)], s[taken.to(o.device)]], 1).flatten(0, 1) for o, s in pairs)
 
@@ -901,7 +900,7 @@ class SyntheticSets:
         samples = Samples(source.sampler, source.sigma, self.n, (self.args.gen_seed, self.seed, source.seed, k))
         threshold = -math.inf if source.threshold is None else source.threshold
         x, y, told = filtered_set(samples.draw, range(self.n_classes), self.n, threshold, self.args.attempts)
-        self.stats[f"{k} {source.seed}"] = told
+        self.stats[f"{k} {source.seed}"] = told  # a resumed training keeps those of the sets before
         return x, y
 
     def at(self, epoch):
@@ -941,6 +940,7 @@ def greedy_search(seeds, grids, evaluate):
     once. The first of equal scores wins. -> {seed: (epoch, sigma, threshold)}"""
     best = {seed: (None, 1.0, 0.0) for seed in seeds}
     for i, values in enumerate(grids):
+        # The winner so far with each value of this grid in its place i: 0 checkpoint, 1 sigma, 2 threshold.
         tried = [(seed, *b[:i], value, *b[i + 1 :]) for seed, b in best.items() for value in values]
         scores = dict(zip(tried, evaluate(tried), strict=True))
         best = {seed: max((c for c in tried if c[0] == seed), key=scores.__getitem__)[1:] for seed in seeds}
