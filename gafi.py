@@ -327,7 +327,7 @@ def train_classifier(args, run, dist, data, sets, folder, about):
     for step in loop:
         epoch, i = step // per_epoch + 1, step % per_epoch
         if i == 0:
-            batches, lost = training_batches(args, *sets.at(epoch), sets.seed, epoch), 0  # here a set is drawn anew
+            batches, lost = training_batches(args, *sets.at(epoch), sets.seed, epoch), 0  # may draw a new set
             net.train()
         batch, labels = next(batches)  # [B, 3, S, S] in [-1, 1], [B]
         for _ in loop.units(len(labels)):
@@ -483,7 +483,7 @@ class Generator(nn.Module):
     def __init__(self, n_classes, channels=3, width=128, latent=128, embedding=128, start="uniform", size=32):
         super().__init__()
         self.latent, self.channels, self.side, c = latent, 4 * width, size // 8, latent + embedding
-        self.embed = nn.Embedding(n_classes, embedding)  # e_y, the only weights of G without spectral norm
+        self.embed = nn.Embedding(n_classes, embedding)  # e_y; as officially without spectral norm
         if start == "uniform":  # Keras' default
             nn.init.uniform_(self.embed.weight, -0.05, 0.05)
         self.first = SNLinear(c, self.channels * self.side**2)

@@ -426,7 +426,7 @@ def select(run, shots):
 # 2,000 images are ten of each. The row B, without LE, draws all from "a <name>".
 # Reads class names, writes sentences.json: [{class_index, class_name, sentences}].
 
-SAMPLING = dict(top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)  # of the sentence model
+SAMPLING = dict(top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32)  # each word among the 50 likeliest
 
 
 def words(text):
@@ -446,6 +446,7 @@ def sentences_of(args, speak, c, name, device):
     name, found = " ".join(name.replace("-", " ").split()), []
     for attempt in range(8):
         seed_global(seed_of(args.gen_seed, "sentences", c, attempt), device)  # a class does not depend on others
+        # More than are wanted, since some come twice; what is still missing is asked for again.
         found = usable([*found, *speak(f"a {name}", args.sentences + 50)], name, args.sentence_check)
         if len(found) >= args.sentences:
             break
@@ -538,6 +539,7 @@ class Drawing:
         """prefix + sentence, or prefix + "a <name>" """
         c, k = divmod(row, self.n)
         said = self.sentences[c] if self.sentences else ()
+        # Say "a photo of" + "a river flows through a valley", or + "a river"
         return f"{self.prefix} {said[k % len(said)] if said else f'a {self.names[c]}'}".strip()
 
     def seed(self, row):
@@ -546,8 +548,8 @@ class Drawing:
     def shot(self, row):
         """Row of the real image that this one starts from: 800 / M images from each"""
         c, k = divmod(row, self.n)
-        m = len(self.shots) // len(self.names)
-        return self.shots[c * m + k % m]
+        m = len(self.shots) // len(self.names)  # M
+        return self.shots[c * m + k % m]  # shots in turn, so the first images of a class are of different ones
 
     def missing(self):
         """Rows without a file"""
@@ -591,9 +593,10 @@ def draw(args, dist, paints, drawing, todo, shots, writer):
     """This process's share of the rows of one set. Each micro-batch notes its real images once."""
     mine = distributed.my_items(chunks(todo, args.gen_micro_batch), dist)
     references = [list(dict.fromkeys(map(drawing.shot, batch))) for batch in mine] if drawing.shots else []
-    stream = Loader(shots, partial(square, side=paints.side), dist.device, args.workers)(references)  # read ahead
+    # Real images as squares, uint8 [3, side, side], read ahead.
+    stream = Loader(shots, partial(square, side=paints.side), dist.device, args.workers)(references)
     start = noised_reference if drawing.shots else None
-    kept = painter.timesteps(paints, run_indices(drawing.r, args.gen_steps))  # as the network numbers them
+    kept = painter.timesteps(paints, run_indices(drawing.r, args.gen_steps))  # of the network's 1,000 timesteps
     with distributed.progress(len(todo), f"generate {drawing.name}", dist, together=True) as bar:
         for i, batch in enumerate(mine):
             latents = dict(zip(references[i], map(paints.latent, next(stream)), strict=True)) if drawing.shots else {}
@@ -636,7 +639,7 @@ def clip_filter(confidence, n_classes, keep, g):
 
     Official code: when fewer than `keep` pass, the `keep` most confident of all images, so classes stay balanced.
     """
-    passing = (confidence > 1 / n_classes).nonzero().flatten()
+    passing = (confidence > 1 / n_classes).nonzero().flatten()  # strictly above
     if keep == 0:
         return passing
     if len(passing) >= keep:
@@ -697,7 +700,7 @@ def filter_set(args, name, confidence, n_classes):
         g = distributed.generator(args.seed, "filter", name, c)
         chosen = clip_filter(own, n_classes, args.filter_keep, g)
         above = (own > 1 / n_classes).sum().item()
-        kept += (chosen + c * len(own)).tolist()
+        kept += (chosen + c * len(own)).tolist()  # as rows of the set
         about.append(dict(images=len(own), above=above, kept=len(chosen), readmitted=max(0, len(chosen) - above)))
     return kept, about
 
@@ -728,7 +731,7 @@ def real_filter(f, y, f_real, y_real, chunk=65536):
     near, good = F.normalize(f_real, dim=-1).T, []
     for some, classes in zip(f.split(chunk), y.split(chunk), strict=True):
         cos, own = F.normalize(some, dim=-1) @ near, classes[:, None] == y_real[None]  # [chunk, C M]; -2 < any cosine
-        good.append(cos.masked_fill(own, -2).amax(1) <= cos.masked_fill(~own, -2).amax(1))
+        good.append(cos.masked_fill(own, -2).amax(1) <= cos.masked_fill(~own, -2).amax(1))  # nearest other, nearest own
     return torch.cat(good)
 
 
@@ -745,7 +748,7 @@ def tuning_loss(z, z0, y, sl, T):
 
 
 def head_rate(step, total, base):
-    """Half a cosine from base to 0, without floor; all published commands leave the official warm-up at 0."""
+    """base (1 + cos(pi step / total)) / 2, without floor; all published commands leave the official warm-up at 0."""
     return 0.5 * (1 + math.cos(math.pi * step / total)) * base
 
 
@@ -770,6 +773,7 @@ class Phase:
         """(real rows [32], synthetic rows [512]) of every step of an epoch; () of a source that is not there"""
         g, steps = distributed.generator(*seed, "epoch", epoch), self.per_epoch
         syn = torch.randperm(self.n_syn, generator=g).split(self.batch_syn) if self.n_syn else [()] * steps
+        # Shuffles of the real images, one behind the other, until each synthetic batch has a real one.
         real = [] if self.n_real else [()] * steps
         while len(real) < steps:
             real += torch.randperm(self.n_real, generator=g).split(self.batch_real)
@@ -790,6 +794,7 @@ class Course:
         in_turn = {"after": [syn_alone, real_alone], "before": [real_alone, syn_alone]}
         self.phases = in_turn.get(real, [Phase(n_real, n_syn, *sizes)])
         self.real, self.lr = real, args.phase_lr if real in in_turn else args.head_lr
+        # First step of each phase, and the number of all steps.
         self.starts = np.cumsum([0, *(p.epochs * p.per_epoch for p in self.phases)]).tolist()
         self.drawn = lru_cache(2)(lambda i, epoch: self.phases[i].pairs(epoch, seed))
 
@@ -807,7 +812,7 @@ class Course:
 
     def rate(self, step):
         i, s = self.place(step)
-        return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr)
+        return head_rate(s, self.starts[i + 1] - self.starts[i], self.lr)  # each phase falls to 0
 
     def ends_epoch(self, step):
         i, s = self.place(step)
@@ -835,7 +840,7 @@ def tune_head(loop, W, b, pair_at, rate_at, real, syn, teacher, sl, T, weights=(
                     z0 = teacher(rows_syn)  # [512, C]
                 loss = loss + weights[1] * tuning_loss(head_logits(f, W, b), z0, y, sl, T)
             loop.backward(loss)
-        loss = loop.update(lr=rate_at(step), clip=1.0)
+        loss = loop.update(lr=rate_at(step), clip=1.0)  # gradients of W, b and the tower's share together
         loop.log(loss=loss)
         yield step, loss
 
@@ -904,8 +909,8 @@ def train_head(args, run, team, clip, row, m, seed, data):
     if (folder / "metrics.json").exists():
         return
     empty = np.zeros(0, dtype=int), data.test[:0], data.y_test[:0]
-    real = data.real(m) if line.real else empty
-    syn = data.synthetic(row, m) if line.data else empty
+    real = data.real(m) if line.real else empty  # rows [C M], features [C M, D], labels [C M]
+    syn = data.synthetic(row, m) if line.data else empty  # the same of N synthetic images
 
     # Real only: as many updates as in mix training, whose epochs count the synthetic images.
     course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
@@ -976,7 +981,7 @@ def info_nce(q, k, queue, temperature=0.2):
     """MoCo v2: mean_b -log( exp(q.k / t) / (exp(q.k / t) + sum_j exp(q.queue_j / t)) ), t = 0.2: a view of an image is
     to find the other view of it, k, among the views of other images. Unit rows q, k [B, d], queue [K, d]"""
     logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature  # [B, 1 + K]
-    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))  # the own key is first
 
 
 class Supervised(Objective):
@@ -989,7 +994,7 @@ class Supervised(Objective):
         self.erase = RandomErasing(0.25, mode="pixel", device=next(net.parameters()).device) if erase else lambda x: x
 
     def loss(self, views, y, step):
-        x = self.erase(views[0])
+        x = self.erase(views[0])  # [B, 3, S, S], normalised
         if self.mix:
             np.random.seed(seed_of(self.seed, "mixup", step) % 2**32)
             x, y = self.mix(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])  # timm mixes an even number; y [B, C] now
@@ -999,8 +1004,8 @@ class Supervised(Objective):
 def pre_recipe(args, net, n_classes, base, seed):
     """-> objective, Recipe: adamw and sgd are those of Sec. C.5.3, the others the published ones of DeiT and MoCo v2.
 
-    adamw is of Table 8, deit of 9, sgd of 10, moco of 11. base: learning rate. DeiT decays matrices only, sees each image
-    three times in a row and warms up for five epochs.
+    adamw is of Table 8, deit of 9, sgd of 10, moco of 11. base: learning rate, which each recipe lets fall in its own
+    way. DeiT decays matrices only, sees each image three times in a row and warms up for five epochs.
     """
     deit, moco, epochs = args.recipe == "deit", args.recipe == "moco", args.pre_epochs
     if moco:
@@ -1015,7 +1020,7 @@ def pre_recipe(args, net, n_classes, base, seed):
         optimizer = create_optimizer_v2(net, "adamw", lr=base, weight_decay=args.pre_wd, filter_bias_and_bn=deit)
     rates = {  # learning rate at epoch e, a float
         "adamw": lambda e: cosine(e / epochs, base),
-        "sgd": lambda e: base * 0.1 ** (e // 30),
+        "sgd": lambda e: base * 0.1 ** (e // 30),  # a tenth every 30 epochs
         "deit": lambda e: 1e-6 + (base - 1e-6) * e / 5 if e < 5 else cosine(e / epochs, base, 1e-5),
         "moco": lambda e: cosine(e / epochs, base),
     }
@@ -1049,7 +1054,7 @@ def transfer(args, run, team, folder, about, real, test, n_classes, weights, see
         return
     net = new_backbone(args.backbone, n_classes, seed, team.device, weights)
     deit, base, epochs = args.recipe == "deit", args.transfer_lr, args.transfer_epochs
-    wd, drops = 1e-4 if deit else 5e-4, [share * epochs for share in (0.3, 0.6, 0.8)]
+    wd, drops = 1e-4 if deit else 5e-4, [share * epochs for share in (0.3, 0.6, 0.8)]  # 60, 120, 160 of 200
     optimizer = torch.optim.SGD(net.parameters(), lr=base, momentum=0.9, weight_decay=wd)
     rate = lambda e: cosine(e / epochs, base) if deit else base * 0.2 ** sum(e >= d for d in drops)  # noqa: E731
     view = augmentation("deit" if deit else "plain", args.pre_size, args.pre_flip)
@@ -1066,7 +1071,8 @@ def transfer(args, run, team, folder, about, real, test, n_classes, weights, see
 
 def train_backbones(args, run, dist, data, gen_names):
     """Weights from real images where asked for, then from synthetic ones, then the transfers: the initialisations of
-    Tables 8 to 11. Each round is dealt to the processes."""
+    Tables 8 to 11. Each round is dealt to the processes, and reads the weights of the round before from its folders.
+    The transfer has another head, of the data set's classes: those that were drawn may be others."""
     names, real, rest = data.class_names, data.train, data.train.subset([])  # rest: what the transfer does not see
     if args.transfer_images:
         chosen = datasets.few_shot(real, data.name, args.transfer_images, args.seed, len(names))
