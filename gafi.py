@@ -223,8 +223,8 @@ DRAWN_STEPS = 50  # of a GAN, whose latents are drawn together; both: the GPU th
 # validation, 10,000 for the test. Classifiers learn from the first, GANs from the first two, choices are made on the
 # second. Networks see (byte / 255 - 0.5) / 0.5 of every data set: numbers in [-1, 1], the range of G's tanh.
 # In shapes: N images of a set, B of a batch, C classes. An image is [3, S, S] with S = 32, of grey data [1, S, S]; a
-# feature map has D channels, a latent z has L numbers. In comments F is the classifier that filters; in code F.relu and
-# the like are torch.nn.functional's.
+# feature map has D channels, a latent z has L numbers. Of MultiGAN N is the number of generators. In comments F is the
+# classifier that filters; in code F.relu and the like are torch.nn.functional's.
 
 
 def load_data(args, dist):
@@ -990,7 +990,7 @@ def candidate_folder(run, seed, epoch, sigma, threshold):
 
 # ---------------------------------------------------------------------------------------------
 # [4] final: the rows of the table, each with clf_seeds classifiers. A row adds one technique to the row before; all use
-# what the search has chosen for their GAN. Beside real, rows differ in their sets alone: run i of each has the seed
+# what the search has chosen for their GAN. Apart from real, rows differ in their sets alone: run i of each has the seed
 # seed + i, the same network and recipe, and n_c images per class, which MultiGAN divides among its N generators, each
 # with its own e*, sigma* and t*. For a row of your own: a line in ROWS, its name in Row, and what is new in sets_of.
 # Reads search.json, gan/, and of search/ the winner's run, which is the first of row expansion; writes

@@ -694,7 +694,7 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
 
 
 def filter_set(args, name, confidence, n_classes):
-    """-> kept rows of a set, and what the filter did in each class (trap T6: re-admitted images are counted)"""
+    """-> kept rows of a set, and what the filter did in each class; images that were taken below 1/C are counted"""
     kept, about = [], []
     for c, own in enumerate(confidence.view(n_classes, -1)):  # own [n]: class by class
         g = distributed.generator(args.seed, "filter", name, c)
@@ -730,8 +730,9 @@ def real_filter(f, y, f_real, y_real, chunk=65536):
     [C M] -> bool [N], True: keep"""
     near, good = F.normalize(f_real, dim=-1).T, []
     for some, classes in zip(f.split(chunk), y.split(chunk), strict=True):
-        cos, own = F.normalize(some, dim=-1) @ near, classes[:, None] == y_real[None]  # [chunk, C M]; -2 < any cosine
-        good.append(cos.masked_fill(own, -2).amax(1) <= cos.masked_fill(~own, -2).amax(1))  # nearest other, nearest own
+        cos, own = F.normalize(some, dim=-1) @ near, classes[:, None] == y_real[None]  # [chunk, C M]
+        # The nearest of another class, the nearest of its own; -2 is below every cosine.
+        good.append(cos.masked_fill(own, -2).amax(1) <= cos.masked_fill(~own, -2).amax(1))
     return torch.cat(good)
 
 
@@ -914,6 +915,7 @@ def train_head(args, run, team, clip, row, m, seed, data):
 
     # Real only: as many updates as in mix training, whose epochs count the synthetic images.
     course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
+    # W [C, D] begins as W_0, b [C] as 0: before the first step this is CLIP's zero-shot classifier.
     W, b = data.W0.clone().requires_grad_(), torch.zeros(data.n_classes, device=team.device, requires_grad=True)
     see, total = Cached(), course.starts[-1]
     # EuroSAT. Table 3: the head alone 55.37, with 92 % of the tower 52.09. Table 6, 16 real images of each class:
@@ -1021,7 +1023,7 @@ def pre_recipe(args, net, n_classes, base, seed):
     rates = {  # learning rate at epoch e, a float
         "adamw": lambda e: cosine(e / epochs, base),
         "sgd": lambda e: base * 0.1 ** (e // 30),  # a tenth every 30 epochs
-        "deit": lambda e: 1e-6 + (base - 1e-6) * e / 5 if e < 5 else cosine(e / epochs, base, 1e-5),
+        "deit": lambda e: 1e-6 + (base - 1e-6) * e / 5 if e < 5 else cosine(e / epochs, base, 1e-5),  # warm-up first
         "moco": lambda e: cosine(e / epochs, base),
     }
     view = augmentation(args.recipe if deit or moco else "plain", args.pre_size, args.pre_flip)
@@ -1060,7 +1062,7 @@ def transfer(args, run, team, folder, about, real, test, n_classes, weights, see
     view = augmentation("deit" if deit else "plain", args.pre_size, args.pre_flip)
     recipe = Recipe(optimizer, rate, view, args.transfer_batch, epochs)
     objective = Supervised(net, n_classes, seed, mix=deit)
-    chart, file = f"transfer/{folder.name}", folder / "transfer.safetensors"
+    chart, file = f"transfer/{folder.name}", folder / "transfer.safetensors"  # the checkpoint while it lasts
     loop = backbone_loop(args, run, team, chart, file, objective, real, recipe, seed)
     score = top1(predictions_of(args, team.device, net, test, range(len(test))), torch.from_numpy(test.labels))
     if team.main:
@@ -1247,8 +1249,7 @@ def check_args(args):
 
 
 def check_pretraining(args):
-    most, no_file = max(args.pre_amounts, default=0), not Path(args.label_space).is_file()
-    fits = 0 < most <= args.gen_images_per_class
+    fits = 0 < max(args.pre_amounts, default=0) <= args.gen_images_per_class
     refuse(not fits, f"--pre-amounts {args.pre_amounts}: from 1 to --gen-images-per-class")
     from_rest = args.real_weights == "train" and any(ROWS[row].init for row in args.ladder)
     taken = "the transfer takes every real image; pass --transfer-images"
@@ -1258,8 +1259,8 @@ def check_pretraining(args):
             tensors_metadata(file)
         except UserError as error:
             raise UserError(f"--real-weights {file}: no safetensors file; or train, imagenet") from error
-    no_file = no_file and args.label_space not in ("dataset", "imagenet-1k", "imagenet-2k")
-    refuse(no_file, f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
+    known = args.label_space in ("dataset", "imagenet-1k", "imagenet-2k") or Path(args.label_space).is_file()
+    refuse(not known, f"--label-space {args.label_space}: no such file; or imagenet-1k, imagenet-2k")
 
 
 def check_names(args, names, gen_names):
