@@ -298,7 +298,7 @@ class RealSet:
 
     def __init__(self, args, split, seed):
         self.seed, self.epochs, self.select_on = seed, args.real_epochs, "val"
-        self.x, self.y = in_unit_range(split[0]), split[1]
+        self.x, self.y = in_unit_range(split[0]), split[1]  # [N, 3, S, S] in [-1, 1], [N]
         self.size, self.stats = len(self.y), {}
 
     def at(self, epoch):
