@@ -464,11 +464,10 @@ def write_sentences(args, run, dist, names, found):
         return dict(class_index=c, class_name=names[c], sentences=sentences)
 
     with run.timed("sentences"):
-        rows = []
-        if "le" in image_sets(args):
-            rows = in_parts(run.path("sentences.json"), len(names), said_of, dist, "classes")
+        file, n = run.path("sentences.json"), len(names)
+        rows = in_parts(file, n, said_of, dist, "classes") if "le" in image_sets(args) else []
         short = {row["class_name"]: len(row["sentences"]) for row in rows if len(row["sentences"]) < args.sentences}
-        tell_short(args, short, len(names))
+        tell_short(args, short, n)
     run.done("sentences", run.under("sentences.json"), short=short)
 
 
@@ -683,7 +682,7 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
         if dist.main:
             save_tensors(run.path("features", "head.safetensors"), {"weight": head})
             for name in image_sets(args):
-                confidence = sets[name].read("confidence")
+                confidence = sets[name].read("confidence")  # [N], class by class
                 keep[name], report[name] = filter_set(args, name, confidence, len(names))
                 least |= least_trusted(name, sets[name].images, confidence)
                 Drawing(args, run, name, names, picks).list(confidence.tolist())
@@ -696,7 +695,7 @@ def filter_images(args, run, dist, clips, names, shots, picks, test):
 def filter_set(args, name, confidence, n_classes):
     """-> kept rows of a set, and what the filter did in each class; images that were taken below 1/C are counted"""
     kept, about = [], []
-    for c, own in enumerate(confidence.view(n_classes, -1)):  # own [n]: class by class
+    for c, own in enumerate(confidence.view(n_classes, -1)):  # own [n]: p_c of the images of class c
         g = distributed.generator(args.seed, "filter", name, c)
         chosen = clip_filter(own, n_classes, args.filter_keep, g)
         above = (own > 1 / n_classes).sum().item()
@@ -876,6 +875,7 @@ class HeadData:
         self.keep = {name: np.array(rows) for name, rows in read_json(run.path("keep.json"))["keep"].items()}
         self.W0 = load_tensors(run.path("features", "head.safetensors"))["weight"].to(device)
         _, self.test, self.y_test = self.of("test")  # features [N, D], labels [N]
+        # Rows of the table that train on one set follow one another: it is read once.
         self.kept = lru_cache(1)(lambda name, cf: self.of(name, self.keep[name] if cf else None))
 
     def of(self, name, rows=None):
@@ -917,7 +917,10 @@ def train_head(args, run, team, clip, row, m, seed, data):
     course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
     # W [C, D] begins as W_0, b [C] as 0: before the first step this is CLIP's zero-shot classifier.
     W, b = data.W0.clone().requires_grad_(), torch.zeros(data.n_classes, device=team.device, requires_grad=True)
-    see, total = Cached(), course.starts[-1]
+    see, total = (
+        Cached(),
+        course.starts[-1],
+    )  # Cached: features as stage 4 left them; Tuned: from the pixels of a step
     # EuroSAT. Table 3: the head alone 55.37, with 92 % of the tower 52.09. Table 6, 16 real images of each class:
     # BatchNorm frozen 85.63, by the statistics of the batch 75.31.
     if args.tune_share or not args.freeze_bn:  # the tower is a copy, so the teacher stays as it was
@@ -1085,11 +1088,12 @@ def train_backbones(args, run, dist, data, gen_names):
         made = run.path("classifier", "runs", f"real-weights-seed{seed}", "pretrained.safetensors")
         return (made if args.real_weights == "train" else args.real_weights) if ROWS[row].init else None
 
-    jobs, round0 = planned_classifiers(args), []  # round 0: folders of the weights from real images
-    if args.real_weights == "train" and any(ROWS[row].init for row, *_ in jobs):
-        round0 = [start_of("real-init", args.seed + s).parent for s in range(args.clf_seeds)]
+    # Round 0: weights from real images, where there is no ImageNet for the data, as for digits. They are made of the
+    # images that the transfer leaves over.
+    jobs = planned_classifiers(args)
+    made_here = args.real_weights == "train" and any(ROWS[row].init for row, *_ in jobs)
+    round0 = [start_of("real-init", args.seed + s).parent for s in range(args.clf_seeds if made_here else 0)]
     with run.timed("train", "--pre-micro-batch"):
-        # The digits have no ImageNet: their real weights come from the images that the transfer leaves over.
         for team, s in shared_out(args, dist, list(range(len(round0))), args.pre_batch):
             pretrain(args, run, team, round0[s], rest, len(names), args.seed + s)
         for team, (row, n, seed) in shared_out(args, dist, [j for j in jobs if ROWS[j[0]].data], args.pre_batch):
@@ -1149,7 +1153,7 @@ def saved_predictions(args, run, dist, test):
     else:
         clip, head = load_clip(str(folder), dist.device), load_tensors(folder / "head.safetensors")
         f = tower_features(clip, clip.model.visual, test, rows, args.gen_micro_batch, dist.device, args.workers).cpu()
-        logits = head_logits(f, head["weight"], head["bias"])
+        logits = head_logits(f, head["weight"], head["bias"])  # [N, C]
     return distributed.gather_rows(logits.argmax(1), dist)
 
 
@@ -1274,9 +1278,8 @@ def check_names(args, names, gen_names):
 
 def planned_models(args):
     """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
-    wanted, sets = [], image_sets(args)
-    if "le" in sets:
-        wanted.append(("--sentence-model", args.sentence_model, "seq2seq"))
+    sets = image_sets(args)
+    wanted = [("--sentence-model", args.sentence_model, "seq2seq")] if "le" in sets else []
     if args.setting == "pretrain":
         real = args.real_weights == "imagenet" and any(ROWS[row].init for row in args.ladder)
         wanted.append(("--backbone", args.backbone, "timm" if real else "network"))
