@@ -219,15 +219,19 @@ AT_ONCE = 16  # batches that are augmented together
 DRAWN_STEPS = 50  # of a GAN, whose latents are drawn together; both: the GPU then waits less for the host
 
 # ---------------------------------------------------------------------------------------------
-# The data: every split as one tensor of bytes on the device.
+# The data: every split as one tensor of bytes on the device; of CIFAR-10 40,000 images for training, 10,000 for
+# validation, 10,000 for the test. Classifiers learn from the first, GANs from the first two, choices are made on the
+# second. Networks see (byte / 255 - 0.5) / 0.5 of every data set: numbers in [-1, 1], the range of G's tanh.
+# In shapes: N images of a set, B of a batch, C classes. An image is [3, S, S] with S = 32, of grey data [1, S, S]; a
+# feature map has D channels, a latent z has L numbers. Of MultiGAN N is the number of generators. In comments F is the
+# classifier that filters; in code F.relu and the like are torch.nn.functional's.
 
 
 def load_data(args, dist):
     """All splits. CINIC-10's train and valid are pooled and divided anew: 170k, 10k. FashionMNIST is padded from 28 to
     32 pixels, so that its border becomes -1."""
     data = datasets.load_dataset(args.dataset, args.data_dir)
-    if data.note:
-        distributed.say(dist, data.note)
+    distributed.say(dist, data.note)
     train, val, pooled = data.train, data.val, args.dataset == "cinic10"
     if pooled or val is None:
         train, val = datasets.hold_out(train + val if pooled else train, args.val_per_class, args.seed)
@@ -240,8 +244,12 @@ def load_data(args, dist):
 
 
 # ---------------------------------------------------------------------------------------------
-# The classifier: a CIFAR ResNet, its optimiser and its augmentation (Stages 1 and 4). F and every classifier of the
-# search and of the table are trained by train_classifier; the accuracy of one that saw synthetic sets is the CAS.
+# The classifier: a ResNet-20, four times as wide as usual. train_classifier makes F and every classifier of the search
+# and of the table. It minimises cross-entropy; w are the parameters, g their gradient, v their velocity:
+#     w <- (1 - 1e-4) w;   v <- 0.9 v - lr g;   w <- w + 0.9 v - lr g
+# The decay is not multiplied by lr: beside the gradient it is weak at first and strong after the drops, and keeping the
+# best epoch protects from that. A generator is judged by the CAS, the classification accuracy score: the accuracy on
+# real images of a classifier that saw synthetic ones only.
 
 
 def make_classifier(args, data, seed):
@@ -255,9 +263,10 @@ def lr_at(epoch, base, drops):
 
 
 def augmented(x, args, g):
-    """Flip, crop, cutout, in this order. [B, C, S, S] in [-1, 1]; g: on x's device.
+    """Flip, crop, cutout, in this order. x [B, 3, S, S] in [-1, 1] -> the same; g: on x's device.
 
-    Official code: crops are padded with 0, which is mid-grey, and cutout changes every image.
+    Official code: crops are padded with 0, which is mid-grey, and cutout changes every image: its noise fills a box of
+    a tenth of the area on average, and is rescaled to the image's own range.
     """
     b, device = len(x), x.device
     if args.random_flip:
@@ -265,18 +274,18 @@ def augmented(x, args, g):
     if args.random_crop:
         pad = args.image_size // 8  # 4 of 32
         top, left = torch.randint(2 * pad + 1, (2, b), generator=g, device=device)
-        x = crop(x, top, left, pad)
+        x = crop(x, top, left, pad)  # the same size, moved by up to 4 pixels
     if args.random_erasing:
         noise = torch.randn(x.shape, generator=g, device=device)
-        x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], 0.2, 0.5, g))  # 7 to 16 of 32 pixels
+        x = cutout(x, noise, *cutout_boxes(b, x.shape[-1], 0.2, 0.5, g))  # sides of 7 to 16 of 32 pixels
     return x
 
 
 def training_batches(args, x, y, seed, epoch):
-    """The shuffled, augmented batches of an epoch: a function of (seed, epoch)."""
+    """The shuffled, augmented batches of an epoch, a function of (seed, epoch). -> [B, 3, S, S], [B]"""
     g = distributed.generator(seed, "epoch", epoch, device=y.device)
     order = torch.randperm(len(y), generator=g, device=y.device)
-    for rows in order.split(AT_ONCE * args.resnet_batch):
+    for rows in order.split(AT_ONCE * args.resnet_batch):  # rows of x and y, of 16 batches
         parts = augmented(x[rows].float(), args, g).contiguous(memory_format=torch.channels_last), y[rows]
         yield from zip(*(part.split(args.resnet_batch) for part in parts), strict=True)
 
@@ -289,7 +298,7 @@ class RealSet:
 
     def __init__(self, args, split, seed):
         self.seed, self.epochs, self.select_on = seed, args.real_epochs, "val"
-        self.x, self.y = in_unit_range(split[0]), split[1]
+        self.x, self.y = in_unit_range(split[0]), split[1]  # [N, 3, S, S] in [-1, 1], [N]
         self.size, self.stats = len(self.y), {}
 
     def at(self, epoch):
@@ -308,7 +317,7 @@ def train_classifier(args, run, dist, data, sets, folder, about):
     net = make_classifier(args, data, sets.seed).to(dist.device, memory_format=torch.channels_last)
     fast = compiled(net, args.compile, "ResNet", dynamic=True)
     optimizer = SGDW(net.parameters(), args.resnet_lr, args.resnet_wd, args.resnet_momentum)
-    weights, per_epoch = net.state_dict(), math.ceil(sets.size / args.resnet_batch)
+    weights, per_epoch = net.state_dict(), math.ceil(sets.size / args.resnet_batch)  # weights: those being trained
     chart, file = str(folder.relative_to(run.dir)), folder / "checkpoint.safetensors"
     whole = dist.alone(), args.resnet_batch  # the batch is one unit
     loop = Loop(run, chart, sets.epochs * per_epoch, optimizer, *whole, file, state=weights, save_seconds=math.inf)
@@ -318,12 +327,12 @@ def train_classifier(args, run, dist, data, sets, folder, about):
     for step in loop:
         epoch, i = step // per_epoch + 1, step % per_epoch
         if i == 0:
-            batches, lost = training_batches(args, *sets.at(epoch), sets.seed, epoch), 0
+            batches, lost = training_batches(args, *sets.at(epoch), sets.seed, epoch), 0  # may draw a new set
             net.train()
-        batch, labels = next(batches)
+        batch, labels = next(batches)  # [B, 3, S, S] in [-1, 1], [B]
         for _ in loop.units(len(labels)):
             with autocast(args.precision, dist.device):
-                logits = fast(batch)
+                logits = fast(batch)  # [B, C]
             loop.backward(F.cross_entropy(logits.float(), labels))
         lost += loop.update(lr=lr_at(epoch, args.resnet_lr, args.resnet_drops)) * len(labels)
         if i < per_epoch - 1:
@@ -334,7 +343,7 @@ def train_classifier(args, run, dist, data, sets, folder, about):
             raise UserError(f"{chart}, epoch {epoch}: the loss is {row['loss']}; stopped. Try a lower --resnet-lr")
         history.append(row)
         if row[sets.select_on] > best["score"]:
-            best = dict(score=row[sets.select_on], epoch=epoch, val=row["val"])
+            best = dict(score=row[sets.select_on], epoch=epoch, val=row["val"])  # of equal epochs the first
             loop.tensors = {n: t.detach().cpu().clone() for n, t in weights.items()}
         if epoch % max(1, sets.epochs // 10) == 0 and epoch < sets.epochs:
             loop.extra = history, best, sets.stats
@@ -356,7 +365,7 @@ def train_classifier(args, run, dist, data, sets, folder, about):
 
 @torch.no_grad()
 def predictions(net, x, args):
-    """uint8 [N, C, 32, 32] -> predicted classes [N]"""
+    """uint8 [N, 3, S, S] -> predicted classes [N]"""
     net.eval()
     with autocast(args.precision, x.device):
         return torch.cat([net(in_unit_range(part)).argmax(1) for part in x.split(1000)])
@@ -368,7 +377,8 @@ def accuracy(net, split, args):
 
 
 # ---------------------------------------------------------------------------------------------
-# [1] real: the reference, and F, which is its first seed (Stage 1).
+# [1] real: classifiers of the real images. Their accuracy is what synthetic sets are to come close to. The first of
+# them is also F, the judge of samples: from here on frozen, in evaluation mode, without augmentation.
 # Reads the real training split, writes classifier/runs/real-seed<s>/.
 
 
@@ -386,19 +396,30 @@ def train_real(args, run, dist, data):
 
 
 def filtering_classifier(args, run, data):
-    """F: it has seen the real training split only."""
+    """F: it has seen the real training split only; its epoch was chosen on validation images."""
     file = row_folder(run, "real", args.seed) / "weights.safetensors"
     return loaded(make_classifier(args, data, args.seed), file, data.train[0].device)
 
 
 # ---------------------------------------------------------------------------------------------
-# [2] gan: one BigGAN-deep per seed (Stage 2), StudioGAN's variant: spectral norm everywhere, BatchNorm conditioned on
+# [2] gan: one BigGAN-deep per seed, StudioGAN's variant: spectral norm everywhere, BatchNorm conditioned on
 # [z, e_y], a projection discriminator, three updates of D for one of G, and an average of G, which is what is sampled.
+# A step has B = 192 real images x of classes y; samples G(z, y) have the same classes, and new z ~ N(0, I) each time:
+#     three times, x stays:  L_D = mean relu(1 - D(x, y)) + mean relu(1 + D(G(z, y), y));  Adam moves D
+#     once:                  L_G = -mean D(G(z, y), y);                                    Adam moves G
+#     then:                  G_ema <- 0.9999 G_ema + 0.0001 G, a plain copy up to step 1000
+# D is to say 1 or more of real and -1 or less of generated images; one of which it does so already has no part in its
+# gradient. No gradient penalty, no augmentation but the mirror, one rate to the end. Nothing here is GaFi's own.
+# Spectral norm (common/spectral.py): a layer computes with W / sigma, its weights over their largest singular value;
+# one power iteration before each forward pass improves sigma, from a vector u that the layer keeps.
 # Reads the real images, writes gan/seed<s>/epoch<e>.safetensors, the averaged generator at each epoch of the grid.
 
 
 class ConditionalBN(nn.Module):
-    """BN(x) * (1 + W_g c) + W_b c. Trap: BigGAN-deep does not train without the 1. x [B, C, H, W], c [B, K]"""
+    """BN(x) * (1 + W_g c) + W_b c, with c = [z, e_y]: how latent and class reach each layer. x [B, D, H, W], c [B, 2 L]
+
+    Trap: BigGAN-deep does not train without the 1.
+    """
 
     def __init__(self, channels, cond):
         super().__init__()
@@ -406,28 +427,34 @@ class ConditionalBN(nn.Module):
         self.gamma, self.beta = SNLinear(cond, channels, bias=False), SNLinear(cond, channels, bias=False)
 
     def forward(self, x, c):
-        gain, shift = 1 + self.gamma(c), self.beta(c)
+        gain, shift = 1 + self.gamma(c), self.beta(c)  # [B, D] each
         return self.bn(x) * gain[:, :, None, None] + shift[:, :, None, None]
 
 
 class Attention(nn.Module):
-    """x + gain out(softmax(theta^T phi) g): phi and g max-pooled 2 x 2, no 1/sqrt(d), no biases. [B, C, H, W]"""
+    """x + gain out(softmax(theta^T phi) g): phi and g max-pooled 2 x 2, no 1/sqrt(d), no biases. [B, D, H, W]
+
+    Each of H W positions looks at H W / 4 pooled ones.
+    """
 
     def __init__(self, c):
         super().__init__()
         self.theta, self.phi = SNConv(c, c // 8, 1, bias=False), SNConv(c, c // 8, 1, bias=False)
         self.g, self.out = SNConv(c, c // 2, 1, bias=False), SNConv(c // 2, c, 1, bias=False)
-        self.gain = nn.Parameter(torch.zeros(1))
+        self.gain = nn.Parameter(torch.zeros(1))  # the layer begins as the identity
 
     def forward(self, x):
         q, k, v = self.theta(x), F.max_pool2d(self.phi(x), 2), F.max_pool2d(self.g(x), 2)
         q, k, v = (t.flatten(2).transpose(1, 2)[:, None] for t in (q, k, v))  # [B, 1, positions, channels]
-        o = F.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0]
+        o = F.scaled_dot_product_attention(q, k, v, scale=1.0)[:, 0]  # [B, H W, D / 2]
         return x + self.gain * self.out(o.transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
 class GBlock(nn.Module):
-    """cBN-ReLU-1x1, cBN-ReLU-[up]-3x3, cBN-ReLU-3x3, cBN-ReLU-1x1; plus a 1x1 skip, which is always there."""
+    """cBN-ReLU-1x1, cBN-ReLU-[up]-3x3, cBN-ReLU-3x3, cBN-ReLU-1x1; plus a 1x1 skip, which is always there.
+
+    x [B, D, H, W] -> the same, or with up [B, D, 2 H, 2 W]; D / 4 channels between the 1x1 convolutions.
+    """
 
     def __init__(self, c, cond, up):
         super().__init__()
@@ -440,15 +467,15 @@ class GBlock(nn.Module):
         return F.interpolate(x, scale_factor=2) if self.up else x
 
     def forward(self, x, c):
-        h = self.conv1(F.relu(self.cbn1(x, c)))
-        h = self.conv2(self.upsampled(F.relu(self.cbn2(h, c))))
+        h = self.conv1(F.relu(self.cbn1(x, c)))  # [B, D / 4, H, W]
+        h = self.conv2(self.upsampled(F.relu(self.cbn2(h, c))))  # here the side doubles
         h = self.conv3(F.relu(self.cbn3(h, c)))
-        h = self.conv4(F.relu(self.cbn4(h, c)))
+        h = self.conv4(F.relu(self.cbn4(h, c)))  # D channels again
         return h + self.upsampled(self.skip(x))  # 1x1 and nearest upsampling commute: a quarter of the cost
 
 
 class Generator(nn.Module):
-    """z [B, latent], y [B] -> images [B, channels, 32, 32] in (-1, 1)
+    """z [B, L], y [B] -> images [B, 3, 32, 32] in (-1, 1)
 
     size: 32 as in the paper, or another multiple of 8; the first feature map then has size / 8 pixels per side.
     """
@@ -456,7 +483,7 @@ class Generator(nn.Module):
     def __init__(self, n_classes, channels=3, width=128, latent=128, embedding=128, start="uniform", size=32):
         super().__init__()
         self.latent, self.channels, self.side, c = latent, 4 * width, size // 8, latent + embedding
-        self.embed = nn.Embedding(n_classes, embedding)
+        self.embed = nn.Embedding(n_classes, embedding)  # e_y; as officially without spectral norm
         if start == "uniform":  # Keras' default
             nn.init.uniform_(self.embed.weight, -0.05, 0.05)
         self.first = SNLinear(c, self.channels * self.side**2)
@@ -467,9 +494,9 @@ class Generator(nn.Module):
 
     def forward(self, z, y):
         spectral_norm(self.norms)
-        c = torch.cat([z, self.embed(y)], 1)  # the same condition for every layer; z is not split
-        x = self.first(c).view(-1, self.channels, self.side, self.side)
-        for name, block in self.blocks.items():
+        c = torch.cat([z, self.embed(y)], 1)  # [B, 2 L], the same condition for every layer; z is not split
+        x = self.first(c).view(-1, self.channels, self.side, self.side)  # [B, D, 4, 4], D = 4 width = 512
+        for name, block in self.blocks.items():  # three pairs; the second of each doubles the side: 8, 16, 32
             x = block(x, c)
             if name == "b11":
                 x = self.attn(x)  # at 16 x 16
@@ -477,7 +504,10 @@ class Generator(nn.Module):
 
 
 class DBlock(nn.Module):
-    """ReLU-1x1, ReLU-3x3, ReLU-3x3, [average pool], ReLU-1x1; skip: identity, or 1x1 and pool when downsampling."""
+    """ReLU-1x1, ReLU-3x3, ReLU-3x3, [average pool], ReLU-1x1; skip: identity, or 1x1 and pool when downsampling.
+
+    x [B, D, H, W] -> the same, or with down [B, D', H / 2, W / 2]
+    """
 
     def __init__(self, n_in, n_out, down):
         super().__init__()
@@ -494,7 +524,10 @@ class DBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Projection discriminator: D(x, y) = w.h(x) + b + <e_y, h(x)>, h summed over 8 x 8. -> logits [B]"""
+    """Projection discriminator: D(x, y) = w.h(x) + b + <e_y, h(x)>, h summed over 8 x 8. -> logits [B]
+
+    w.h + b judges the image whatever its class, <e_y, h> how well it fits class y.
+    """
 
     def __init__(self, n_classes, channels=3, width=128):
         super().__init__()
@@ -507,14 +540,14 @@ class Discriminator(nn.Module):
 
     def forward(self, x, y):
         spectral_norm(self.norms)
-        x = self.first(x)
-        for name, block in self.blocks.items():
+        x = self.first(x)  # [B, width, 32, 32]
+        for name, block in self.blocks.items():  # the first of the first two pairs halves the side: 16, 8
             x = block(x)
             if name == "b01":
                 x = self.attn(x)  # at 16 x 16
-        h = F.relu(x).float().sum((2, 3))  # [B, C]
+        h = F.relu(x).float().sum((2, 3))  # [B, D]
         with unmixed(x.device):
-            return self.out(h)[:, 0] + (self.embed(y) * h).sum(1)
+            return self.out(h)[:, 0] + (self.embed(y) * h).sum(1)  # [B]
 
 
 def make_generator(args, data):
@@ -535,7 +568,8 @@ def g_loss(fake, kind="hinge"):
 
 
 def keras_eps(t, beta2=0.999):
-    """Adam's epsilon of 1e-6 at its step t, from 1. Keras adds it outside the bias correction, PyTorch inside."""
+    """Adam's epsilon of 1e-6 at its step t, from 1. Keras adds it outside the bias correction, PyTorch inside: with
+    s = sqrt(1 - beta2^t), s m / (sqrt(v) + 1e-6) = m / (sqrt(v) / s + 1e-6 / s). It shows where gradients are tiny."""
     return 1e-6 / math.sqrt(1 - beta2**t)
 
 
@@ -561,7 +595,7 @@ class BigGAN:
         place = dict(device=device, memory_format=torch.channels_last)
         self.g = make_generator(args, data).to(**place)
         self.d = Discriminator(data.n_classes, data.channels, args.gan_width).to(**place)
-        self.ema = make_generator(args, data).to(**place).requires_grad_(False)
+        self.ema = make_generator(args, data).to(**place).requires_grad_(False)  # G_ema, which begins as G
         self.ema.load_state_dict(self.g.state_dict())
         how = dict(betas=args.gan_betas) | (dict(fused=True) if device.type == "cuda" else dict(foreach=True))
         self.d_adam = torch.optim.Adam(self.d.parameters(), lr=args.gan_d_lr or args.gan_lr, **how)
@@ -574,7 +608,7 @@ class BigGAN:
         with autocast(self.args.gan_precision, x.device):
             with torch.no_grad():
                 fake = self.g(z, y)  # the fake labels are those of the real batch
-            on_fake, on_real = self.d(torch.cat([fake, x]), torch.cat([y, y])).chunk(2)  # one forward for both
+            on_fake, on_real = self.d(torch.cat([fake, x]), torch.cat([y, y])).chunk(2)  # [B] each; one forward
         return sum(d_loss(on_real, on_fake, self.args.gan_loss))
 
     def loss_of_g(self, z, y):
@@ -594,7 +628,8 @@ class BigGAN:
     def step(self, loop, step, x, y, z):
         """gan_d_steps updates of D on the same real batch, one of G, one of the average. -> loss of the last D, of G
 
-        x [B, C, 32, 32], y [B], z [gan_d_steps + 1, B, latent]: G's latents are the last; step: from 0.
+        x [B, 3, S, S], y [B], z [gan_d_steps + 1, B, L]: G's latents are the last; step: from 0. Both networks are in
+        training mode: G normalises by the batch, and its BatchNorm statistics and all u move in each of the updates.
         """
         args, (*z_of_d, z_of_g), b = self.args, z, len(y)
         self.g.train(), self.d.train()
@@ -614,7 +649,8 @@ class BigGAN:
 
 
 def gan_batches(args, images, labels, seed, steps):
-    """x, y, z of each of these steps, a function of (seed, step): z are the latents of all updates of the step."""
+    """x, y, z of each of these steps, in the shapes of BigGAN.step, a function of (seed, step). Official code: the same
+    latents come back in every epoch; ours are always new."""
     device, b = labels.device, args.gan_batch
     per_epoch = len(labels) // b  # the last incomplete batch is dropped
 
@@ -622,7 +658,7 @@ def gan_batches(args, images, labels, seed, steps):
     def order_of(epoch):
         g = distributed.generator(seed, "gan", epoch, device=device)
         order = torch.randperm(len(labels), generator=g, device=device)
-        return order, torch.rand(len(labels), generator=g, device=device) < 0.5
+        return order, torch.rand(len(labels), generator=g, device=device) < 0.5  # [N] each; coins for the mirror
 
     @lru_cache(1)
     def latents(epoch, part):
@@ -635,7 +671,7 @@ def gan_batches(args, images, labels, seed, steps):
         rows = order[i * b : (i + 1) * b]
         x = in_unit_range(images[rows])
         x = mirrored(x, coins[rows]) if args.random_flip else x
-        z = latents(epoch, i // DRAWN_STEPS)[i % DRAWN_STEPS]
+        z = latents(epoch, i // DRAWN_STEPS)[i % DRAWN_STEPS]  # [gan_d_steps + 1, B, L]
         yield x.contiguous(memory_format=torch.channels_last), labels[rows], z
 
 
@@ -703,19 +739,24 @@ def measured(args, generator, classifier, real, seed, inception=None):
     """
     n, device = min(len(real[1]), 10_000), real[0].device
     z = torch.randn(n, args.gan_latent, generator=distributed.generator(seed, "monitor")).to(device)
-    y = torch.arange(n, device=device) % classifier.fc.out_features
-    x = torch.cat([generator.eval()(*p) for p in zip(z.split(500), y.split(500), strict=True)])
-    fake = torch.cat([classifier.features(part) for part in x.split(500)])
+    y = torch.arange(n, device=device) % classifier.fc.out_features  # the classes in turn
+    x = torch.cat([generator.eval()(*p) for p in zip(z.split(500), y.split(500), strict=True)])  # [n, 3, S, S]
+    fake = torch.cat([classifier.features(part) for part in x.split(500)])  # [n, D]
     true = torch.cat([classifier.features(in_unit_range(part)) for part in real[0][:n].split(500)])
-    probs = classifier.fc(fake).softmax(1)
+    probs = classifier.fc(fake).softmax(1)  # [n, C]
     found = dict(frechet=distances.frechet_distance(true, fake), kernel=distances.kernel_distance(true, fake))
     found |= dict(score=distances.inception_score(probs), accepted=(confidence(probs, y) > 0).float().mean().item())
     return found | (distances.inception_figures(inception, in_unit_range(real[0][:n]), x) if inception else {})
 
 
 # ---------------------------------------------------------------------------------------------
-# Samples (Stage 3), from the inside out. An idea of your own goes into filtered_set, if it is about which samples to
-# keep, or into SyntheticSets.at, if it is about when to draw new ones.
+# Samples, from the inside out: GaFi's three techniques, for one class c.
+#     z = sigma z_0,  z_0 ~ N(0, I);    x = G_ema(z, c);    p = softmax F(x);    keep x if argmax p = c and p[c] > t
+# sigma > 1 is the opposite of truncation: samples vary more, and more of them are broken; the filter takes those out.
+# A set has n_c kept samples of each class, as tanh leaves them, not rounded to bytes. Epoch e of a classifier, from 1,
+# sees set floor((e - 1) / P): ten sets in 100 epochs for P = 10, a hundred for P = 1, and then no image is seen twice.
+# An idea of your own goes into filtered_set, if it is about which samples to keep, or into SyntheticSets.at, if it is
+# about when to draw new ones.
 #
 #     confidence       what F thinks of a sample
 #     filtered_set     filter: of each class n samples that F accepts
@@ -731,12 +772,12 @@ def confidence(probs, label):
     prediction must agree.
     """
     label = torch.as_tensor(label, device=probs.device).expand(len(probs))
-    p = probs.gather(1, label[:, None])[:, 0]
+    p = probs.gather(1, label[:, None])[:, 0]  # [B], p[c]
     return torch.where(probs.argmax(1) == label, p, -torch.ones_like(p))
 
 
 def filtered_set(draw, classes, n, threshold, attempts):
-    """Primitive `generate`: exactly n samples of each class that pass the filter, class by class.
+    """Exactly n samples of each class that pass the filter, class by class.
 
     draw({c: q}) -> {c: (x, confidence) of the next q samples of class c}, the paper's draw(c, q) for all classes at
     once, which keeps a GPU busy. attempts: -1, or after how many draws a class takes all of its last draw. Official
@@ -746,15 +787,15 @@ def filtered_set(draw, classes, n, threshold, attempts):
     kept, m, draws = {c: [] for c in classes}, Counter(), Counter()  # of each class: samples, their number, draws
     looked_at = accepted = 0
     while unfinished := [c for c in classes if m[c] < n]:
-        # Official code: n samples, later twice what is missing.
+        # Official code: n samples, later twice what is missing, since some will be refused again.
         q = {c: n if m[c] == 0 else 2 * (n - m[c]) for c in unfinished}
         for c, (x, conf) in draw(q).items():
-            passed = x[conf > threshold]
+            passed = x[conf > threshold]  # [accepted of q, 3, S, S]; a threshold of -inf takes all
             draws[c] += 1
             kept[c] += [passed, x] if draws[c] == attempts else [passed]
             m[c] = sum(map(len, kept[c]))
             looked_at, accepted = looked_at + len(x), accepted + len(passed)
-    x = torch.cat([torch.cat(kept[c])[:n] for c in classes])
+    x = torch.cat([torch.cat(kept[c])[:n] for c in classes])  # [C n, 3, S, S]; what is too many is dropped
     y = torch.tensor(list(classes), device=x.device).repeat_interleave(n)
     return x, y, [looked_at, accepted, sum(d == attempts for d in draws.values())]
 
@@ -777,7 +818,7 @@ class ScoredGenerator:
 
     def _score(self, z, y):
         with autocast(self.args.precision, z.device):
-            x = self.generator(z, y)
+            x = self.generator(z, y)  # [B, 3, S, S] in (-1, 1)
             if self.args.precision == "bf16":
                 x = x.bfloat16()  # a set of 40,000 images then takes 246 MB
             return x, confidence(self.classifier(x).softmax(1), y)
@@ -805,7 +846,7 @@ class Samples:
         blocks = range(start // self.block, (start + count - 1) // self.block + 1)
         shape = self.block, self.sampler.latent
         z = torch.cat([torch.randn(shape, generator=distributed.generator(*self.seeds, c, b)) for b in blocks])
-        return self.sigma * z[start - blocks[0] * self.block :][:count]
+        return self.sigma * z[start - blocks[0] * self.block :][:count]  # the expansion trick is this product alone
 
     def draw(self, sizes):
         """{class: q} -> {class: (x [q, ...], confidence [q])}, all classes in one go"""
@@ -822,10 +863,10 @@ def refreshed(old, new, n_classes, fraction, g):
     old, new: (x, y), class by class with n each. Trap: int((1-r) n) + int(r n) can miss n by one; here it cannot.
     """
     n = len(old[1]) // n_classes
-    fresh = round(fraction * n)
+    fresh = round(fraction * n)  # r n of each class
     draws = [torch.randperm(n, generator=g)[: n - fresh] for _ in range(n_classes)]
     kept = torch.stack([c * n + rows for c, rows in enumerate(draws)])  # [C, n - fresh]
-    taken = torch.arange(n_classes * n).view(n_classes, n)[:, :fresh]
+    taken = torch.arange(n_classes * n).view(n_classes, n)[:, :fresh]  # [C, fresh]
     pairs = zip(old, new, strict=True)
     return tuple(torch.cat([o[kept.to(o.device)], s[taken.to(o.device)]], 1).flatten(0, 1) for o, s in pairs)
 
@@ -843,7 +884,7 @@ class Source:
 class SyntheticSets:
     """The training set of each epoch: renewed every `period` epochs (0: never) to the share recycle_fraction.
 
-    Several sources share n: each gives n // N images per class (MultiGAN).
+    Several sources share n: each gives n // N images per class (MultiGAN), 3 x 1,333 of 4,000. seed: the classifier's.
     """
 
     def __init__(self, args, sources, n_classes, n, seed, period):
@@ -859,11 +900,11 @@ class SyntheticSets:
         samples = Samples(source.sampler, source.sigma, self.n, (self.args.gen_seed, self.seed, source.seed, k))
         threshold = -math.inf if source.threshold is None else source.threshold
         x, y, told = filtered_set(samples.draw, range(self.n_classes), self.n, threshold, self.args.attempts)
-        self.stats[f"{k} {source.seed}"] = told
+        self.stats[f"{k} {source.seed}"] = told  # a resumed training keeps those of the sets before
         return x, y
 
     def at(self, epoch):
-        """The images of an epoch, counted from 1 and never falling: [N, C, 32, 32] in [-1, 1] and labels [N]"""
+        """The images of an epoch, counted from 1 and never falling: [N, 3, S, S] in [-1, 1] and labels [N]"""
         k, r = (epoch - 1) // self.period if self.period else 0, self.args.recycle_fraction
         for j in range(max(self.k + 1, k if r == 1 else 0), k + 1):  # with r < 1 a set consists of those before it
             old, new = self.sets if r < 1 else [], [self.draw(source, j) for source in self.sources]
@@ -874,7 +915,8 @@ class SyntheticSets:
 
 
 def n_samples(args, data):
-    """n_c: from the training split, although the GAN saw the validation images too; the set is balanced always"""
+    """n_c: from the training split, although the GAN saw the validation images too: 4,000 of CIFAR-10, not 5,000. The
+    set is balanced, whatever the real one is."""
     return args.class_samples or len(data.train[1]) // data.n_classes
 
 
@@ -884,9 +926,13 @@ def load_sampler(args, run, data, classifier, seed, epoch):
 
 
 # ---------------------------------------------------------------------------------------------
-# [3] search: greedy, for each GAN: checkpoint, then sigma, then threshold (Stage 5, steps 1 to 3). Reads gan/, writes
-# search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json. A candidate costs the training of a classifier;
-# those of all GANs are dealt out to the processes together.
+# [3] search: for each GAN the checkpoint, then sigma, then the threshold; score: accuracy on validation images of a
+# classifier of filtered sets that change every P = 10 epochs.
+#     e* = argmax_e score(e, 1, 0);   sigma* = argmax_sigma score(e*, sigma, 0);   t* = argmax_t score(e*, sigma*, t)
+# A candidate costs the training of a classifier: 36 + 21 + 10 of them one grid after the other, where all combinations
+# would be 7,560. They share the classifier's seed and z_0, and differ by what is tried alone. sigma 1 and t 0 repeat
+# the winner before them and are not trained again. Those of all GANs are dealt out to the processes together.
+# Reads gan/, writes search/gan<s>/e<epoch>-s<sigma>-t<t>/metrics.json and search.json.
 
 
 def greedy_search(seeds, grids, evaluate):
@@ -894,6 +940,7 @@ def greedy_search(seeds, grids, evaluate):
     once. The first of equal scores wins. -> {seed: (epoch, sigma, threshold)}"""
     best = {seed: (None, 1.0, 0.0) for seed in seeds}
     for i, values in enumerate(grids):
+        # The winner so far with each value of this grid in its place i: 0 checkpoint, 1 sigma, 2 threshold.
         tried = [(seed, *b[:i], value, *b[i + 1 :]) for seed, b in best.items() for value in values]
         scores = dict(zip(tried, evaluate(tried), strict=True))
         best = {seed: max((c for c in tried if c[0] == seed), key=scores.__getitem__)[1:] for seed in seeds}
@@ -942,9 +989,10 @@ def candidate_folder(run, seed, epoch, sigma, threshold):
 
 
 # ---------------------------------------------------------------------------------------------
-# [4] final: the rows of the table, each with clf_seeds classifiers (Stage 5, step 4, and Stage 6). A row adds one
-# technique to the row before; all use what the search has chosen for their GAN. For a row of your own: a line in ROWS,
-# its name in Row, and what is new about it in sets_of.
+# [4] final: the rows of the table, each with clf_seeds classifiers. A row adds one technique to the row before; all use
+# what the search has chosen for their GAN. Apart from real, rows differ in their sets alone: run i of each has the seed
+# seed + i, the same network and recipe, and n_c images per class, which MultiGAN divides among its N generators, each
+# with its own e*, sigma* and t*. For a row of your own: a line in ROWS, its name in Row, and what is new in sets_of.
 # Reads search.json, gan/, and of search/ the winner's run, which is the first of row expansion; writes
 # classifier/runs/<row>-seed<s>/ and the best of the last row as classifier/.
 
@@ -1021,7 +1069,8 @@ def row_metrics(args, run, row):
 
 
 # ---------------------------------------------------------------------------------------------
-# [5] evaluate: load the saved classifier from its folder, score it, write pictures, table and report.
+# [5] evaluate: load the saved classifier, the best of the last row on the split that chooses, from its folder, score it
+# on the test images (report.html says so if its training had noted another score), write pictures and tables.
 # Reads classifier/, gan/, search.json; writes images/, results.json, samples.png, report.html.
 
 
