@@ -157,9 +157,9 @@ PRESETS = {
     "digits": dict(  # the offline miniature; our measured table stands in docs/gafi.md
         dataset="digits", workers=0, image_size=16, val_per_class=20, random_flip=False,
         resnet_width=8, resnet_blocks=1, resnet_epochs=10, real_epochs=15, resnet_drops=(7, 9), resnet_batch=32,
-        gan_seeds=(42, 137), gan_epochs=25, gan_batch=32, gan_width=8, gan_latent=16, gan_embedding="normal",
+        gan_seeds=(42, 137), gan_epochs=23, gan_batch=32, gan_width=8, gan_latent=16, gan_embedding="normal",
         gan_lr=1e-3, gan_ema=0.98, gan_ema_start=50, gan_monitor=5,
-        ckpt_grid=(15, 25, 5), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5,
+        ckpt_grid=(17, 23, 6), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5,
         attempts=3, gen_micro_batch=200, export_images=20,
     ),
     "cifar10-16px": dict(  # ours: photos on two CPU cores in hours, --data-dir DIR: 44.8 to 55.6, real 71.3

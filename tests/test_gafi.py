@@ -847,9 +847,9 @@ OTHERS = {
     ),
     "digits": dict(
         dataset="digits", image_size=16, val_per_class=20, random_flip=False, resnet_width=8, resnet_blocks=1,
-        resnet_epochs=10, real_epochs=15, resnet_drops=(7, 9), resnet_batch=32, gan_seeds=(42, 137), gan_epochs=25,
+        resnet_epochs=10, real_epochs=15, resnet_drops=(7, 9), resnet_batch=32, gan_seeds=(42, 137), gan_epochs=23,
         gan_batch=32, gan_width=8, gan_latent=16, gan_embedding="normal", gan_lr=1e-3, gan_ema=0.98, gan_ema_start=50,
-        ckpt_grid=(15, 25, 5), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5, attempts=3,
+        ckpt_grid=(17, 23, 6), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5, attempts=3,
     ),
 }  # fmt: skip
 NO_METHOD = """preset data_dir output_dir device compile stages resume track workers plan plan_processes gan_monitor
