@@ -693,11 +693,12 @@ def seen_by_gans(args, data):
 
 def train_gan(args, run, team, data, classifier, seed, inception):
     """team: the processes that share each step; each draws all batches, and takes its micro-batches of them."""
-    if gan_file(run, seed, args.gan_epochs).exists():
+    wanted = {*checkpoints(args), args.gan_epochs}
+    if all(gan_file(run, seed, epoch).exists() for epoch in wanted):
         return
     pixels, labels = seen_by_gans(args, data)
     gan, per_epoch = BigGAN(args, data, seed, team.device), len(labels) // args.gan_batch
-    file, wanted = run.path("gan", f"seed{seed}", "checkpoint.safetensors"), {*checkpoints(args), args.gan_epochs}
+    file = run.path("gan", f"seed{seed}", "checkpoint.safetensors")
     loop = gan.loop(run, f"gan/seed{seed}", args.gan_epochs * per_epoch, team, file, per_epoch)
     batches = gan_batches(args, pixels, labels, seed, loop.steps)
     for step in loop:

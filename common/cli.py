@@ -27,7 +27,8 @@ from common.files import disk_full
 from common.launch import Launch, Stopped, UserError, command_line, launched_as
 
 OUT_OF_MEMORY = r"out of memory|not enough memory: you tried|CUBLAS_STATUS_ALLOC_FAILED"  # CUDA and MPS, CPU, cuBLAS
-LOST_CONTACT = r"(closed|reset) by peer|Broken pipe|Timed out waiting"  # gloo's words for a process that is gone
+# The words of gloo and of the store for a process that is gone.
+LOST_CONTACT = r"(closed|reset) by peer|Broken pipe|Timed out waiting|Connection was likely closed"
 THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.EMFILE}
 # How long another rank waits for rank 0 to report the same error: before the processes have met, when rank 0 may still
 # be importing on a busy machine, and after.
@@ -266,6 +267,13 @@ def _listen_to_signals() -> None:
             os._exit(128 + _state.signal)
         raise Stopped
 
+    def dropped(found: Any, usual: Any = sys.__unraisablehook__) -> None:
+        if not isinstance(found.exc_value, Stopped) or os.getpid() != _state.owner:
+            return usual(found)
+        _farewell()  # the signal came inside a __del__, where Python drops what is raised
+        os._exit(128 + _state.signal)
+
+    sys.unraisablehook = dropped
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
 
