@@ -367,6 +367,13 @@ def main(args):
                 time.sleep(60)
             except BaseException:  # as some libraries do
                 time.sleep(60)
+    elif args.note == "del":
+        class Library:
+            def __del__(self):
+                print("at work", flush=True)
+                time.sleep(60)  # what is raised here Python drops
+        Library()
+        print("not stopped", flush=True)
     elif args.note == "write":
         for k in range(100000):
             print("line", k, flush=True)
@@ -441,6 +448,14 @@ def test_a_second_signal_ends_at_once(script):
         process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and said.count("stopped; submit the job again, or continue with:") == 1
+
+
+def test_a_signal_inside_a_destructor_is_not_lost(script):
+    process = script("--note", "del")
+    assert process.stdout.readline() == "at work\n"
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=20)
+    assert process.returncode == 130 and out == "" and "Traceback" not in said and said.count("continue with:") == 1
 
 
 @pytest.mark.parametrize("words", [["--note", "write"], ["--help"]])

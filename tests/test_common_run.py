@@ -530,6 +530,16 @@ def test_damaged_files_of_a_finished_stage_are_made_again(tmp_path, capsys, name
     assert sum(path.is_file() for path in run.dir.rglob("*")) == 2 + 2 + 3  # the other two stay
 
 
+def test_a_training_whose_weights_are_damaged_is_opened_again(tmp_path):
+    """Its metrics.json, by which a script knows that it is finished, goes with them; those of others stay."""
+    run = open_at(tmp_path / "r")
+    for name in ("runs/a/weights.bin", "runs/a/metrics.json", "runs/b/weights.bin", "runs/b/metrics.json"):
+        files.write_bytes(run.path(name), b"x")
+    run.done("draw", files=run.under("runs"))
+    run.path("runs/a/weights.bin").unlink()
+    assert run.todo("draw") and sorted(run.under("runs")) == ["runs/b/metrics.json", "runs/b/weights.bin"]
+
+
 @pytest.mark.parametrize("damage", ["manifest", "list cut", "list removed", "list of foreign names", "no dict"])
 def test_a_damaged_manifest_opens_its_stage_again(tmp_path, damage):
     run = finished_with_files(tmp_path / "r")

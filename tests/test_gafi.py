@@ -886,6 +886,11 @@ def test_gan_training_equals_a_plain_loop_over_stock_parts(flip, images, tmp_pat
     monkeypatch.setattr(gf, "measured", lambda *_: {})
     monkeypatch.setattr(gf, "DRAWN_STEPS", 2)
     gf.train_gan(args, run, ONE, data, None, 7, None)
+    first = gf.gan_file(run, 7, 1)
+    content = first.read_bytes()
+    first.unlink()  # an earlier epoch of a finished GAN is lost: the same training makes it again
+    gf.train_gan(args, run, ONE, data, None, 7, None)
+    assert first.read_bytes() == content
 
     torch.manual_seed(distributed.seed_of(7, "gan"))
     g, d = gf.Generator(3, 1, 2, 4, 4, "uniform", 8).train(), gf.Discriminator(3, 1, 2).train()
