@@ -187,7 +187,7 @@ from common.loop import Batches, Loop, gather_units, units_of
 from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import datadream as planned
-from common.report import compare_saved, conclude, mean_std, spread
+from common.report import compare_saved, conclude, means, over_seeds, per_class, spread
 from common.selection import Best
 
 # In shapes: C classes (the paper's N, also [N] in lists), k shots and g synthetic images of each, T templates; B images
@@ -1087,31 +1087,26 @@ def evaluate_saved(args, run, dist, shots, test):
     run.done("evaluate", run.under(*runs.RESULTS), top1=top1)
 
 
-def over_seeds(found):
-    """The classifiers of one row, at least one: their metrics.json -> the row's entry in results.json"""
-    scores = [m["test"] for m in found]
-    row = dict(zip(("mean", "std"), mean_std(scores), strict=True), per_seed=scores, updates=found[0]["updates"])
-    return row | {key: mean_std([m[key] for m in found])[0] for key in OTHER_SCORES if key in found[0]}
-
-
 def write_results(args, run, shots, drawn, near, predicted, labels, saved):
     """results.json, the table, the contact sheet and the report."""
     table, metrics, class_names = [], {}, shots.class_names
     for arm in args.arms:
         found = [m for m in run_metrics(args, run) if m["arm"] == arm]
-        metrics |= {arm: over_seeds(found)} if found else {}
+        if found:
+            row = over_seeds([m["test"] for m in found]) | dict(updates=found[0]["updates"])
+            metrics[arm] = row | means(found, *OTHER_SCORES)
         row = metrics.get(arm, {"per_seed": []})
         others = (f"{row[key]:.1f}" if key in row else "" for key in OTHER_SCORES)
         table.append([ROW_NAMES[arm], spread(row["per_seed"]), *others, f"{found[0]['images']}" if found else ""])
 
-    right, n, g = (predicted == labels).float(), len(class_names), args.gen_images_per_class
-    saved["per_class"] = {name: 100 * right[labels == c].mean().item() for c, name in enumerate(class_names)}
+    n, g = len(class_names), args.gen_images_per_class
+    saved["per_class"] = per_class(predicted, labels, class_names)
     baselines = {arm: metrics.pop(arm) for arm in ("zero-shot", "real", "unadapted") if arm in metrics}
     metrics |= {"saved_classifier": saved}
     n_images = run.manifest("generate").get("images", {})
     run.results(paper="arXiv:2407.10910", metrics=metrics, baselines=baselines, images=n_images, near_copies=near)
 
-    rows = {"real shots": [partial(shots.open, int(shots.of_class(c)[0])) for c in range(n)]}
+    rows = {"real shots": images.of_each_class(shots)}
     for folder, name in (("unadapted", "stock generator"), ("images", "DataDream")):
         for k in range(min(4, g) if folder in drawn else 0):
             rows[f"{name} {k}"] = [partial(drawn[folder].open, c * g + k) for c in range(n)]

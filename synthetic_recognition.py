@@ -130,7 +130,7 @@ class Args(Frame):
     gen_save_size: Count | None = None
     """pixels per side of the stored images, None: as generated; half the side is a quarter of disk and decoding"""
     gen_format: Literal["png", "jpeg", "webp"] = "png"
-    """png and webp: lossless; jpeg: quality 95, an eighth of the disk, a quarter of the decoding"""
+    """png and webp: lossless; jpeg: quality 95, an eighth of the disk, half of the decoding or less"""
     gen_guidance: NonNegative = 3.0
     """classifier-free guidance scale w"""
     gen_steps: Count = 100

@@ -11,7 +11,6 @@ import inspect
 import io
 import os
 import re
-import select
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ from types import FrameType, SimpleNamespace
 from typing import Annotated, Any, Literal, NoReturn
 
 from common.files import disk_full
-from common.launch import Launch, Stopped, UserError, command_line, launched_as
+from common.launch import Launch, Stopped, UserError, command_line, flush, launched_as, nobody_reads
 
 OUT_OF_MEMORY = r"out of memory|not enough memory: you tried|CUBLAS_STATUS_ALLOC_FAILED"  # CUDA and MPS, CPU, cuBLAS
 # The words of gloo and of the store for a process that is gone.
@@ -151,7 +150,7 @@ def parse(Args: type, presets: dict[str, dict[str, Any]], doc: str) -> Any:
         _end(error)
         raise
     except SystemExit:  # --help
-        _flush()
+        flush()
         raise
 
 
@@ -227,7 +226,7 @@ def start(main: Callable[[Any], None], args: Any) -> None:
     try:
         _set_launch(planning=getattr(args, "plan", None) is not None)
         main(args)
-        _flush()
+        flush()
     except BaseException as error:
         _end(error)
         raise
@@ -293,7 +292,7 @@ def _end(error: BaseException) -> None:
     if _state.signal:  # a signal in the middle of library code may arrive here as that library's error
         _farewell()
         _quit(128 + _state.signal)
-    if isinstance(error, BrokenPipeError) and _nobody_reads():
+    if isinstance(error, BrokenPipeError) and nobody_reads():
         _quit(128 + signal.SIGPIPE)
     rank, line = _state.launch.rank, _explain(error)
     if line is None:
@@ -335,23 +334,8 @@ def _let_rank_0_speak() -> None:
     time.sleep(SECONDS_FOR_RANK_0[bool(td and td.is_available() and td.is_initialized())])
 
 
-def _nobody_reads() -> bool:
-    """Has the reader of our output gone, as in `| head -1`?"""
-    (poll := select.poll()).register(1, 0)
-    return bool(poll.poll(0))
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:  # what is left goes nowhere, or Python complains about it at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    with suppress(OSError):
-        sys.stderr.flush()
-
-
 def _quit(code: int) -> NoReturn:
-    _flush()
+    flush()
     if _state.launch.world == 1:
         sys.exit(code)
     os._exit(code)  # an orderly exit could wait for the others in a collective for ever

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import select
 import shlex
 import subprocess
 import sys
@@ -116,3 +117,19 @@ def git_commit() -> dict[str, Any]:
         if Path(top) == ROOT:  # not when the files merely lie inside someone else's repository
             return {"git_commit": commit, "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
     return {"git_commit": None, "git_dirty": None}
+
+
+def nobody_reads() -> bool:
+    """Has the reader of our output gone, as in `| head -1`?"""
+    (poll := select.poll()).register(1, 0)
+    return bool(poll.poll(0))
+
+
+def flush() -> None:
+    """Both outputs, also when nobody reads them any more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # what is left goes nowhere, or Python complains about it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with suppress(OSError):
+        sys.stderr.flush()

@@ -67,8 +67,7 @@ class Run:
     def todo(self, stage: str) -> bool:
         """False when the stage is finished, which is then printed once. All ranks must call, rank 0 looks.
 
-        A finished stage whose manifest or files are damaged (see `check`) is opened again, without those files and
-        without the metrics.json beside each.
+        A finished stage whose manifest or files are damaged (see `check`) is opened again, without those files.
         """
         finished = _on_rank_0(lambda: self._finished(stage), self.dist)
         if finished and stage not in self._announced:
@@ -88,8 +87,7 @@ class Run:
             return True
         self._say(stage, f": {_some(bad)} missing or damaged, made again")
         write_json(self._stage_file(stage, ".partial.json"), {"seconds": _seconds(manifest)})
-        # By metrics.json, written last, a training is known to be finished: it goes with whatever is bad beside it.
-        beside = [os.path.join(os.path.dirname(name), "metrics.json") for name in bad]
+        beside = [f"{os.path.dirname(name)}/metrics.json" for name in bad]  # by which a training counts as finished
         for file in map(self.path, [*bad, *beside, f"stages/{stage}.json"]):
             if file.parent.resolve().is_relative_to(self.dir.resolve()):  # never what a damaged list may name elsewhere
                 file.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from timm.data.auto_augment import RandAugment
 
 from common import pretraining
@@ -73,3 +73,14 @@ def test_moco_queue_takes_the_newest_keys_first_and_keys_follow_the_queries():
     fresh = pretraining.MoCo(net, contrast, 0, torch.device("cpu"), 16)
     q = fresh.embed(fresh.query, x[:, 1])
     assert not torch.allclose(fresh.loss(x.unbind(1), torch.zeros(4), 0)[1], q, atol=1e-4)
+
+
+def test_half_of_mocos_views_are_blurred_as_officially(monkeypatch):
+    """By Pillow, with a radius from U(0.1, 2): officially too."""
+    radii, blur = [], ImageFilter.GaussianBlur
+    monkeypatch.setattr(ImageFilter, "GaussianBlur", lambda radius: radii.append(radius) or blur(radius))
+    view, picture = pretraining.augmentation("moco", 32, True), Image.new("RGB", (32, 32), (90, 140, 60))
+    torch.manual_seed(0)
+    pairs = [view(picture) for _ in range(200)]
+    assert all(x.shape == (3, 32, 32) and x.dtype == torch.uint8 for pair in pairs for x in pair)
+    assert 160 < len(radii) < 240 and 0.1 <= min(radii) < 0.2 and 1.9 < max(radii) <= 2 and 0.95 < np.mean(radii) < 1.15
