@@ -337,6 +337,10 @@ def _compare(run: Run, old: dict[str, Any], new: dict[str, Any], free: set[str],
         for key in dict.fromkeys([*new[kind], *old[kind]]):
             if old[kind].get(key) == new[kind].get(key) or (kind == "args" and key in free):  # 10 is 10.0
                 continue
+            if kind == "models" and (key not in old[kind] or key not in new[kind]):  # no stage of one side reads it
+                changed |= key in new[kind]
+                old[kind].setdefault(key, new[kind].get(key))
+                continue
             before, now = (json.dumps(side[kind].get(key), ensure_ascii=False) for side in (old, new))
             if any(key == word or (word.endswith("_") and key.startswith(word)) for word in unread):
                 old[kind][key], changed = new[kind].get(key), True

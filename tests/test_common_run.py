@@ -342,6 +342,18 @@ def test_flags_of_stages_to_come_may_change(tmp_path):
     open_at(tmp_path / "r", later=later, seed=7, **changed)
 
 
+def test_models_that_one_of_two_starts_does_not_read_are_no_difference(tmp_path):
+    """Stage by stage: the captioner is looked at by the start that writes captions, the classifier by a later one."""
+    begun(tmp_path / "r", models={"sd_model": "a", "captioner": "b"})
+    run = open_at(tmp_path / "r", models={"sd_model": "a", "clf_model": "c"})
+    known = {"sd_model": "a", "captioner": "b", "clf_model": "c"}
+    assert run.info["models"] == json.loads(run.path("args.json").read_text())["models"] == known
+    run.close()
+    for other in ({"captioner": "x"}, {"clf_model": "x"}):  # what was read once is held to
+        with pytest.raises(UserError, match="what --[a-z-]+ names"):
+            open_at(tmp_path / "r", models={"sd_model": "a"} | other)
+
+
 @pytest.mark.parametrize("now, allowed", [(2, True), (3, False)])
 def test_the_number_of_threads_is_part_of_a_run_on_a_cpu(tmp_path, now, allowed):
     begun(tmp_path / "r")

@@ -884,6 +884,14 @@ def test_stages_that_nobody_reads_are_not_run(launch, tmp_path):
     assert not (out / "parts").exists() and not (out / "embeddings.safetensors").exists()
 
 
+def test_a_run_stage_by_stage(launch, tmp_path):
+    """Each start looks at the models of its own stages only: the captioner is not one of the tuning."""
+    flags = [*SMALL, "--output-dir", tmp_path / "run", "--tune-max-images", 8, "--mia-models", 0, "--ablations"]
+    launch("realfake.py", *flags, "--stages", "caption", "embed")
+    launch("realfake.py", *flags, "--stages", "finetune")
+    assert (tmp_path / "run/lora/pytorch_lora_weights.safetensors").is_file()
+
+
 def test_velocity_models_are_refused(tmp_path):
     import shutil
 
