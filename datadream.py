@@ -170,17 +170,18 @@ import timm
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from open_clip.modified_resnet import ModifiedResNet
 from PIL import ImageFilter
 from torch import nn
 from torchvision.transforms import v2
 
-from common import datasets, diffusion, distributed, images, models
+from common import datasets, diffusion, distributed, images, models, openclip
 from common import run as runs
 from common.clip import load_clip, save_clip
 from common.compiling import compiled
 from common.diffusion import Adapter, autocast, decode, encode_prompts, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order, refuse
+from common.inputs import check_order, each_once, refuse
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop, gather_units, units_of
@@ -394,10 +395,9 @@ def finetune(args, run, dist, pipe, shots, class_names):
     jobs = [(files[0], range(len(shots)))]  # (file of the adapter, rows of the shots it is tuned on)
     jobs = jobs if args.mode == "dset" else [(file, shots.of_class(c)) for c, file in enumerate(files)]
     # With dset eight micro-batches of one image keep eight processes busy in each step; with cls a class is one unit.
-    units = math.ceil(min(args.sd_batch, len(jobs[0][1])) / args.sd_micro_batch)
-    smaller = f"--sd-micro-batch {max(1, args.sd_batch // dist.world)}"
-    team, mine = distributed.deal(jobs, units, dist, "finetune", smaller)
-    with run.timed("finetune", "--sd-micro-batch"):
+    batch = min(args.sd_batch, len(jobs[0][1]))
+    team, mine = distributed.deal(jobs, batch, args.sd_micro_batch, dist, "finetune", "--sd-micro-batch")
+    with run.timed("finetune", "--sd-micro-batch", trains=True):
         for file, rows in mine:
             tune_adapter(args, run, team, pipe, shots, file, [int(i) for i in rows], class_names)
     pipe.unload_lora_weights()
@@ -634,6 +634,15 @@ def clip_logits(image, text, log_scale):
         return log_scale.exp() * F.normalize(image.float(), dim=-1) @ text.float().T
 
 
+def attention_blocks(model, name):
+    """Of the image tower (none for a ResNet) and the text tower. UserError: not a CLIP of OpenAI's form"""
+    image, text = (getattr(getattr(m, "transformer", None), "resblocks", []) for m in (model.visual, model))
+    tower = type(model.visual if len(text) else model.text).__name__
+    fine = len(text) and (len(image) or isinstance(model.visual, ModifiedResNet))
+    refuse(not fine, f"--clip-model {name}: not a CLIP of OpenAI's form; one of its towers is a {tower}")
+    return image, text
+
+
 class ClipLoRA(nn.Module):
     """CLIP with LoRA on q and v of every attention layer of both towers; class weights come from the class prompts."""
 
@@ -641,18 +650,15 @@ class ClipLoRA(nn.Module):
         """clip: common.clip.Clip, modified in place; prompts: [N][T] strings."""
         super().__init__()
         self.clip, self.n_templates = clip.model.requires_grad_(False), len(prompts[0])  # exp(scale) is frozen too
-        if not hasattr(self.clip, "transformer"):
-            tower = type(self.clip.text).__name__
-            raise UserError(f"--clip-model {clip.name}: not a CLIP of OpenAI's form; its text tower is a {tower}")
         g = torch.Generator().manual_seed(0)  # reset() draws the real start
-        image_blocks = getattr(getattr(self.clip.visual, "transformer", None), "resblocks", [])
+        image_blocks, text_blocks = attention_blocks(self.clip, clip.name)
         # CLIP RN50 has none: its image tower is trained in full, the text tower by LoRA.
         self.clip.visual.requires_grad_(not image_blocks)
-        for blocks in (image_blocks, self.clip.transformer.resblocks):
+        for blocks in (image_blocks, text_blocks):
             for block in blocks:
                 block.attn = LoRAAttention(block.attn, args.clf_rank, 2 * args.clf_rank, args.clf_dropout, g)
         trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
-        self.start = {n: p.detach().clone() for n, p in trained.items()}
+        self.start = {n: t.detach().clone() for n, t in trained_state(self).items()}  # with BatchNorm's statistics
         self.text_params = [p for n, p in trained.items() if n.startswith("clip.transformer.")]
         self.image_params = [p for n, p in trained.items() if not n.startswith("clip.transformer.")]
         # The mask is causal: nothing after the longest end-of-text token can change a feature, so it is not computed.
@@ -664,9 +670,8 @@ class ClipLoRA(nn.Module):
     @torch.no_grad()
     def reset(self, seed):
         """Fresh adapter of this seed; a ResNet tower goes back to the weights it was loaded with."""
-        for name, first in self.start.items():
-            p = self.get_parameter(name)
-            p.copy_(first)
+        for name, p in trained_state(self).items():
+            p.copy_(self.start[name])
             if name.endswith("lora_A"):
                 noise = torch.rand(p.shape, generator=distributed.generator(seed, name))
                 p.copy_((noise * 2 - 1) / math.sqrt(p.shape[1]))
@@ -868,10 +873,9 @@ def train(args, run, dist, shots, val, test, class_names):
     model = load_classifier(args, class_names, dist.device)
     # val chooses the step. test is scored there, and at each look only for the column of the official selection.
     scored = {name: Split(data, model, args, dist.device) for name, data in (("val", val), ("test", test)) if data}
-    jobs, units = training_runs(args), math.ceil(args.clf_batch / args.clf_micro_batch)
-    smaller = f"--clf-micro-batch {max(1, args.clf_batch // dist.world)}"
-    team, mine = distributed.deal(jobs, units, dist, "train", smaller)
-    with run.timed("train", "--clf-micro-batch"):
+    jobs = training_runs(args)
+    team, mine = distributed.deal(jobs, args.clf_batch, args.clf_micro_batch, dist, "train", "--clf-micro-batch")
+    with run.timed("train", "--clf-micro-batch", trains=True):
         for arm, seed in mine:
             train_one(args, run, team, model, arm, seed, shots, scored)
         if "zero-shot" in args.arms and args.clf_model == "clip":
@@ -927,6 +931,7 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
         # The class weights are trained too. They are the same for all micro-batches, so the text tower runs once a step
         # and its backward pass once, with the gradient that all images leave at the weights.
         features, text = class_weights(args, model, loop, team, seed, step)
+        leaves = [text] if model.text_params else []
         for u in loop.units(len(entries)):
             x, y = normalised(next(stream), model.mean, model.std), target[u].to(device, non_blocking=True)
             g = distributed.generator(seed, "mix", step, loop.unit)
@@ -934,9 +939,8 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
             distributed.seed_global(distributed.seed_of(seed, "dropout", step, loop.unit), device)
             with autocast(args.precision, device):
                 logits = model.logits(x, text)  # [b, C]
-            loop.backward(pooled_loss(logits, y, is_real[u], lam, n_real, len(entries) - n_real), leaves=[text])
-        (grad_text,) = loop.sum()  # [C, D], over all images of the batch
-        through_text_tower(model, loop, features, grad_text)
+            loop.backward(pooled_loss(logits, y, is_real[u], lam, n_real, len(entries) - n_real), leaves=leaves)
+        through_text_tower(model, loop, features, *loop.sum())  # [C, D], over all images of the batch
         lr = clf_lr(step, *schedule)
         loop.log(loss=loop.update(lr=lr), lr=lr)
         best.look(step + 1)
@@ -963,7 +967,7 @@ def class_weights(args, model, loop, team, seed, step):
     return own, torch.cat(everyone).requires_grad_()  # a leaf: the images' backward passes stop here
 
 
-def through_text_tower(model, loop, features, grad_text):
+def through_text_tower(model, loop, features, grad_text=None):
     """The gradient that arrived at the class weights, through the text tower: each process for its own classes."""
     if not model.text_params:
         return
@@ -1132,21 +1136,34 @@ def check_args(args):
     # Trap: g < k means zero repeats, an empty real group and a NaN loss in the official code.
     refuse(g < k, f"--gen-images-per-class {g} is less than --shots {k}: no real image would be used")
     refuse(misnamed, "--mode zeroshot: the stock generator's row is called synthetic here, not unadapted")
+    each_once("--arms", args.arms)
+    if args.mode == "zeroshot":  # there is one generator, and its row is `synthetic`
+        args.arms = tuple(arm for arm in args.arms if arm != "unadapted")
     trained = set(args.arms) - {"zero-shot"}
     refuse(not trained, "--arms names no row that is trained; add real, unadapted, synthetic or pooled")
 
 
 def planned_models(args):
     """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
-    classifier = [("--clip-model", args.clip_model, "clip")] if args.clf_model == "clip" else []
-    found = models.check_models([("--sd-model", args.sd_model, "generator"), *classifier])
-    size = "--sd-resolution", args.sd_resolution
-    models.check_generator(args.sd_model, found["--sd-model"], size, ("epsilon", "v_prediction"))
+    draws = {"finetune", "generate"} & set(args.stages)
+    wanted = [("--sd-model", args.sd_model, "generator")] if draws else []
+    clip = args.clf_model == "clip" and "train" in args.stages
+    found = models.check_models(wanted + ([("--clip-model", args.clip_model, "clip")] if clip else []))
+    if draws:
+        size = "--sd-resolution", args.sd_resolution
+        models.check_generator(args.sd_model, found["--sd-model"], size, ("epsilon", "v_prediction"))
+    if clip:
+        arch, _, preprocess, file = openclip.files(found["--clip-model"])
+        attention_blocks(openclip.build(arch, preprocess, file, "meta"), args.clip_model)
     return found
 
 
 # Flags that no stage before this one reads: they may change while it has not begun.
-LATER = {"generate": "gen_ arms", "train": "clf_ clip_model"}
+LATER = {
+    "finetune": "sd_ mode prompt_prefix n_templates",
+    "generate": "gen_ arms",
+    "train": "clf_ clip_model",
+}
 
 
 def plan(args):
@@ -1158,11 +1175,11 @@ def main(args):
     if args.plan:
         return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device)
+    found = planned_models(args)  # before the data: a wrong name is told before anything large is fetched
+    ids = models.fingerprints(found)
     data, shots, val = distributed.on_rank_0(partial(choose, args), dist)
     names = data.class_names
     distributed.say(dist, data.note)
-    found = planned_models(args)
-    ids = models.fingerprints(found)
 
     read = dict(shots=shots, validation=val, test=data.test)
     run = runs.open_run("datadream", args, dist, ["gen_micro_batch"], models=ids, later=LATER, pictures=read)
@@ -1170,9 +1187,9 @@ def main(args):
     select(run, shots, val)
     before = {"train": "generate", "evaluate": "train"} | ({"generate": "finetune"} if args.mode != "zeroshot" else {})
     check_order(run, todo, before)
-    path = found["--sd-model"]
     # Called by the first stage that needs the generator, loaded once.
-    pipe = cache(partial(diffusion.load_pipeline, path, dist.device, args.precision, **models.load_kwargs(path)))
+    path = found.get("--sd-model")
+    pipe = cache(lambda: diffusion.load_pipeline(path, dist.device, args.precision, **models.load_kwargs(path)))
     if "finetune" in todo and args.mode != "zeroshot":
         finetune(args, run, dist, pipe(), shots, names)
     if "generate" in todo:

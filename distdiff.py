@@ -200,7 +200,7 @@ from common.loop import Batches, Loop
 from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import distdiff as planned
-from common.report import compare_saved, conclude, mean_std, spread
+from common.report import compare_saved, conclude, means, over_seeds, per_class, spread
 from common.selection import Best
 
 # Official code. The paper's appendix has "a photo of a {} car." for Cars: --gen-prompt. No period for the tiny world.
@@ -531,7 +531,7 @@ def train_guide(args, run, dist, real, val, test, prompts, weights):
     """Stage 6's training with a rate and a length of its own, of one network on one process."""
     idle = "note: guide: one network, BatchNorm over whole batches: one process trains, others wait"
     distributed.say(dist, idle if dist.world > 1 else "")
-    with run.timed("guide", "--sgd-batch"):
+    with run.timed("guide", "--sgd-batch", trains=True):
         if dist.main:
             job = Training(
                 run.path("guide"), args.guide, weights, args.guide_epochs, args.guide_lr,
@@ -1050,14 +1050,13 @@ def run_folder(run, row, k, seed):
 def train(args, run, dist, real, val, test, class_names, prompts, weights):
     """Each classifier is one process's work, for BatchNorm sees whole batches."""
     jobs = classifiers_to_train(args)
-    more = f"--clf-seeds {math.ceil(dist.world * args.clf_seeds / len(jobs))}"
-    team, mine = distributed.deal(jobs, 1, dist, "train", more)
+    team, mine = distributed.deal(jobs, 1, 1, dist, "train", "")
 
     @lru_cache(1)  # the seeds of a row follow each other
     def copies(row, k):
         return held(args, copies_in(args, run, GENERATED[row], real, k), args.clf_resize)
 
-    with run.timed("train", "--sgd-batch"):
+    with run.timed("train", "--sgd-batch", trains=True):
         scored, originals = scored_splits(args, val, test), held(args, real, args.clf_resize)
         for row, k, seed in mine:
             # A transformation of Table 1 belongs to the row that is named after it, or to all generated rows.
@@ -1140,14 +1139,14 @@ def write_table(args, run, real, test, predicted, saved, near):
     for row, k in [(r, k) for r in args.rows for k in (args.clf_copies if r in GENERATED else (0,))]:
         found = finished(args, run, row, k)
         line = [ROW_NAMES.get(row, f"real only, as many updates, {row}"), k or "", spread([m["test"] for m in found])]
+        mean = means(found, "last_epoch_test", "test_selected", "images", "updates")
         for key in ("last_epoch_test", "test_selected", "images", "updates"):
-            mean = mean_std([m[key] for m in found])[0] if found and key in found[0] else None
-            line.append("" if mean is None else f"{mean:.1f}" if "test" in key else int(mean))
+            line.append("" if key not in mean else f"{mean[key]:.1f}" if "test" in key else int(mean[key]))
         table.append(line)
         if found:
-            scores = [m["test"] for m in found]
-            about = dict(zip(("mean", "std"), mean_std(scores), strict=True), per_seed=scores)
-            metrics[f"{row}@{k}" if k else row] = about | {key: found[0][key] for key in ("images", "updates")}
+            metrics[f"{row}@{k}" if k else row] = over_seeds([m["test"] for m in found])
+            metrics[f"{row}@{k}" if k else row] |= {key: found[0][key] for key in ("images", "updates")}
+    saved["per_class"] = per_class(predicted, torch.as_tensor(test.labels), class_names)
     guide = read_json(run.path("guide", "metrics.json"))
     probed = run.path("energy.json").exists()
     fell = read_json(run.path("energy.json"))["percent_fell"] if probed and "distdiff" in args.rows else None
@@ -1223,8 +1222,9 @@ def planned_models(args):
 NEEDS = dict(prototypes="guide", encode="select", expand="prototypes encode", train="expand", evaluate="train")
 # Flags that no stage before this one reads: they may change while it has not begun.
 LATER = {
+    "guide": "guide guide_ sgd_",
     "train": "clf_copies clf_seeds clf_epochs clf_equal_k clf_transform sgd_lr classifier classifier_pretrained "
-    "zeroshot_clip"
+    "zeroshot_clip",
 }
 
 
@@ -1237,11 +1237,12 @@ def main(args):
     if args.plan:
         return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device)
+    found = planned_models(args)  # before the data: a wrong name is told before anything large is fetched
     data = distributed.on_rank_0(partial(load_real, args), dist)
     names, test = data.class_names, data.test
     distributed.say(dist, data.note)
     real, val = distributed.on_rank_0(partial(choose_images, args, data), dist)
-    prompts, found = prompts_of_classes(args, names), planned_models(args)
+    prompts = prompts_of_classes(args, names)
     guide_weights = found["--guide"] if args.guide_pretrained else None
     weights = found["--classifier"] if args.classifier_pretrained else None
     ids = models.fingerprints(found)

@@ -388,7 +388,7 @@ def row_folder(run, row, seed):
 
 def train_real(args, run, dist, data):
     seeds = [args.seed + i for i in range(args.clf_seeds if "real" in args.rows else 1)]
-    with run.timed("real", "--resnet-batch"):
+    with run.timed("real", "--resnet-batch", trains=True):
         for seed in distributed.my_items(seeds, dist):
             sets, folder = RealSet(args, data.train, seed), row_folder(run, "real", seed)
             train_classifier(args, run, dist, data, sets, folder, dict(row="real", images=sets.size))
@@ -676,10 +676,9 @@ def gan_batches(args, images, labels, seed, steps):
 
 
 def train_gans(args, run, dist, data, classifier, inception):
-    units = math.ceil(args.gan_batch / (args.gan_micro_batch or args.gan_batch))
-    smaller = f"--gan-micro-batch {max(2, args.gan_batch // dist.world)}"
-    team, seeds = distributed.deal(args.gan_seeds, units, dist, "gan", smaller)
-    with run.timed("gan", "--gan-batch"):
+    micro = args.gan_micro_batch or args.gan_batch
+    team, seeds = distributed.deal(args.gan_seeds, args.gan_batch, micro, dist, "gan", "--gan-micro-batch")
+    with run.timed("gan", "--gan-batch", trains=True):
         for seed in seeds:
             train_gan(args, run, team, data, classifier, seed, inception)
     run.done("gan", run.under("gan"), generators=len(args.gan_seeds))

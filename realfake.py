@@ -7,7 +7,7 @@ Replace a labelled set of real images by generated ones: one image per real imag
     per image       embedding     matching term    real latent       from scratch  the data?      real test set
 
 Run:
-    python realfake.py  # 10 digits, 20 real images per class, tiny models, 2 CPU cores
+    python realfake.py  # 10 digits, 12 real images per class, tiny models, 2 CPU cores
     torchrun --standalone --nproc-per-node 8 realfake.py --preset imagenette
     python realfake.py --preset imagenette --plan h100  # what that run will do and cost; nothing is done
 
@@ -176,13 +176,13 @@ class Args(Frame):
 RELEASED = dict(gen_format="jpeg", gen_quality=75)  # the files of the released generator: Pillow's default
 # Comments: what the paper reports. Its tables for the subsets could not be read; we quote no number from memory.
 PRESETS = {
-    "digits": dict(  # 20 real images per class, tiny models; our measured table stands in docs/realfake.md
+    "digits": dict(  # 12 real images per class, tiny models; our measured table stands in docs/realfake.md
         dataset="digits", sd_model="tiny", token_clip="tiny", captioner="tiny", precision="fp32", workers=0, seed=0,
-        real_per_class=20, tune_epochs=10, tune_flip=False, sd_lr=1e-3, sd_micro_batch=8,
-        gen_versions=4, gen_resolution=32, gen_micro_batch=50,
-        ablations=("no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no-caption"),
+        real_per_class=12, tune_epochs=10, tune_flip=False, sd_lr=1e-3, sd_micro_batch=8,
+        gen_versions=4, gen_resolution=32, gen_micro_batch=30,
+        ablations=("no-lora", "no-matching", "no-token", "no-prior", "no-caption"),
         net_model="test_resnet", net_versions=(1, 2, 4), net_epochs=16, net_milestones=(8, 12, 15), net_warmup=1,
-        net_batch=32, net_micro_batch=32, net_size=32, net_crop=0.7, net_flip=0.0, net_crop_pct=1.0,
+        net_batch=32, net_micro_batch=32, net_size=32, net_augment="cifar", net_flip=0.0, net_crop_pct=1.0,
         mia_models=6,
     ),
     "imagenette": dict(data_dir="data", **RELEASED),
@@ -230,7 +230,7 @@ from common.near_copies import near_copies
 from common.ood import ood_sets, restricted_top1
 from common.plan import print_plan
 from common.plans import realfake as planned
-from common.report import conclude, mean_std, roc_chart, spread
+from common.report import conclude, over_seeds, per_class, roc_chart, spread
 
 # In shapes: N real images, C classes, k versions, M shadow models; B images of a batch, b of a micro-batch; pixels
 # [3, H, W], latents [4, h, w] with h = H / 8, text states [77, W]; D is the width of CLIP's embedding, here equal to W.
@@ -330,14 +330,14 @@ def caption(args, run, dist, real):
             written = captions.read_captions(args.captions_file, real)
         else:
             write = captions.captioner(models.resolve(args.captioner, "captioner"), dist.device, args.precision)
-            files = in_parts(run, dist, "captions", ".json", real, lambda part, file: write_json(file, write(part)))
+            files = part_files(run, dist, "captions", ".json", real, lambda part, file: write_json(file, write(part)))
             written = [text for file in files for text in read_json(file)]
         if dist.main:
             write_json(run.path("captions.json"), dict(zip(real.keys, written, strict=True)))
     run.done("caption", run.under("captions.json"), captions=len(real))
 
 
-def in_parts(run, dist, name, suffix, real, work):
+def part_files(run, dist, name, suffix, real, work):
     """work(Images, file) for each part of PART images that has no file yet, dealt out. -> the files, for rank 0"""
     parts = [(range(i, min(i + PART, len(real))), i // PART) for i in range(0, len(real), PART)]
     files = [run.path("parts", f"{name}-{j:05d}{suffix}") for _, j in parts]
@@ -359,7 +359,7 @@ def embed(args, run, dist, real):
         save_tensors(file, {"embeddings": features.half()})
 
     with run.timed("embed"):
-        files = in_parts(run, dist, "embeddings", ".safetensors", real, save)
+        files = part_files(run, dist, "embeddings", ".safetensors", real, save)
         if dist.main:
             rows = torch.cat([load_tensors(file)["embeddings"] for file in files])  # [N, D], in the order of the images
             save_tensors(run.path("embeddings.safetensors"), {"embeddings": rows})
@@ -545,10 +545,8 @@ def finetune(args, run, dist, pipe, real, names, sets):
     pipe.unet.add_adapter(diffusion.lora_config(args.sd_rank, UNET_TARGETS))
     # Sets may share an adapter; it is tuned as the first of them says.
     jobs = list({v.adapter: v for v in reversed(list(sets.values())) if v.adapter}.values())[::-1]
-    units = args.sd_batch // args.sd_micro_batch
-    smaller = f"--sd-micro-batch {max(1, args.sd_batch // dist.world)}"
-    team, mine = distributed.deal(jobs, units, dist, "finetune", smaller)
-    with run.timed("finetune", "--sd-micro-batch"):
+    team, mine = distributed.deal(jobs, args.sd_batch, args.sd_micro_batch, dist, "finetune", "--sd-micro-batch")
+    with run.timed("finetune", "--sd-micro-batch", trains=True):
         for v in mine:
             tune_lora(args, run, team, pipe, v, real, names)
     distributed.barrier(dist)
@@ -899,10 +897,9 @@ def training_jobs(args):
 
 def train(args, run, dist, real, sets):
     """A network for each row of the table and each seed."""
-    jobs, units = training_jobs(args), math.ceil(args.net_batch / args.net_micro_batch)
-    smaller = f"--net-micro-batch {max(1, args.net_batch // dist.world)}"
-    team, mine = distributed.deal(jobs, units, dist, "train", smaller)
-    with run.timed("train", "--net-micro-batch"):
+    jobs = training_jobs(args)
+    team, mine = distributed.deal(jobs, args.net_batch, args.net_micro_batch, dist, "train", "--net-micro-batch")
+    with run.timed("train", "--net-micro-batch", trains=True):
         for row, seed in mine:
             folder, versions, with_real = training_rows(args)[row]
             sources = [real] * with_real
@@ -1030,9 +1027,8 @@ def attack(args, run, dist, real, sets):
     n_classes, keep = len(real.class_names), torch.from_numpy(half_split(len(real), args.mia_models))
     kinds = ("synthetic", "real")  # what the networks are trained on
     jobs = [(kind, m) for kind in kinds for m in range(args.mia_models)]
-    smaller = f"--net-micro-batch {max(1, args.net_batch // dist.world)}"
-    team, mine = distributed.deal(jobs, math.ceil(args.net_batch / args.net_micro_batch), dist, "attack", smaller)
-    with run.timed("attack", "--net-micro-batch"):
+    team, mine = distributed.deal(jobs, args.net_batch, args.net_micro_batch, dist, "attack", "--net-micro-batch")
+    with run.timed("attack", "--net-micro-batch", trains=True):
         for kind, m in mine:
             v, folder = sets[f"shadows/{m}/images"], run.path("shadows", str(m), kind)
             members = real.subset(v.rows)
@@ -1142,9 +1138,8 @@ def write_report(args, run, data, real, sets, found, splits, clip_top1, near):
     for row in training_rows(args):
         per_seed = {s: [found[row, args.seed + i][0][s] for i in range(args.clf_seeds)] for s in splits}
         about = read_json(run.path("classifier", "runs", f"{row}-seed{args.seed}", "metrics.json"))
-        mean, std = ({s: mean_std(v)[k] for s, v in per_seed.items()} for k in (0, 1))
-        metrics[row] = dict(mean=mean["test"], std=std["test"], per_seed=per_seed["test"], updates=about["updates"])
-        metrics[row] |= {f"ood/{s}": dict(mean=mean[s], std=std[s]) for s in splits[1:]}
+        metrics[row] = over_seeds(per_seed["test"]) | dict(updates=about["updates"])
+        metrics[row] |= {f"ood/{s}": over_seeds(per_seed[s]) for s in splits[1:]}
         table.append([row, *(spread(per_seed[s]) for s in splits), about["images"], about["updates"]])
     header = ["training set", *("test top-1" if s == "test" else s for s in splits), "images", "updates"]
     claims = compared(metrics, args.net_versions[-1])
@@ -1161,13 +1156,14 @@ def write_report(args, run, data, real, sets, found, splits, clip_top1, near):
 
     best, names = f"synthetic-{args.net_versions[-1]}x", data.class_names
     baselines = {k: metrics.pop(k) for k in ("zero-shot", "real")}
+    (top1, predicted), labels = found[best, args.seed], torch.as_tensor(data.test.labels)
+    metrics["saved_classifier"] = dict(top1=top1["test"], per_class=per_class(predicted, labels, names))
     n_images = run.manifest("generate").get("images", {})
     found_here = dict(metrics=metrics, baselines=baselines, orderings=claims, images=n_images, near_copies=near)
     run.results(paper="arXiv:2310.10402", **found_here)
     samples(args, run, real, sets)
     save_classifier(args, run, best, names)
     summary = f"{len(real)} real images, {args.gen_versions} generated for each; every network from scratch"
-    predicted = found[best, args.seed][1]
     conclude(run, f"Real-Fake on {args.dataset}", summary, tables, data.test.labels, predicted, names, pictures)
 
 

@@ -849,7 +849,7 @@ def train_heads(args, run, dist, clips, names, shots, picks, test):
     """One job per row, shots and seed, dealt to the processes"""
     with run.timed("train"):
         jobs = planned_classifiers(args)
-        distributed.say_idle(dist, "train", len(jobs), 1, f"--clf-seeds {dist.world}")
+        distributed.say_idle(dist, "train", len(jobs), 1, distributed.busier(len(jobs), 1, 1, dist.world, ""))
         data = HeadData(args, run, dist.device, clips, names, shots, picks, test)
         if dist.main and "zero-shot" in args.ladder:
             score = top1(head_logits(data.test, data.W0, 0.0), data.y_test)
@@ -1093,7 +1093,7 @@ def train_backbones(args, run, dist, data, gen_names):
     jobs = planned_classifiers(args)
     made_here = args.real_weights == "train" and any(ROWS[row].init for row, *_ in jobs)
     round0 = [start_of("real-init", args.seed + s).parent for s in range(args.clf_seeds if made_here else 0)]
-    with run.timed("train", "--pre-micro-batch"):
+    with run.timed("train", "--pre-micro-batch", trains=True):
         for team, s in shared_out(args, dist, list(range(len(round0))), args.pre_batch):
             pretrain(args, run, team, round0[s], rest, len(names), args.seed + s)
         for team, (row, n, seed) in shared_out(args, dist, [j for j in jobs if ROWS[j[0]].data], args.pre_batch):
@@ -1113,8 +1113,7 @@ def train_backbones(args, run, dist, data, gen_names):
 
 def shared_out(args, dist, jobs, batch):
     """(the processes that share a step, job) of this process, then a barrier"""
-    units = math.ceil(batch / args.pre_micro_batch)
-    team, mine = distributed.deal(jobs, units, dist, "train", f"--pre-micro-batch {max(1, batch // dist.world)}")
+    team, mine = distributed.deal(jobs, batch, args.pre_micro_batch, dist, "train", "--pre-micro-batch")
     for job in mine:
         yield team, job
     distributed.barrier(dist)
@@ -1324,12 +1323,12 @@ def main(args):
     if args.plan:
         return print_plan(*plan(args), args)
     dist, pre = distributed.setup_distributed(args.device), args.setting == "pretrain"
+    found = planned_models(args)  # before the data: a wrong name is told before anything large is fetched
     wanted = partial(datasets.load_dataset, args.dataset, args.data_dir, args.split_file)
     data = distributed.on_rank_0(partial(wanted, train_needed=args.setting != "zero-shot"), dist)
     distributed.say(dist, data.note)
     names = spoken(args.dataset, data.class_names, args.preset)
     gen_names = label_space(args, names)
-    found = planned_models(args)
     check_names(args, names, gen_names)
     shots, picks = choose_shots(args, data)
 

@@ -210,7 +210,7 @@ def _shown(hint: Any) -> Any:
 # What the handlers need to know: this process among the others; is main at work; the signal received; was its message
 # printed; the exit code once the end is decided; why another thread ended the run; what fills the memory just now.
 _state = SimpleNamespace(launch=Launch(), at_work=False, signal=0, told=False, exit_code=None, owner=0, reason="")
-_state.stage, _state.memory_flag, _state.batches = "", None, {}
+_state.stage, _state.memory_flag, _state.begun, _state.batches = "", None, False, {}
 
 
 def start(main: Callable[[Any], None], args: Any) -> None:
@@ -234,9 +234,9 @@ def start(main: Callable[[Any], None], args: Any) -> None:
         _state.at_work = False
 
 
-def set_stage(stage: str, memory_flag: str | None) -> None:
-    """What runs now, and the flag to name when the memory does not suffice."""
-    _state.stage, _state.memory_flag = stage, memory_flag
+def set_stage(stage: str, memory_flag: str | None, begun: bool = False) -> None:
+    """What runs now, and the flag to name when the memory does not suffice. begun: it can no longer be changed."""
+    _state.stage, _state.memory_flag, _state.begun = stage, memory_flag, begun
 
 
 def end_with(line: str) -> None:
@@ -321,6 +321,9 @@ def _explain(error: BaseException) -> str | None:
         flags = [_state.memory_flag] if _state.memory_flag else _state.batches
         advice = " or ".join(f"{name} (now {_state.batches.get(name, '?')})" for name in flags)
         where = f" in stage {_state.stage}" if _state.stage else ""
+        if _state.begun:
+            new = f"halve {advice or 'the batch size'} in a new --output-dir"
+            return f"out of memory{where}; free some of it and run the same command again, or {new}"
         return f"out of memory{where}; halve {advice or 'the batch size'} and run the same command again"
     if _state.launch.world > 1 and isinstance(error, RuntimeError) and re.search(LOST_CONTACT, text):
         return f"lost contact with another process, whose own message tells why ({text.splitlines()[0]})"

@@ -162,7 +162,11 @@ class Adapter:
         self.parts = {"unet": pipe.unet, "text_encoder": getattr(text, "text_model", text)}
         self.stock: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.apart: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.hooked: set[str] = set()
+        # Now, and not with the first file: a compiled network does not see hooks that come after its first call.
+        for part, network in self.parts.items():
+            for name, layer in network.named_modules():
+                if isinstance(layer, torch.nn.Linear) and layer.weight.dtype != torch.float32:
+                    layer.register_forward_hook(lambda _, x, y, name=f"{part}.{name}": self._added(name, x[0], y))
 
     @torch.no_grad()
     def use(self, file: str | Path | None, scale: float = 1.0) -> None:
@@ -179,9 +183,6 @@ class Adapter:
                 layer.weight.copy_(stock + scale * (b @ a))
                 continue
             self.apart[name] = a.to(layer.weight.dtype), (scale * b).to(layer.weight.dtype)
-            if name not in self.hooked:
-                self.hooked.add(name)
-                layer.register_forward_hook(lambda _, x, y, name=name: self._added(name, x[0], y))
 
     def _added(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         if name not in self.apart:

@@ -216,14 +216,16 @@ def shared(jobs: int, units: int, world: int) -> bool:
     return units > 1 and jobs * math.ceil(units / world) <= units * math.ceil(jobs / world)
 
 
-def deal(jobs: Sequence[T], units: int, dist: Dist, stage: str, advice: str) -> tuple[Dist, Sequence[T]]:
+def deal(jobs: Sequence[T], batch: int, micro: int, dist: Dist, stage: str, flag: str) -> tuple[Dist, Sequence[T]]:
     """How jobs (adapters, classifiers) meet processes -> (the processes that share a step, the jobs of this process).
 
-    units: micro-batches in a step. Either all processes share each step of each job, or each takes jobs[rank::world]
-    by itself. Results do not depend on it. Processes that stand idle are told of with `advice`, see say_idle.
+    A step has a batch of items in micro-batches of `micro`, the value of `flag`. Either all processes share each step
+    of each job, or each takes jobs[rank::world] by itself. Results do not depend on it. When processes stand idle, it
+    says so, and what would use them.
     """
+    units = math.ceil(batch / micro)
     if jobs:
-        say_idle(dist, stage, len(jobs), units, advice)
+        say_idle(dist, stage, len(jobs), units, busier(len(jobs), batch, micro, dist.world, flag))
     if dist.world == 1 or shared(len(jobs), units, dist.world):
         return dist, jobs
     return dist.alone(), my_items(jobs, dist)
@@ -236,10 +238,17 @@ def idle(jobs: int, units: int, world: int) -> int:
     return max(0, world - jobs)
 
 
+def busier(jobs: int, batch: int, micro: int, world: int, flag: str) -> str:
+    """What would leave no process idle: a smaller micro-batch that divides the batch, else fewer processes."""
+    fits = [m for m in range(micro - 1, 0, -1) if batch % m == 0 and not idle(jobs, math.ceil(batch / m), world)]
+    fewer = next(n for n in range(world, 0, -1) if not idle(jobs, math.ceil(batch / micro), n))
+    return f"{flag} {fits[0]} would use them all" if fits else f"{fewer} processes would all have work"
+
+
 def say_idle(dist: Dist, stage: str, jobs: int, units: int, advice: str) -> None:
-    """Tell at the start of a stage how many processes stand idle. advice: the flag value that would use them all."""
+    """Tell at the start of a stage how many processes stand idle. advice: what would leave none."""
     if waiting := idle(jobs, units, dist.world):
-        say(dist, f"note: {stage}: {waiting} of {dist.world} processes have no work; {advice} would use them all")
+        say(dist, f"note: {stage}: {waiting} of {dist.world} processes have no work; {advice}")
 
 
 # ---------------------------------------------------------------------------------------

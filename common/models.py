@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,15 +110,14 @@ def check_models(wanted: Sequence[tuple[str, str, Kind]]) -> dict[str, str]:
     begins with the flag, for the first fault.
     """
     quiet()
-    found: dict[str, str] = {}
-    seen: dict[tuple[str, Kind], str] = {}
-    for flag, name, kind in wanted:
-        try:
-            if (name, kind) not in seen:
-                seen[name, kind] = _look_into(resolve(name, kind), kind)
-        except UserError as error:
-            raise UserError(f"{flag}: {error}") from error
-        found[flag] = seen[name, kind]
+    found = {flag: name for flag, name, _ in wanted}
+    # All names first: a wrong one is told before gigabytes of another model are fetched.
+    for look in (cache(resolve), cache(_look_into)):
+        for flag, _, kind in wanted:
+            try:
+                found[flag] = look(found[flag], kind)
+            except UserError as error:
+                raise UserError(f"{flag}: {error}") from error
     return found
 
 

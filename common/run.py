@@ -50,6 +50,7 @@ class Run:
         self._track: Callable[[int, dict[str, float]], None] | None = None
         self._running: dict[str, Callable[[], float]] = {}  # stage -> its seconds so far
         self._announced: set[str] = set()
+        self._untouched: dict[str, str] = {}  # running stage without a result yet -> its memory flag
         self._release: Callable[[], Any] = lambda: None
 
     def path(self, *parts: str) -> Path:
@@ -57,7 +58,7 @@ class Run:
         return self.dir.joinpath(*map(str, parts))
 
     def _stage_file(self, stage: str, kind: str = ".json") -> Path:
-        return self.path("stages", stage + kind)  # .json: finished; .partial.json: begun; .files: what it wrote
+        return self.path("stages", stage + kind)  # .json: finished; .partial.json: at work; .begun: see timed; .files
 
     def _say(self, stage: str, text: str) -> None:
         if self.dist.main:
@@ -107,26 +108,31 @@ class Run:
         return os.fspath(file).removeprefix(f"{self.dir}/")
 
     @contextmanager
-    def timed(self, stage: str, memory_flag: str | None = None) -> Iterator[None]:
+    def timed(self, stage: str, memory_flag: str | None = None, trains: bool = False) -> Iterator[None]:
         """`with run.timed("train"):` counts the stage's seconds, over interrupted attempts too.
 
-        memory_flag: the flag to name when the memory does not suffice, say "--gen-micro-batch".
+        memory_flag: the flag to name when the memory does not suffice, say "--gen-micro-batch". trains: all that the
+        stage makes comes from loops that log; until the first of them has logged, its flags may still be changed.
         """
         before, start, over = _seconds(self._stage_file(stage, ".partial.json")), time.monotonic(), threading.Event()
         self._running[stage] = lambda: before + time.monotonic() - start
         set_stage(stage, memory_flag)
         self._say(stage, "")
+        if trains and not self._stage_file(stage, ".begun").exists():
+            self._untouched[stage] = memory_flag or ""
+        elif trains:
+            set_stage(stage, memory_flag, begun=True)
 
         def keep_noting() -> None:
             while not over.wait(SECONDS_BETWEEN_SAVES):
                 try:
-                    self._note(stage, self._running[stage]())
+                    self._note(stage, self._running[stage](), trains)
                 except UserError as error:  # disk full, or the folder is gone
                     return end_with(str(error))
 
         noting = threading.Thread(target=keep_noting, daemon=True)
         if self.dist.main:
-            self._note(stage, before)
+            self._note(stage, before, trains)
             noting.start()
         try:
             yield
@@ -135,16 +141,17 @@ class Run:
             if self.dist.main:
                 noting.join()
             seconds = self._running.pop(stage)()
-            self._note(stage, seconds)  # if the folder is gone, this error takes the place of whatever that caused
+            # If the folder is gone, this error takes the place of whatever that caused.
+            self._note(stage, seconds, trains)
         set_stage("", None)  # not after an error, whose message names them
         self._say(stage, f": {seconds:.1f} s")
 
-    def _note(self, stage: str, seconds: float) -> None:
+    def _note(self, stage: str, seconds: float, trains: bool) -> None:
         """Note the seconds of a stage at work. UserError when someone has removed the folder under the run."""
         if not self.path(FLAGS).exists():
             raise UserError(f"{self.dir}: removed while the run was at work; run the same command again")
         if self.dist.main:
-            write_json(self._stage_file(stage, ".partial.json"), {"seconds": seconds})
+            write_json(self._stage_file(stage, ".partial.json"), {"seconds": seconds, "trains": trains})
 
     def done(self, stage: str, files: Iterable[str | Path] | None = None, **manifest: Any) -> None:
         """Close a stage once every rank is here: stages/<stage>.json with its seconds and the manifest.
@@ -160,6 +167,7 @@ class Run:
                 about["n_files"] = listing.write(self._stage_file(stage, ".files"), self.dir, map(self._name, files))
             write_json(self._stage_file(stage), about | manifest)
             partial.unlink(missing_ok=True)
+            self._stage_file(stage, ".begun").unlink(missing_ok=True)
 
         _on_rank_0(lambda: None, self.dist)  # a barrier: what the others wrote is there
         _on_rank_0(close, self.dist)
@@ -183,6 +191,10 @@ class Run:
         Any rank may log; what several log alike, or an attempt logs again, counts once (the last value).
         """
         row = {key: float(value) for key, value in scalars.items()}
+        while self._untouched:
+            stage, flag = self._untouched.popitem()
+            self._stage_file(stage, ".begun").touch()
+            set_stage(stage, flag or None, begun=True)
         metrics.append(self.dir, self.dist.rank, int(step), row)
         if self._track:
             self._track(int(step), row)
@@ -278,8 +290,9 @@ def _open(run: Run, free: set[str], models: dict[str, Any], later: dict[str, str
         if not run.args.get("resume", True):
             raise UserError(f"{folder}: holds a run already; give a new --output-dir, or leave out --no-resume")
         old, found_in = _flags_of(folder)
-        begun = {file.name.split(".")[0] for file in run.path("stages").glob("*.json")}
-        unread = " ".join(words for stage, words in later.items() if stage not in begun).split()
+        begun = _begun(run)
+        last = max((i for i, stage in enumerate(later) if stage in begun), default=-1)  # those before it too
+        unread = " ".join(list(later.values())[last + 1 :]).split()
         changed = _compare(run, old, info, free, unread)
         if found_in != FLAGS:
             print(f"note: {run.path(FLAGS)} was damaged; restored from {found_in}")
@@ -298,6 +311,21 @@ def _open(run: Run, free: set[str], models: dict[str, Any], later: dict[str, str
         run._track = metrics.tracker(kind, run.script, folder, run.args, info.get("id", ""))
     except ImportError as error:
         raise UserError(f"--track {kind}: {error}; pip install {kind}") from error
+
+
+def _begun(run: Run) -> set[str]:
+    """Stages that are finished or have made something."""
+    names = {file.name for file in run.path("stages").glob("*")}
+    waiting = {name for name in names if name.endswith(".partial.json")}
+    found = {name.split(".")[0] for name in names - waiting if name.endswith((".json", ".begun"))}
+    return found | {name.split(".")[0] for name in waiting if not _trains(run.path("stages", name))}
+
+
+def _trains(file: Path) -> bool:
+    """Is it the note of a stage whose results come from loops that log? Not when it is damaged."""
+    with suppress(UserError, TypeError, ValueError):
+        return bool(read_json(file).get("trains"))
+    return False
 
 
 def _flags_of(folder: Path) -> tuple[dict[str, Any], str]:

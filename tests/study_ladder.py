@@ -1,7 +1,7 @@
 """Does the zero-shot ladder show? B, LE, LE + CF, each with CE and SCE, over draws of sentences and images.
 
     python tests/study_ladder.py DIR                      # 5 draws
-    python tests/study_ladder.py DIR --draws 10 --weak 0.05
+    python tests/study_ladder.py DIR --draws 10 --weak 0.2
 
 Not a test: it asserts nothing. A draw is a seed of the generator; a difference between two rows is taken within each
 draw, and its interval is Student's t over draws, for the seeds of a head change little.
@@ -118,12 +118,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the runs lie")
     parser.add_argument("--draws", type=int, default=5, help="seeds of the generator")
-    parser.add_argument("--weak", type=float, default=0.05, help="share of the steps of the weak CLIP's training")
+    parser.add_argument("--weak", type=float, default=0.12, help="share of the steps of the weak CLIP's training")
     asked = parser.parse_args()
     folder = asked.folder.resolve()
     training = training_digits(folder / "digits")
     study(folder, "tiny", "tiny", asked.draws, training)
-    study(folder, "weak", weak_clip(folder / f"clip-{asked.weak:g}", asked.weak), asked.draws, training)
+    weak = f"weak-{asked.weak:g}"
+    study(folder, weak, weak_clip(folder / weak, asked.weak), asked.draws, training)
 
 
 if __name__ == "__main__":

@@ -303,6 +303,16 @@ def test_errors_that_need_no_traceback(command, capsys, monkeypatch, error, line
     assert said.startswith(line) and said.count("\n") == 1
 
 
+def test_out_of_memory_in_a_stage_that_has_made_something(command, capsys):
+    def main(args):
+        cli.set_stage("draw", "--gen-micro-batch", begun=True)
+        raise MemoryError
+
+    assert command(main) == 2
+    said = capsys.readouterr().err
+    assert "free some of it" in said and "halve --gen-micro-batch (now 8) in a new --output-dir" in said
+
+
 def test_out_of_memory_names_the_stage_and_its_flag(command, capsys):
     def main(args):
         cli.set_stage("draw", "--gen-micro-batch")

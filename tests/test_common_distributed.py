@@ -1,8 +1,10 @@
 """Processes: the same sums, seeds and shares of work for any number of them, started in every way there is."""
 
 import json
+import math
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -262,7 +264,9 @@ def test_jobs_are_dealt_or_shared():
     for world in (1, 2, 3, 8):
         for jobs in (1, 2, 5, 8, 20):
             for units in (1, 2, 8):
-                dealt = [D.deal(list(range(jobs)), units, D.Dist(r, r, world, CPU), "train", "") for r in range(world)]
+                dealt = [
+                    D.deal(list(range(jobs)), units, 1, D.Dist(r, r, world, CPU), "train", "") for r in range(world)
+                ]
                 together = [team.world == world for team, _ in dealt]
                 assert len(set(together)) == 1 or world == 1
                 done = [job for team, mine in dealt for job in mine]
@@ -276,13 +280,24 @@ def test_jobs_are_dealt_or_shared():
 
 
 def test_idle_processes_are_announced_with_what_would_use_them(capsys):
-    D.say_idle(D.Dist(0, 0, 8, CPU), "finetune", 1, 1, "--sd-micro-batch 1")
+    D.say_idle(D.Dist(0, 0, 8, CPU), "finetune", 1, 1, "--sd-micro-batch 1 would use them all")
     assert (
         capsys.readouterr().out
         == "note: finetune: 7 of 8 processes have no work; --sd-micro-batch 1 would use them all\n"
     )
-    D.say_idle(D.Dist(0, 0, 8, CPU), "finetune", 1, 8, "--sd-micro-batch 1")
+    D.say_idle(D.Dist(0, 0, 8, CPU), "finetune", 1, 8, "")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("jobs, batch, micro", [(1, 8, 8), (1, 8, 1), (12, 256, 64), (10, 8, 8), (1, 96, 32)])
+def test_advice_to_idle_processes_leaves_none_idle(jobs, batch, micro):
+    for world in range(2, 33):
+        said = D.busier(jobs, batch, micro, world, "--micro")
+        word = int(re.search(r"\d+", said)[0])
+        if said.startswith("--micro"):
+            assert batch % word == 0 and word < micro and D.idle(jobs, batch // word, world) == 0
+        else:
+            assert word <= world and D.idle(jobs, math.ceil(batch / micro), word) == 0
 
 
 def test_order_is_a_function_of_position_and_keeps_two_passes():

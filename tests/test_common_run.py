@@ -342,6 +342,38 @@ def test_flags_of_stages_to_come_may_change(tmp_path):
     open_at(tmp_path / "r", later=later, seed=7, **changed)
 
 
+def test_a_stage_that_ran_out_of_memory_before_it_made_anything_takes_a_smaller_batch(tmp_path):
+    later = {"draw": "gen_", "learn": "clf_ lr"}
+    begun(tmp_path / "r", later=later)
+    for lr in (0.2, 0.05):  # both attempts die in the first step, so each may change the flag
+        run = open_at(tmp_path / "r", later=later, lr=lr)
+        with pytest.raises(MemoryError), run.timed("learn", "--lr", trains=True):
+            raise MemoryError
+        run.close()
+    run = open_at(tmp_path / "r", later=later, lr=0.01)
+    with pytest.raises(MemoryError), run.timed("learn", "--lr", trains=True):
+        run.log(1, **{"learn/loss": 1.0})
+        raise MemoryError
+    run.close()
+    with pytest.raises(UserError, match="made with --lr 0.01, now 0.1"):
+        open_at(tmp_path / "r", later=later, lr=0.1)
+    run = open_at(tmp_path / "r", later=later, lr=0.01)
+    with run.timed("learn", "--lr", trains=True):
+        run.log(1, **{"learn/loss": 1.0})
+    run.done("learn")
+    assert sorted(file.name for file in run.path("stages").iterdir()) == ["draw.json", "learn.json"]
+    run.close()
+    with pytest.raises(UserError, match="made with --lr 0.01, now 0.1"):
+        open_at(tmp_path / "r", later=later, lr=0.1)
+
+
+def test_a_flag_of_a_skipped_stage_cannot_change_after_a_later_stage(tmp_path):
+    later = {"tune": "clf_lr", "learn": "lr"}
+    begun(tmp_path / "r", stage="learn", later=later)
+    with pytest.raises(UserError, match="--clf-lr"):
+        open_at(tmp_path / "r", later=later, clf_lr=5.0)
+
+
 def test_models_that_one_of_two_starts_does_not_read_are_no_difference(tmp_path):
     """Stage by stage: the captioner is looked at by the start that writes captions, the classifier by a later one."""
     begun(tmp_path / "r", models={"sd_model": "a", "captioner": "b"})

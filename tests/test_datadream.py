@@ -251,11 +251,6 @@ def args():
     return dd.Args(**{**dd.PRESETS["digits"], "shots": 2})
 
 
-@pytest.fixture(scope="module")
-def pipe(args):
-    return dd.load_generator("tiny", torch.device("cpu"), "fp32")
-
-
 def test_one_prompt_of_each_data_set():
     expected = {
         "imagenet": ("great white shark", "a photo of a great white shark"),
@@ -903,6 +898,51 @@ def test_adapter_file_has_the_keys_that_older_diffusers_and_kohya_want(tmp_path)
 def test_flags_of_the_image_stage_may_not_change_after_it():
     """Rows say which images are drawn, so they are read by the stage that draws, not first by training."""
     assert dd.LATER["generate"].split() == ["gen_", "arms"] and "arms" not in dd.LATER["train"]
+    assert list(dd.LATER) == ["finetune", "generate", "train"]  # in the order of the stages, as open_run needs them
+
+
+def clip_folder(folder, vision=None, **more):
+    """A CLIP of random weights with the tiny one's text tower: another image tower, another form -> the folder"""
+    import open_clip
+
+    from common.clip import save_clip
+
+    tiny = load_clip("tiny")
+    config = {**tiny.config, **more} | ({"vision_cfg": vision} if vision else {})
+    kind = open_clip.CustomTextCLIP if more.get("custom_text") else open_clip.CLIP
+    torch.manual_seed(0)
+    net = kind(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+    save_clip(folder, net.state_dict(), config, tiny.tokenizer_files, tiny.preprocess_config)
+    return str(folder)
+
+
+RESNET = dict(image_size=32, layers=[1, 1, 1, 1], width=8, patch_size=None)
+
+
+def test_a_resnet_tower_begins_every_row_with_the_statistics_it_was_loaded_with(tmp_path):
+    args = dd.Args(**{**dd.PRESETS["digits"], "clip_model": clip_folder(tmp_path, RESNET)})
+    model = dd.ClipLoRA(load_clip(args.clip_model), [["a one"], ["a two"]], args)
+    model.reset(0)
+    x, text = torch.randn(8, 3, 32, 32), model.text_features()
+    first = model.eval().logits(x, text)
+    model.train()
+    for _ in range(3):
+        model.logits(3 * x + 1, text)
+    assert not torch.allclose(model.eval().logits(x, text), first, atol=0.1)  # the statistics have moved
+    model.reset(0)
+    assert torch.equal(model.eval().logits(x, text), first)
+
+
+def test_clips_of_another_form_are_refused_before_the_first_stage(tmp_path):
+    timm_tower = dict(image_size=32, timm_model_name="vit_tiny_patch16_224", timm_pool="", timm_proj="linear")
+    flags = {**dd.PRESETS["digits"], "stages": ("train",)}
+    for name, how in (("text", dict(custom_text=True)), ("timm", dict(vision=timm_tower))):
+        args = dd.Args(**{**flags, "clip_model": clip_folder(tmp_path / name, **how)})
+        with pytest.raises(dd.UserError, match=f"--clip-model .*{name}: not a CLIP of OpenAI's form"):
+            dd.planned_models(args)
+    args = dd.Args(**{**flags, "clip_model": clip_folder(tmp_path / "resnet", RESNET)})
+    assert dd.planned_models(args).keys() == {"--clip-model"}  # training does not ask for the generator
+    assert dd.planned_models(dd.Args(**{**flags, "stages": ("select",)})) == {}
 
 
 @pytest.mark.parametrize("rms", [5e-3, 1e-3, 2e-4])
@@ -954,6 +994,18 @@ def small(tmp_path_factory):
     out = tmp_path_factory.mktemp("small") / "run"
     done = run_small(Launch(out.parent, out.parent / "hub"), out)
     return out, done
+
+
+def test_stock_generator_and_a_resnet_from_scratch(launch, tmp_path):
+    """--mode zeroshot with the default's rows: that of the stock generator is `synthetic`. The network has no text."""
+    out = tmp_path / "run"
+    flags = ["--mode", "zeroshot", "--clf-model", "resnet50", "--shots", 1, "--gen-images-per-class", 1]
+    flags += ["--clf-epochs", 1, "--clf-warmup-epochs", 0, "--clf-seeds", 1, "--clf-batch", 8, "--clf-micro-batch", 4]
+    run_small(launch, out, *flags)
+    found = json.loads((out / "results.json").read_text())
+    assert set(found["metrics"]) == {"synthetic", "pooled", "saved_classifier"}
+    assert set(found["baselines"]) <= {"zero-shot", "real"}
+    assert not (out / "unadapted").exists() and not (out / "lora").exists()
 
 
 def test_run_leaves_every_file_with_its_content(small):

@@ -82,5 +82,5 @@ def test_two_processes_at_full_size(hub, tmp_path):
 def test_imagenet_launcher_tunes_on_a_thousand_classes(hub, tmp_path):
     """A thousand images of its generator would take hours here: models, data, one step of the tuning."""
     imagenet("imagenet")(tmp_path / "data")
-    fullsize.launch(tmp_path, hub, "realfake_imagenet1k", *SHORT, *PLAIN, "--stages", "finetune")
+    fullsize.launch(tmp_path, hub, "realfake_imagenet1k", *SHORT, *PLAIN, *"--stages caption embed finetune".split())
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()

@@ -123,11 +123,12 @@ def rehearse(cwd, hub, preset, processes=1):
     flags = flags_of(hub, preset)
     fullsize.launch(cwd, hub, f"synthetic_recognition_{preset}", *flags, processes=processes)
     run, size = cwd / "run", 32 if preset in PRETRAIN else 128 if "128" in flags else 64
+    first = "0.jpg" if preset in PRETRAIN else "0.png"
     drawn = json.loads((run / "stages" / "generate.json").read_text())["images"]
     for name, count in drawn.items():
         folders = [folder for folder in (run / ("images" if name == "le" else name)).iterdir() if folder.is_dir()]
         assert len(folders) == classes and count % classes == 0
-        assert all(Image.open(folder / "0.png").size == (size, size) for folder in folders)
+        assert all(Image.open(folder / first).size == (size, size) for folder in folders)
     assert (fullsize.SD15 in (run / "args.json").read_text()) == ("--sd-model" not in flags)
     wanted = {"le"} | ({"rg1"} if preset in FEW_SHOT else set())
     assert wanted <= drawn.keys() and ("basic" in drawn) == (preset in ZERO_SHOT and "--ladder" not in flags)
