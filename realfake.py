@@ -7,12 +7,13 @@ Replace a labelled set of real images by generated ones: one image per real imag
     per image       embedding     matching term    real latent       from scratch  the data?      real test set
 
 Run:
-    python realfake.py  # 10 digits, 12 real images per class, tiny models, 2 CPU cores
+    python realfake.py  # 10 digits, 12 real images per class, tiny models
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 realfake.py  # the same on two CPU cores: 4 minutes
     torchrun --standalone --nproc-per-node 8 realfake.py --preset imagenette
     python realfake.py --preset imagenette --plan h100  # what that run will do and cost; nothing is done
 
 Expect:
-    digits: real 95.8, synthetic 83.1 (1 version) to 95.2 (4), real + synthetic 97.4; all of it in docs/realfake.md
+    digits: real 89.8, synthetic 67.0 (1 version) to 93.1 (4), real + synthetic 96.5; all of it in docs/realfake.md
     ImageNet-1K, ResNet-50, synthetic only: 70.9 (1 version), 76.0 (10 versions) (paper); not run by us for want of GPUs
 
 Differs:

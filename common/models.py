@@ -110,15 +110,15 @@ def check_models(wanted: Sequence[tuple[str, str, Kind]]) -> dict[str, str]:
     begins with the flag, for the first fault.
     """
     quiet()
-    found = {flag: name for flag, name, _ in wanted}
+    found = [name for _, name, _ in wanted]
     # All names first: a wrong one is told before gigabytes of another model are fetched.
     for look in (cache(resolve), cache(_look_into)):
-        for flag, _, kind in wanted:
+        for i, (flag, _, kind) in enumerate(wanted):
             try:
-                found[flag] = look(found[flag], kind)
+                found[i] = look(found[i], kind)
             except UserError as error:
                 raise UserError(f"{flag}: {error}") from error
-    return found
+    return {flag: where for (flag, _, _), where in zip(wanted, found, strict=True)}
 
 
 def _look_into(where: str, kind: Kind) -> str:

@@ -814,7 +814,16 @@ def test_training_equals_a_plain_loop_over_timm(stage):
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
 
-    flags = dict(net_epochs=6, net_milestones=(4, 5), net_batch=8, net_micro_batch=4, net_warmup=1, net_size=64)
+    flags = dict(
+        net_epochs=6,
+        net_milestones=(4, 5),
+        net_batch=8,
+        net_micro_batch=4,
+        net_warmup=1,
+        net_size=64,
+        net_augment="imagenet",
+        net_crop=0.7,
+    )
     s = stage(**flags, net_flip=0.5, net_lr=0.02, net_wd=0.05)
     args, seed = s.args, 3
     folder = s.run.path("classifier", "runs", "x")
