@@ -164,7 +164,7 @@ class Adapter:
         self.apart: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         # Now, and not with the first file: a compiled network does not see hooks that come after its first call.
         for part, network in self.parts.items():
-            for name, layer in network.named_modules():
+            for name, layer in network.named_modules() if network is not None else ():
                 if isinstance(layer, torch.nn.Linear) and layer.weight.dtype != torch.float32:
                     layer.register_forward_hook(lambda _, x, y, name=f"{part}.{name}": self._added(name, x[0], y))
 
