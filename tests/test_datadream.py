@@ -996,6 +996,7 @@ def small(tmp_path_factory):
     return out, done
 
 
+@pytest.mark.slow  # ResNet-50 at 224 pixels scores 797 test images five times
 def test_stock_generator_and_a_resnet_from_scratch(launch, tmp_path):
     """--mode zeroshot with the default's rows: that of the stock generator is `synthetic`. The network has no text."""
     out = tmp_path / "run"
