@@ -677,7 +677,7 @@ def gan_batches(args, images, labels, seed, steps):
 
 def train_gans(args, run, dist, data, classifier, inception):
     micro = args.gan_micro_batch or args.gan_batch
-    team, seeds = distributed.deal(args.gan_seeds, args.gan_batch, micro, dist, "gan", "--gan-micro-batch")
+    team, seeds = distributed.deal(args.gan_seeds, args.gan_batch, micro, dist, "gan", "--gan-micro-batch", least=2)
     with run.timed("gan", "--gan-batch", trains=True):
         for seed in seeds:
             train_gan(args, run, team, data, classifier, seed, inception)

@@ -1113,7 +1113,7 @@ def train_backbones(args, run, dist, data, gen_names):
 
 def shared_out(args, dist, jobs, batch):
     """(the processes that share a step, job) of this process, then a barrier"""
-    team, mine = distributed.deal(jobs, batch, args.pre_micro_batch, dist, "train", "--pre-micro-batch")
+    team, mine = distributed.deal(jobs, batch, args.pre_micro_batch, dist, "train", "--pre-micro-batch", least=2)
     for job in mine:
         yield team, job
     distributed.barrier(dist)
@@ -1245,8 +1245,7 @@ def check_args(args):
     for template in args.template:
         refuse(template.count("{}") != 1, f"--template {template!r}: one {{}} for the class name is wanted")
     each_once("--ladder", args.ladder)
-    if args.setting == "few-shot":
-        each_once("--shot-counts", args.shot_counts)
+    each_once("--shot-counts", args.shot_counts)
     own = args.label_space != "dataset"
     refuse(own and not pre, f"--label-space {args.label_space}: only --setting pretrain has one of its own")
     if pre:

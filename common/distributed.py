@@ -216,16 +216,18 @@ def shared(jobs: int, units: int, world: int) -> bool:
     return units > 1 and jobs * math.ceil(units / world) <= units * math.ceil(jobs / world)
 
 
-def deal(jobs: Sequence[T], batch: int, micro: int, dist: Dist, stage: str, flag: str) -> tuple[Dist, Sequence[T]]:
+def deal(
+    jobs: Sequence[T], batch: int, micro: int, dist: Dist, stage: str, flag: str, least: int = 1
+) -> tuple[Dist, Sequence[T]]:
     """How jobs (adapters, classifiers) meet processes -> (the processes that share a step, the jobs of this process).
 
     A step has a batch of items in micro-batches of `micro`, the value of `flag`. Either all processes share each step
     of each job, or each takes jobs[rank::world] by itself. Results do not depend on it. When processes stand idle, it
-    says so, and what would use them.
+    says so, and what would use them. least: the smallest micro-batch that can be trained, 2 with BatchNorm.
     """
     units = math.ceil(batch / micro)
     if jobs:
-        say_idle(dist, stage, len(jobs), units, busier(len(jobs), batch, micro, dist.world, flag))
+        say_idle(dist, stage, len(jobs), units, busier(len(jobs), batch, micro, dist.world, flag, least))
     if dist.world == 1 or shared(len(jobs), units, dist.world):
         return dist, jobs
     return dist.alone(), my_items(jobs, dist)
@@ -238,9 +240,10 @@ def idle(jobs: int, units: int, world: int) -> int:
     return max(0, world - jobs)
 
 
-def busier(jobs: int, batch: int, micro: int, world: int, flag: str) -> str:
-    """What would leave no process idle: a smaller micro-batch that divides the batch, else fewer processes."""
-    fits = [m for m in range(micro - 1, 0, -1) if batch % m == 0 and not idle(jobs, math.ceil(batch / m), world)]
+def busier(jobs: int, batch: int, micro: int, world: int, flag: str, least: int = 1) -> str:
+    """What would leave no process idle: a part of the micro-batch, which fits wherever that fits, else fewer processes."""
+    parts = [m for m in range(micro - 1, least - 1, -1) if micro % m == 0]
+    fits = [m for m in parts if not idle(jobs, math.ceil(batch / m), world)]
     fewer = next(n for n in range(world, 0, -1) if not idle(jobs, math.ceil(batch / micro), n))
     return f"{flag} {fits[0]} would use them all" if fits else f"{fewer} processes would all have work"
 

@@ -260,6 +260,7 @@ class Loop:
         finite. Random numbers need no place in it: they come from (seed, step)."""
         self.done = max(self.done, self.step + 1)
         self._write_log()
+        self.run.made()
         if self.team.main:
             flat = {}
             for number, optimizer in enumerate(self.optimizers):

@@ -3,9 +3,7 @@
 The same command continues: what is finished is found by its file and not done again, what is damaged is made again.
 """
 
-import json
 import os
-import re
 import secrets
 import threading
 import time
@@ -16,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from common import inputs, listing, metrics
-from common.cli import SPEED_FLAGS, end_with, flag, set_stage
-from common.files import TEMPORARY, lock, plain, read_json, remove_unfinished, write_json
+from common.cli import SPEED_FLAGS, end_with, set_stage
+from common.files import lock, plain, read_json, remove_unfinished, write_json
 from common.files import write_metadata as write_metadata
 from common.launch import UserError, command_line, git_commit, versions
+from common.reopen import COPY, FLAGS, compare, flags_of, has_work, some, unread
 
 if TYPE_CHECKING:
     from common.datasets import Images
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 RESULTS = ("results.json", "samples.png", "report.html")  # of the last stage
-FLAGS, COPY = "args.json", ".args.json"  # the copy serves when the other one is damaged
 SECONDS_BETWEEN_SAVES = 15  # how often a running stage notes its time, for the sum over attempts that were killed
 
 
@@ -50,7 +48,7 @@ class Run:
         self._track: Callable[[int, dict[str, float]], None] | None = None
         self._running: dict[str, Callable[[], float]] = {}  # stage -> its seconds so far
         self._announced: set[str] = set()
-        self._untouched: dict[str, str] = {}  # running stage without a result yet -> its memory flag
+        self._untouched: dict[str, str | None] = {}  # the training at work while it has left nothing -> its memory flag
         self._release: Callable[[], Any] = lambda: None
 
     def path(self, *parts: str) -> Path:
@@ -86,7 +84,7 @@ class Run:
             bad = [f"stages/{stage}.json"]
         if not bad:
             return True
-        self._say(stage, f": {_some(bad)} missing or damaged, made again")
+        self._say(stage, f": {some(bad)} missing or damaged, made again")
         write_json(self._stage_file(stage, ".partial.json"), {"seconds": _seconds(manifest)})
         beside = [f"{os.path.dirname(name)}/metrics.json" for name in bad]  # by which a training counts as finished
         for file in map(self.path, [*bad, *beside, f"stages/{stage}.json"]):
@@ -119,7 +117,7 @@ class Run:
         set_stage(stage, memory_flag)
         self._say(stage, "")
         if trains and not self._stage_file(stage, ".begun").exists():
-            self._untouched[stage] = memory_flag or ""
+            self._untouched[stage] = memory_flag
         elif trains:
             set_stage(stage, memory_flag, begun=True)
 
@@ -138,6 +136,7 @@ class Run:
             yield
         finally:
             over.set()
+            self._untouched.clear()
             if self.dist.main:
                 noting.join()
             seconds = self._running.pop(stage)()
@@ -191,13 +190,17 @@ class Run:
         Any rank may log; what several log alike, or an attempt logs again, counts once (the last value).
         """
         row = {key: float(value) for key, value in scalars.items()}
-        while self._untouched:
-            stage, flag = self._untouched.popitem()
-            self._stage_file(stage, ".begun").touch()
-            set_stage(stage, flag or None, begun=True)
+        self.made()
         metrics.append(self.dir, self.dist.rank, int(step), row)
         if self._track:
             self._track(int(step), row)
+
+    def made(self) -> None:
+        """The training at work leaves figures or a checkpoint behind: from now on its flags may not change."""
+        while self._untouched:
+            stage, flag = self._untouched.popitem()
+            self._stage_file(stage, ".begun").touch()
+            set_stage(stage, flag, begun=True)
 
     def results(self, **fields: Any) -> None:
         """results.json: script, dataset, preset, seed and seconds, and the fields paper, metrics, baselines, images."""
@@ -216,10 +219,6 @@ def _seconds(file: Path) -> float:
     with suppress(UserError, KeyError, TypeError, ValueError):
         return float(read_json(file)["seconds"])
     return 0.0
-
-
-def _some(names: Sequence[str], between: str = ", ") -> str:
-    return between.join([*names[:6], *([f"and {len(names) - 6} more"] if len(names) > 6 else [])])
 
 
 # ---------------------------------------------------------------------------------------
@@ -273,8 +272,8 @@ def open_run(
 
 def _open(run: Run, free: set[str], models: dict[str, Any], later: dict[str, str]) -> None:
     folder = run.dir
-    if _has_work(folder) or run.path(FLAGS).exists():
-        _flags_of(folder)  # someone else's folder is refused before anything is put into it
+    if has_work(folder) or run.path(FLAGS).exists():
+        flags_of(folder)  # someone else's folder is refused before anything is put into it
     folder.mkdir(parents=True, exist_ok=True)
     try:
         run._release = weakref.finalize(run, lock(run.path(".lock")))
@@ -286,14 +285,11 @@ def _open(run: Run, free: set[str], models: dict[str, Any], later: dict[str, str
     info |= dict(versions=versions(), **git_commit())
     write = True
     # Flags alone are no work: a run that failed on its first check does not occupy the folder.
-    if _has_work(folder):
+    if has_work(folder):
         if not run.args.get("resume", True):
             raise UserError(f"{folder}: holds a run already; give a new --output-dir, or leave out --no-resume")
-        old, found_in = _flags_of(folder)
-        begun = _begun(run)
-        last = max((i for i, stage in enumerate(later) if stage in begun), default=-1)  # those before it too
-        unread = " ".join(list(later.values())[last + 1 :]).split()
-        changed = _compare(run, old, info, free, unread)
+        old, found_in = flags_of(folder)
+        changed = compare(run, old, info, free, unread(run, later))
         if found_in != FLAGS:
             print(f"note: {run.path(FLAGS)} was damaged; restored from {found_in}")
         if old.get("git_commit") != info["git_commit"]:
@@ -311,73 +307,3 @@ def _open(run: Run, free: set[str], models: dict[str, Any], later: dict[str, str
         run._track = metrics.tracker(kind, run.script, folder, run.args, info.get("id", ""))
     except ImportError as error:
         raise UserError(f"--track {kind}: {error}; pip install {kind}") from error
-
-
-def _begun(run: Run) -> set[str]:
-    """Stages that are finished or have made something."""
-    names = {file.name for file in run.path("stages").glob("*")}
-    waiting = {name for name in names if name.endswith(".partial.json")}
-    found = {name.split(".")[0] for name in names - waiting if name.endswith((".json", ".begun"))}
-    return found | {name.split(".")[0] for name in waiting if not _trains(run.path("stages", name))}
-
-
-def _trains(file: Path) -> bool:
-    """Is it the note of a stage whose results come from loops that log? Not when it is damaged."""
-    with suppress(UserError, TypeError, ValueError):
-        return bool(read_json(file).get("trains"))
-    return False
-
-
-def _flags_of(folder: Path) -> tuple[dict[str, Any], str]:
-    """The content of args.json, or of its copy when that is damaged, and which."""
-    damaged = False
-    for name in (FLAGS, COPY):
-        try:
-            info = json.loads((folder / name).read_bytes())
-            if all(isinstance(info[key], kind) for key, kind in (("script", str), ("args", dict), ("models", dict))):
-                return info, name
-        except (FileNotFoundError, NotADirectoryError, KeyError, TypeError):  # not ours
-            pass
-        except (ValueError, RecursionError):
-            damaged = True
-    if damaged:
-        raise UserError(f"{folder / FLAGS}: damaged, and no copy {COPY} beside it; choose a new --output-dir")
-    raise UserError(f"{folder}: not empty and not a run folder; choose a new --output-dir")
-
-
-def _has_work(folder: Path) -> bool:
-    """Is there anything in the folder but flags, a lock, dashboards and what a killed process left?"""
-    empty = re.compile(rf"\.?args\.json|\.lock|{re.escape(inputs.RECORD)}|.*\.partial\.json|{re.escape(TEMPORARY)}.*")
-    for _, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name not in ("tensorboard", "wandb")]
-        if any(not empty.fullmatch(name) for name in names):
-            return True
-    return False
-
-
-def _compare(run: Run, old: dict[str, Any], new: dict[str, Any], free: set[str], unread: list[str]) -> bool:
-    """UserError for flags that differ. Those that only stages to come read (names, or prefixes that end in "_") are
-    brought up to date in `old`: True if there was one."""
-    if old["script"] != new["script"]:
-        raise UserError(f"{run.dir}: made by {old['script']}, not by {new['script']}; choose a new --output-dir")
-    changed, refused = False, []
-    for kind, named in (("args", "{}"), ("models", "what {} names")):
-        for key in dict.fromkeys([*new[kind], *old[kind]]):
-            if old[kind].get(key) == new[kind].get(key) or (kind == "args" and key in free):  # 10 is 10.0
-                continue
-            if kind == "models" and (key not in old[kind] or key not in new[kind]):  # no stage of one side reads it
-                changed |= key in new[kind]
-                old[kind].setdefault(key, new[kind].get(key))
-                continue
-            before, now = (json.dumps(side[kind].get(key), ensure_ascii=False) for side in (old, new))
-            if any(key == word or (word.endswith("_") and key.startswith(word)) for word in unread):
-                old[kind][key], changed = new[kind].get(key), True
-            else:
-                refused.append(f"{named.format(flag(key))} {before}, now {now}")
-    threads = old.get("threads"), new["threads"]  # on a CPU they decide the last bits of every sum
-    finished = all(run._stage_file(stage).exists() for stage in run.stages)
-    if all(threads) and threads[0] != threads[1] and old.get("device") == new["device"] == "cpu" and not finished:
-        refused.append(f"OMP_NUM_THREADS={threads[0]}, now {threads[1]}")
-    if refused:
-        raise UserError(f"{run.dir}: made with {_some(refused, '; ')}; use the same again or choose a new --output-dir")
-    return changed

@@ -47,7 +47,7 @@ class Operations(TorchDispatchMode):
 def gan_step(args, data, device):
     """-> the GAN, a function that does its next step on (x, y, z)"""
     gan = gf.BigGAN(args, data, 0, device)
-    run, team = SimpleNamespace(log=lambda *_, **__: None), Dist(0, 0, 1, device)
+    run, team = SimpleNamespace(log=lambda *_, **__: None, made=lambda: None), Dist(0, 0, 1, device)
     loop = gan.loop(run, "gan", 10**9, team, Path("never written.safetensors"), 10**9)
     numbers = itertools.count()
 

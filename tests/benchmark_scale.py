@@ -127,7 +127,7 @@ def metadata(n):
 def training_steps(n, steps=200):
     """-> host milliseconds of a step: rows and labels of a batch, micro-batches, one optimizer step of a tiny net"""
     images, net = fake_images(n), torch.nn.Linear(8, 8)
-    run = SimpleNamespace(log=lambda *args, **kwargs: None, path=lambda *parts: Path(*parts))
+    run = SimpleNamespace(log=lambda *args, **kwargs: None, made=lambda: None, path=lambda *parts: Path(*parts))
     with tempfile.TemporaryDirectory() as folder:
         optimizer = torch.optim.AdamW(net.parameters())
         loop = Loop(run, "clf", steps, optimizer, ALONE, BATCH // 4, file=Path(folder) / "checkpoint.safetensors")

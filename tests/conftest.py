@@ -96,6 +96,9 @@ class Launch:
         return done
 
 
+QUIET = dict(log=lambda *_, **__: None, made=lambda: None)  # what a Loop wants of a run
+
+
 @pytest.fixture
 def launch(tmp_path, tmp_path_factory):
     """`launch("datadream.py", "--seed", 1, processes=2, check=False)` -> CompletedProcess, run in tmp_path.

@@ -46,7 +46,9 @@ class Draw:
     def __init__(self, draw, pipe, data, folder):
         self.args, self.pipe, self.data, self.draw = flags(draw), pipe, data, draw
         self.real, _ = dd.choose_images(self.args, data)
-        self.run = SimpleNamespace(log=lambda *_, **__: None, path=lambda *parts: folder.joinpath(*parts))
+        self.run = SimpleNamespace(
+            log=lambda *_, **__: None, made=lambda: None, path=lambda *parts: folder.joinpath(*parts)
+        )
         self.alone = distributed.Dist(0, 0, 1, CPU)
         self.prompts = dd.prompts_of_classes(self.args, data.class_names)
         self.test = dd.held(self.args, data.test, self.args.clf_resize)

@@ -289,13 +289,14 @@ def test_idle_processes_are_announced_with_what_would_use_them(capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("jobs, batch, micro", [(1, 8, 8), (1, 8, 1), (12, 256, 64), (10, 8, 8), (1, 96, 32)])
-def test_advice_to_idle_processes_leaves_none_idle(jobs, batch, micro):
+@pytest.mark.parametrize("jobs, batch, micro", [(1, 8, 8), (1, 8, 1), (12, 256, 64), (10, 8, 8), (1, 24, 8)])
+@pytest.mark.parametrize("least", [1, 2])
+def test_advice_to_idle_processes_leaves_none_idle(jobs, batch, micro, least):
     for world in range(2, 33):
-        said = D.busier(jobs, batch, micro, world, "--micro")
+        said = D.busier(jobs, batch, micro, world, "--micro", least)
         word = int(re.search(r"\d+", said)[0])
         if said.startswith("--micro"):
-            assert batch % word == 0 and word < micro and D.idle(jobs, batch // word, world) == 0
+            assert micro % word == 0 and least <= word < micro and D.idle(jobs, batch // word, world) == 0
         else:
             assert word <= world and D.idle(jobs, math.ceil(batch / micro), word) == 0
 

@@ -28,6 +28,9 @@ class Run:
     def log(self, step, **values):
         self.lines.append((step, values))
 
+    def made(self):
+        self.saved = True
+
 
 def unit_tensors(j):
     """What unit j contributes: values of very different size, so that the order of addition shows in the bits."""

@@ -491,7 +491,7 @@ def test_resized_sides_are_those_of_torchvision():
 
 def fake_run(folder):
     """A run folder as the stages use it."""
-    names = dict(timed=lambda *_: nullcontext(), done=lambda *_, **__: None, log=lambda *_, **__: None)
+    names = dict(timed=lambda *_, **__: nullcontext(), done=lambda *_, **__: None, **QUIET)
     names |= dict(path=lambda *parts: folder.joinpath(*map(str, parts)), under=lambda *names: list(names))
     return SimpleNamespace(**names)
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import QUIET
 from PIL import Image
 from torch import nn
 
@@ -203,7 +204,14 @@ def through_iteration(w, u):
 
 def loop_of(gan, tmp_path):
     """The loop of a GAN's training, with nothing written."""
-    return gan.loop(SimpleNamespace(log=lambda *_, **__: None), "gan", 100, ONE, tmp_path / "none.safetensors", 100)
+    return gan.loop(
+        SimpleNamespace(**QUIET),
+        "gan",
+        100,
+        ONE,
+        tmp_path / "none.safetensors",
+        100,
+    )
 
 
 @pytest.mark.parametrize("kind", ["detached", "through"])
@@ -882,7 +890,10 @@ def test_gan_training_equals_a_plain_loop_over_stock_parts(flip, images, tmp_pat
 
     args = gf.Args(gan_width=2, gan_latent=4, image_size=8, gan_batch=6, gan_epochs=2, ckpt_grid=(1, 2, 1), gan_lr=2e-3)
     args = dataclasses.replace(args, gan_d_lr=3e-3, gan_ema=0.8, gan_ema_start=2, random_flip=flip, gan_images=images)
-    data, run = tiny_data(), SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), log=lambda *_, **__: None)
+    data, run = (
+        tiny_data(),
+        SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), **QUIET),
+    )
     monkeypatch.setattr(gf, "measured", lambda *_: {})
     monkeypatch.setattr(gf, "DRAWN_STEPS", 2)
     gf.train_gan(args, run, ONE, data, None, 7, None)
@@ -943,7 +954,7 @@ def test_stopped_gan_goes_on_with_the_same_bits(at, tmp_path, monkeypatch):
     monkeypatch.setattr(gf, "measured", lambda *_: {})
 
     def train(name):
-        run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(name, *parts), log=lambda *_, **__: None)
+        run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(name, *parts), **QUIET)
         gf.train_gan(args, run, ONE, tiny_data(), None, 7, None)
         return [load_tensors(gf.gan_file(run, 7, epoch)) for epoch in (1, 2, 3)]
 

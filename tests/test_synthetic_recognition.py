@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import QUIET
 from PIL import Image
 from tiny_glide import make_tiny_glide
 
@@ -153,6 +154,9 @@ class Log:
     """As much of a run as a loop needs"""
 
     def log(self, step, **values):
+        pass
+
+    def made(self):
         pass
 
 
@@ -648,7 +652,7 @@ def tune_on_pixels(tmp_path, monkeypatch, **flags):
         features = model.eval().visual(torch.stack([model.preprocess(source[i]) for i in range(30)]))
     labels, seen, soft = torch.from_numpy(source.labels), [], sr.soft_loss
     monkeypatch.setattr(sr, "soft_loss", lambda z, z0, T: (seen.append(z0), soft(z, z0, T))[1])
-    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), log=lambda *_, **__: None)
+    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts), **QUIET)
     more = dict(head_epochs=3, head_batch=10, head_lr=0.1)
     args = sr.Args(**{**sr.PRESETS["digits"], **more, **flags})
     W0 = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
@@ -673,7 +677,7 @@ def test_teacher_is_the_untouched_clip_and_only_what_is_asked_for_moves(flags, t
 
 def trained_alone(folder, row, m, seed, data, **flags):
     args = sr.Args(**{**sr.PRESETS["digits-few-shot"], **flags})
-    run = SimpleNamespace(path=lambda *parts: folder.joinpath(*parts), log=lambda *_, **__: None)
+    run = SimpleNamespace(path=lambda *parts: folder.joinpath(*parts), **QUIET)
     sr.train_head(args, run, ONE, None, row, m, seed, data)
     place = sr.classifier_folder(run, row, m, seed)
     return load_tensors(place / "weights.safetensors"), json.loads((place / "metrics.json").read_text())
