@@ -1146,13 +1146,13 @@ def check_args(args):
 def planned_models(args):
     """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
     draws = {"finetune", "generate"} & set(args.stages)
-    wanted = [("--sd-model", args.sd_model, "generator")] if draws else []
-    clip = args.clf_model == "clip" and "train" in args.stages
-    found = models.check_models(wanted + ([("--clip-model", args.clip_model, "clip")] if clip else []))
+    wanted = [("--sd-model", args.sd_model, "generator")] * bool(draws)
+    wanted += [("--clip-model", args.clip_model, "clip")] * (args.clf_model == "clip" and "train" in args.stages)
+    found = models.check_models(wanted)
     if draws:
         size = "--sd-resolution", args.sd_resolution
         models.check_generator(args.sd_model, found["--sd-model"], size, ("epsilon", "v_prediction"))
-    if clip:
+    if "--clip-model" in found:
         arch, _, preprocess, file = openclip.files(found["--clip-model"])
         attention_blocks(openclip.build(arch, preprocess, file, "meta"), args.clip_model)
     return found

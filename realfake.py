@@ -899,9 +899,8 @@ def training_jobs(args):
 def train(args, run, dist, real, sets):
     """A network for each row of the table and each seed."""
     jobs = training_jobs(args)
-    team, mine = distributed.deal(
-        jobs, args.net_batch, args.net_micro_batch, dist, "train", "--net-micro-batch", least=2
-    )
+    sizes = args.net_batch, args.net_micro_batch
+    team, mine = distributed.deal(jobs, *sizes, dist, "train", "--net-micro-batch", least=2)
     with run.timed("train", "--net-micro-batch", trains=True):
         for row, seed in mine:
             folder, versions, with_real = training_rows(args)[row]
@@ -1030,9 +1029,8 @@ def attack(args, run, dist, real, sets):
     n_classes, keep = len(real.class_names), torch.from_numpy(half_split(len(real), args.mia_models))
     kinds = ("synthetic", "real")  # what the networks are trained on
     jobs = [(kind, m) for kind in kinds for m in range(args.mia_models)]
-    team, mine = distributed.deal(
-        jobs, args.net_batch, args.net_micro_batch, dist, "attack", "--net-micro-batch", least=2
-    )
+    sizes = args.net_batch, args.net_micro_batch
+    team, mine = distributed.deal(jobs, *sizes, dist, "attack", "--net-micro-batch", least=2)
     with run.timed("attack", "--net-micro-batch", trains=True):
         for kind, m in mine:
             v, folder = sets[f"shadows/{m}/images"], run.path("shadows", str(m), kind)

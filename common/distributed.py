@@ -241,7 +241,7 @@ def idle(jobs: int, units: int, world: int) -> int:
 
 
 def busier(jobs: int, batch: int, micro: int, world: int, flag: str, least: int = 1) -> str:
-    """What would leave no process idle: a part of the micro-batch, which fits wherever that fits, else fewer processes."""
+    """What would leave no process idle: a divisor of the micro-batch, so that it fits as well, else fewer processes."""
     parts = [m for m in range(micro - 1, least - 1, -1) if micro % m == 0]
     fits = [m for m in parts if not idle(jobs, math.ceil(batch / m), world)]
     fewer = next(n for n in range(world, 0, -1) if not idle(jobs, math.ceil(batch / micro), n))

@@ -23,7 +23,7 @@ class Run:
     """What a Loop wants of a run folder."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.saved = [], False
 
     def log(self, step, **values):
         self.lines.append((step, values))
@@ -313,9 +313,11 @@ def test_checkpoints_come_by_time(tmp_path, monkeypatch):
     monkeypatch.setattr(L.time, "monotonic", lambda: clock.now)
     net = nn.Linear(1, 1)
     file = tmp_path / "c.safetensors"
-    loop = L.Loop(Run(), "c", 10, torch.optim.SGD(net.parameters(), 0.1), ONE, 1, file, save_seconds=60)
+    run = Run()
+    loop = L.Loop(run, "c", 10, torch.optim.SGD(net.parameters(), 0.1), ONE, 1, file, save_seconds=60)
     saved = []
     for _ in loop:
+        assert run.saved == file.exists()  # a stage that has a checkpoint has begun, whatever was logged
         saved.append(file.exists() and json.loads(L.safe_open(file, "pt").metadata()["cleansynth"])["step"])
         for _ in loop.units(1):
             loop.backward(net(torch.ones(1)).sum())

@@ -975,6 +975,21 @@ def test_small_adapters_keep_their_effect_in_bfloat16(rms):
     assert (y - stock - exact).norm() < 0.02 * stock.norm()
 
 
+def test_a_compiled_network_takes_an_adapter_that_comes_after_its_first_call(monkeypatch):
+    class Pipe:
+        unet, text_encoder = nn.Sequential(nn.Linear(8, 8)).bfloat16(), nn.Sequential()
+
+    a, b, x = torch.randn(2, 8), torch.randn(8, 2), torch.randn(3, 8).bfloat16()
+    monkeypatch.setattr(dd_diffusion, "read_lora", lambda file: {"unet.0": (a, b)})
+    adapter, compiled = dd.Adapter(Pipe), torch.compile(Pipe.unet, backend="eager")
+    with torch.no_grad():
+        stock = compiled(x)
+        adapter.use("any file")
+        assert torch.equal(compiled(x), Pipe.unet(x)) and not torch.allclose(compiled(x), stock, atol=0.1)
+        adapter.use(None)
+        assert torch.equal(compiled(x), stock)
+
+
 # ---- the script, end to end on the tiny world ------------------------------------------------------------
 
 SMALL = """--shots 2 --sd-epochs 6 --sd-warmup 2 --sd-batch 8 --sd-micro-batch 4 --gen-images-per-class 5 --gen-steps 4
@@ -996,13 +1011,17 @@ def small(tmp_path_factory):
     return out, done
 
 
-@pytest.mark.slow  # ResNet-50 at 224 pixels scores 797 test images five times
 def test_stock_generator_and_a_resnet_from_scratch(launch, tmp_path):
     """--mode zeroshot with the default's rows: that of the stock generator is `synthetic`. The network has no text."""
-    out = tmp_path / "run"
-    flags = ["--mode", "zeroshot", "--clf-model", "resnet50", "--shots", 1, "--gen-images-per-class", 1]
-    flags += ["--clf-epochs", 1, "--clf-warmup-epochs", 0, "--clf-seeds", 1, "--clf-batch", 8, "--clf-micro-batch", 4]
-    run_small(launch, out, *flags)
+    out, data = tmp_path / "run", tmp_path / "data"
+    for split, name in ((split, name) for split in ("train", "test") for name in ("red", "green")):
+        (data / split / name).mkdir(parents=True)
+        for k in range(4):
+            shade = (200, 20 * k, 0) if name == "red" else (20 * k, 200, 0)
+            Image.new("RGB", (40, 32 + k + (split == "test")), shade).save(data / split / name / f"{k}.png")
+    flags = ["--dataset", "folder", "--data-dir", data, "--mode", "zeroshot", "--clf-model", "resnet50", "--shots", 1]
+    flags += ["--gen-images-per-class", 1, "--clf-epochs", 1, "--clf-warmup-epochs", 0, "--clf-seeds", 1]
+    run_small(launch, out, *flags, "--clf-batch", 4, "--clf-micro-batch", 2)
     found = json.loads((out / "results.json").read_text())
     assert set(found["metrics"]) == {"synthetic", "pooled", "saved_classifier"}
     assert set(found["baselines"]) <= {"zero-shot", "real"}

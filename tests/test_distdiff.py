@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from conftest import QUIET
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2

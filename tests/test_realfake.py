@@ -893,6 +893,11 @@ def test_stages_that_nobody_reads_are_not_run(launch, tmp_path):
     assert not (out / "parts").exists() and not (out / "embeddings.safetensors").exists()
 
 
+def test_flags_of_the_networks_may_not_change_once_the_attack_has_trained_some():
+    order = list(rf.LATER)
+    assert order.index("train") < order.index("attack") and "net_" in rf.LATER["train"].split()
+
+
 def test_a_run_stage_by_stage(launch, tmp_path):
     """Each start looks at the models of its own stages only: the captioner is not one of the tuning."""
     flags = [*SMALL, "--output-dir", tmp_path / "run", "--tune-max-images", 8, "--mia-models", 0, "--ablations"]
