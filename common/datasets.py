@@ -109,7 +109,7 @@ IMAGENET_SUBSETS = {
         "765 766 772 775 796 798 830 854 857 858 872 876 882 904 908 936 938 953 959 960 993 994".split()
     ],
     "imagenette": [0, 217, 482, 491, 497, 566, 569, 571, 574, 701],
-    "imagewoof": [155, 159, 162, 167, 182, 193, 207, 229, 258, 273],
+    "imagewoof": [193, 182, 258, 162, 155, 167, 159, 273, 207, 229],  # as in the released code of Real-Fake
 }
 MEDMNIST = {  # of 28 x 28 pixels: MD5 of <name>.npz, classes in label order
     "pathmnist": "a8b06965200029087d5bd730944a56c1 adipose, background, debris, lymphocytes, mucus, smooth muscle, "

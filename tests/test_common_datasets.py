@@ -83,7 +83,9 @@ def test_dead_addresses_say_where_the_files_go(tmp_path, name):
 def test_imagenet_subsets_are_positions_in_label_order():
     for name, count in {"imagenet": 1000, "imagenet100": 100, "imagenette": 10, "imagewoof": 10}.items():
         positions = datasets.IMAGENET_SUBSETS[name]
-        assert len(positions) == count and positions == sorted(set(positions)) and positions[-1] < 1000
+        ordered = positions == sorted(positions)
+        assert len(positions) == count == len({*positions} & {*range(1000)}) and ordered == (name != "imagewoof")
+    assert datasets.IMAGENET_SUBSETS["imagewoof"][:3] == [193, 182, 258]  # the released code's order
 
 
 # ---------------------------------------------------------------------------------------------
@@ -564,7 +566,7 @@ def test_imagewoof_and_imagenette_of_fast_ai(tmp_path):
     archives.imagenet(tmp_path / "imagewoof2-160", datasets.IMAGENET_SUBSETS["imagewoof"])
     data = load_dataset("imagewoof", tmp_path)
     assert check_splits(data) == (10, None, 10) and "fast.ai" in data.note
-    assert data.class_names[0] == "Shih Tzu" and data.class_names[-1] == "dingo"
+    assert data.class_names[0] == "Australian Terrier" and data.class_names[-1] == "Old English Sheepdog"  # 193, 229
     archives.imagenet(tmp_path / "imagenette2-320", datasets.IMAGENET_SUBSETS["imagenette"])
     data = load_dataset("imagenette", tmp_path)
     assert data.class_names == [
@@ -1043,7 +1045,7 @@ def test_test_images_suffice_where_the_shots_come_from_elsewhere(tmp_path):
     assert load_dataset("folder", tmp_path, train_needed=False).train is None
 
     archives.imagenet(tmp_path / "imagenet", datasets.IMAGENET_SUBSETS["imagenette"], ["val"])
-    assert "train/n01440764" in message(load_dataset, "imagewoof", tmp_path).replace("n02086240", "n01440764")
+    assert "train/n01440764" in message(load_dataset, "imagewoof", tmp_path).replace("n02096294", "n01440764")
     data = load_dataset("imagenette", tmp_path, download=False, train_needed=False)
     assert data.train is None and len(data.test) == 10 == len(data.class_names)
 

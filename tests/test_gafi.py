@@ -732,7 +732,7 @@ def test_epoch_is_chosen_on_the_split_that_is_named(select_on, tmp_path, monkeyp
 
     monkeypatch.setattr(gf, "accuracy", accuracy)
     monkeypatch.setattr(gf, "make_classifier", lambda *_: Replay())
-    run = SimpleNamespace(dir=tmp_path)
+    run = SimpleNamespace(dir=tmp_path, made=lambda: None)
     args = gf.Args(real_epochs=3)
     sets = gf.RealSet(args, data.train, 0)
     sets.select_on = select_on
@@ -997,7 +997,7 @@ def test_classifier_training_equals_a_plain_loop_over_stock_parts(flip, tmp_path
     data, figures = tiny_data(), iter(range(100))
     monkeypatch.setattr(gf, "accuracy", lambda *_: float(next(figures)))  # the last epoch is the best
     monkeypatch.setattr(gf, "AT_ONCE", 2)
-    run, sets = SimpleNamespace(dir=tmp_path), gf.RealSet(args, data.train, 9)
+    run, sets = SimpleNamespace(dir=tmp_path, made=lambda: None), gf.RealSet(args, data.train, 9)
     gf.train_classifier(args, run, ONE, data, sets, tmp_path, {})
     assert next(figures) == 4, "the validation images after every epoch, and no others"
 
