@@ -47,8 +47,9 @@ class Args(Frame):
     # ---- [1] select: the k real images of each class -------------------------------------------
     shots: Count = 16
     """k, real images per class"""
-    fewshot_seed: Natural = 0
-    """seed of the draw of the shots and of the validation images; <S> in the authors' layout"""
+    fewshot_seed: Natural | None = None
+    """seed of the draw of the shots and of the validation images; <S> in the authors' layout; None: that of a
+    --fewshot-dir called seed<S>, else 0"""
     fewshot_dir: str | None = None
     """ready-made shots, DIR/seed<S>/<class>/<file>; None: DATA_DIR/real_train_fewshot if it is there, else drawn"""
     fewshot_sampler: Literal["datadream", "disef"] = "datadream"
@@ -69,7 +70,8 @@ class Args(Frame):
     sd_resolution: Count = 512
     """pixels per side, for tuning and generation"""
     sd_cached_crops: Natural = 16
-    """random crops per image with cached VAE statistics; 0: a fresh crop and VAE pass each step, as officially"""
+    """random crops per image with cached VAE statistics (square images have one); 0: a fresh crop and VAE pass each
+    step, as officially"""
     sd_rank: Count = 16
     """rank r of the LoRA; alpha = r"""
     sd_lr: Positive = 1e-4
@@ -181,7 +183,7 @@ from common.clip import load_clip, save_clip
 from common.compiling import compiled
 from common.diffusion import Adapter, autocast, decode, encode_prompts, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order, each_once, refuse
+from common.inputs import check_order, each_once, refuse, take_off
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop, gather_units, units_of
@@ -239,17 +241,22 @@ def all_prompts(args, class_names):
 
 def choose(args):
     """-> (data set, the shots, the validation images or None); a function of the flags and the files alone."""
-    ready = datasets.find_fewshot(args.fewshot_dir, args.data_dir, args.fewshot_seed, args.dataset)
+    seed = datasets.seed_in_name(args.fewshot_dir) if args.fewshot_seed is None else args.fewshot_seed
+    ready = datasets.find_fewshot(args.fewshot_dir, args.data_dir, seed, args.dataset)
+    drawn = args.fewshot_sampler != "disef" or not ready
+    refuse(not drawn, f"--fewshot-sampler disef: nothing is drawn, the shots in {ready} are ready-made")
     data = datasets.load_dataset(args.dataset, args.data_dir, args.split_file, train_needed=not ready)
-    train, val, n = data.train, data.val, len(data.class_names)
+    train, val, held = data.train, data.val, None
     if ready:  # Trap: ready-made shots come out of the training split, so they are in what would be held out below
         shots = first_shots(datasets.read_fewshot_folder(ready, data.class_names), args.shots, ready)  # N k images
         train, val = (split and datasets.without(split, shots) for split in (train, val))
     if not val and train and args.val_images:
-        train, val = datasets.hold_out(train, args.val_images, args.fewshot_seed)
+        train, val = datasets.hold_out(train, args.val_images, seed)
+        held = val
     if not ready:  # after the validation images, so that no shot is among them
         sampler = datasets.few_shot if args.fewshot_sampler == "datadream" else datasets.few_shot_disef
-        shots = train.subset(sampler(train, data.name, args.shots, args.fewshot_seed, n))
+        k, n = args.shots, len(data.class_names)
+        shots = train.subset(sampler(train, data.name, k, seed, n, held, "--val-images"))
     return data, shots, val
 
 
@@ -517,12 +524,16 @@ def sample(args, pipe, unet, text, null, seeds):
     return decode(pipe, z, args.precision)[: len(seeds)]
 
 
+def drawn_folders(args):
+    """The paper's images, if a row trains on them, and those of the stock generator for its row."""
+    readers = {"images": {"synthetic", "pooled"}, "unadapted": {"unadapted"}}
+    return [folder for folder, rows in readers.items() if rows & set(args.arms)]
+
+
 def generated_sets(args, run, class_names):
-    """{folder: adapter of each class}: the paper's images, and those of the stock generator for the baseline."""
-    sets = {"images": lora_file(args, run, class_names)}
-    if "unadapted" in args.arms and args.mode != "zeroshot":
-        sets["unadapted"] = [None] * len(class_names)
-    return sets
+    """{folder: adapter of each class}"""
+    sets = {"images": lora_file(args, run, class_names), "unadapted": [None] * len(class_names)}
+    return {folder: sets[folder] for folder in drawn_folders(args)}
 
 
 def generate(args, run, dist, pipe, class_names):
@@ -1083,7 +1094,7 @@ def evaluate_saved(args, run, dist, shots, test):
         logits, labels = evaluate(args, model, Split(test, model, args, dist.device), dist)
         best, (top1, top5) = best_run(args, run), top_k(logits, labels)
         compare_saved(run, top1, best["test"], len(labels))  # guards the official checkpoint bug
-        drawn = {folder: drawn_in(args, run, folder, test.class_names) for folder in run.manifest("generate")["images"]}
+        drawn = {folder: drawn_in(args, run, folder, test.class_names) for folder in drawn_folders(args)}
         near = near_copies(run, drawn, shots, test, args.workers, dist)
         if dist.main:
             saved = dict(top1=top1, top5=top5)
@@ -1137,10 +1148,18 @@ def check_args(args):
     refuse(g < k, f"--gen-images-per-class {g} is less than --shots {k}: no real image would be used")
     refuse(misnamed, "--mode zeroshot: the stock generator's row is called synthetic here, not unadapted")
     each_once("--arms", args.arms)
-    if args.mode == "zeroshot":  # there is one generator, and its row is `synthetic`
-        args.arms = tuple(arm for arm in args.arms if arm != "unadapted")
+    # With --mode zeroshot there is one generator, and its row is `synthetic`.
+    args.arms = tuple(arm for arm in args.arms if arm != "unadapted" or args.mode != "zeroshot")
     trained = set(args.arms) - {"zero-shot"}
     refuse(not trained, "--arms names no row that is trained; add real, unadapted, synthetic or pooled")
+    take_off(args, needless(args), "--arms")
+
+
+def needless(args):
+    """Stages that no row needs: what no row trains on is neither tuned nor drawn."""
+    folders = drawn_folders(args)
+    idle = {"finetune": "images" not in folders or args.mode == "zeroshot", "generate": not folders}
+    return {stage for stage in idle if idle[stage]}
 
 
 def planned_models(args):
@@ -1167,7 +1186,7 @@ LATER = {
 
 
 def plan(args):
-    return planned.plan(args, training_runs(args), CACHE_BYTES)
+    return planned.plan(args, training_runs(args), drawn_folders(args), CACHE_BYTES)
 
 
 def main(args):
@@ -1185,12 +1204,11 @@ def main(args):
     run = runs.open_run("datadream", args, dist, ["gen_micro_batch"], models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots, val)
-    before = {"train": "generate", "evaluate": "train"} | ({"generate": "finetune"} if args.mode != "zeroshot" else {})
-    check_order(run, todo, before)
+    check_order(run, todo, dict(generate="finetune", train="generate", evaluate="train"), needless(args))
     # Called by the first stage that needs the generator, loaded once.
     path = found.get("--sd-model")
     pipe = cache(lambda: diffusion.load_pipeline(path, dist.device, args.precision, **models.load_kwargs(path)))
-    if "finetune" in todo and args.mode != "zeroshot":
+    if "finetune" in todo:
         finetune(args, run, dist, pipe(), shots, names)
     if "generate" in todo:
         generate(args, run, dist, pipe(), names)

@@ -193,7 +193,7 @@ from common.compiling import compiled
 from common.datasets import Numbers, in_order
 from common.diffusion import DECODED_PIXELS, autocast, encode_prompts, latent_shape, noise_schedule
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order, refuse
+from common.inputs import check_order, refuse, take_off
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop
@@ -240,13 +240,15 @@ def load_real(args):
 
 def choose_images(args, data):
     """-> (real images, validation images or None); a function of the flags and the data set alone"""
-    train, val, n = data.train, data.val, len(data.class_names)
+    train, val, n, held = data.train, data.val, len(data.class_names), None
     if args.merge_val and val is not None:  # DTD: the paper trains on both
         train, val = train + val, None
     if val is None and args.val_fraction:
         train, val = datasets.hold_out(train, args.val_fraction, args.seed)
+        held = val
     if args.real_per_class:
-        train = train.subset(datasets.few_shot(train, data.name, args.real_per_class, args.seed, n))
+        k = args.real_per_class
+        train = train.subset(datasets.few_shot(train, data.name, k, args.seed, n, held, "--val-fraction"))
     return in_order(train), val
 
 
@@ -1078,7 +1080,7 @@ def score_zero_shot(args, run, dist, test, prompts):
     """CLIP with the class prompts, no training: what the test split is worth without any of this."""
     clip = load_clip(args.zeroshot_clip, device=dist.device)
     weights = F.normalize(encode_texts(clip, prompts), dim=-1)  # [C, D]
-    logits = F.normalize(encode_images(clip, test, workers=max(1, args.workers)), dim=-1) @ weights.T
+    logits = F.normalize(encode_images(clip, test, workers=args.workers), dim=-1) @ weights.T
     file = run.path("classifier", "runs", "zero-shot", "metrics.json")
     write_json(file, dict(seed=args.seed, updates=0, images=0, test=top1(logits.cpu(), test.labels)))
 
@@ -1147,11 +1149,11 @@ def write_table(args, run, real, test, predicted, saved, near):
             metrics[f"{row}@{k}" if k else row] = over_seeds([m["test"] for m in found])
             metrics[f"{row}@{k}" if k else row] |= {key: found[0][key] for key in ("images", "updates")}
     saved["per_class"] = per_class(predicted, torch.as_tensor(test.labels), class_names)
-    guide = read_json(run.path("guide", "metrics.json"))
+    guide = {} if "guide" in needless(args) else read_json(run.path("guide", "metrics.json"))
     probed = run.path("energy.json").exists()
     fell = read_json(run.path("energy.json"))["percent_fell"] if probed and "distdiff" in args.rows else None
     ours = {name: line for name, line in metrics.items() if name.split("@")[0] in ("distdiff", "direct")}
-    about_guide = {key: guide[key] for key in ("test", "val", "last_epoch_test", "test_selected")}
+    about_guide = {key: guide[key] for key in ("test", "val", "last_epoch_test", "test_selected") if guide}
     run.results(
         paper="arXiv:2403.06741",
         metrics=ours | {"saved_classifier": saved, "guide": about_guide, "energy_fell_percent": fell},
@@ -1163,11 +1165,12 @@ def write_table(args, run, real, test, predicted, saved, near):
     contact_sheet(args, run, real, class_names)
     selected = f"best of {args.clf_evals} test scores (officially of every epoch's)"
     header = ("training set", "k", "test top-1", "last epoch", selected, "images", "updates")
-    summary = f"{args.dataset}, {len(real)} real images, {args.gen_copies} generated for each, guide {args.guide}"
-    summary += f" ({guide['test']:.1f} on the test split)"
+    summary, pictures = f"{args.dataset}, {len(real)} real images", {"A real image of each class": "samples.png"}
+    if guide:
+        summary += f", {args.gen_copies} generated for each, guide {args.guide} ({guide['test']:.1f} on the test split)"
+        pictures = {"A real image of each class and copies of it": "samples.png"}
+        pictures["The real image nearest to each prototype"] = "prototypes.png"
     summary += f"; the gradient step lowered the energy of {fell['free']:.0f} % of the probed images" if fell else ""
-    pictures = {"A real image of each class and copies of it": "samples.png"}
-    pictures["The real image nearest to each prototype"] = "prototypes.png"
     tables = {"Top-1 on the test split": (header, table)}
     conclude(run, f"DistDiff on {args.dataset}", summary, tables, test.labels, predicted, class_names, pictures)
 
@@ -1202,20 +1205,28 @@ def check_args(args):
     refuse(size > resize, f"--clf-size {size} is larger than --clf-resize {resize}")
     refuse(not set(args.rows) - {"zero-shot"}, "--rows: name at least one row that is trained")
     refuse(no_place, f"--gen-prompt {args.gen_prompt!r} needs one {{}} for the class name")
+    take_off(args, needless(args), "--rows")
+
+
+def needless(args):
+    """Stages that no row needs: where every row is of real images nothing is drawn, and nothing guides it."""
+    return () if set(GENERATED) & set(args.rows) else ("guide", "prototypes", "encode", "expand")
 
 
 def planned_models(args):
     """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
-    wanted = [("--sd-model", args.sd_model, "generator")]
-    for flag, name, pretrained in (
-        ("--guide", args.guide, args.guide_pretrained),
-        ("--classifier", args.classifier, args.classifier_pretrained),
+    stages = set(args.stages)
+    wanted = [("--sd-model", args.sd_model, "generator")] * bool({"encode", "expand"} & stages)
+    for flag, name, pretrained, readers in (
+        ("--guide", args.guide, args.guide_pretrained, {"guide", "prototypes", "expand"}),
+        ("--classifier", args.classifier, args.classifier_pretrained, {"train"}),
     ):
         kind = "clip" if name.startswith("clip:") else "timm" if pretrained else "network"
-        wanted.append((flag, name.removeprefix("clip:"), kind))
-    wanted += [("--zeroshot-clip", args.zeroshot_clip, "clip")] if "zero-shot" in args.rows else []
+        wanted += [(flag, name.removeprefix("clip:"), kind)] * bool(readers & stages)
+    wanted += [("--zeroshot-clip", args.zeroshot_clip, "clip")] * ("zero-shot" in args.rows and "train" in stages)
     found = models.check_models(wanted)
-    models.check_generator(args.sd_model, found["--sd-model"], ("--gen-resolution", args.gen_resolution))
+    if "--sd-model" in found:
+        models.check_generator(args.sd_model, found["--sd-model"], ("--gen-resolution", args.gen_resolution))
     return found
 
 
@@ -1243,20 +1254,20 @@ def main(args):
     distributed.say(dist, data.note)
     real, val = distributed.on_rank_0(partial(choose_images, args, data), dist)
     prompts = prompts_of_classes(args, names)
-    guide_weights = found["--guide"] if args.guide_pretrained else None
-    weights = found["--classifier"] if args.classifier_pretrained else None
+    guide_weights = found.get("--guide") if args.guide_pretrained else None
+    weights = found.get("--classifier") if args.classifier_pretrained else None
     ids = models.fingerprints(found)
 
     free, read = ["gen_micro_batch", "grad_checkpoint"], dict(real=real, validation=val, test=test)
     run = runs.open_run("distdiff", args, dist, free, models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, dist, real, val)
-    check_order(run, todo, NEEDS)
+    check_order(run, todo, NEEDS, needless(args))
     if "guide" in todo:
         train_guide(args, run, dist, real, val, test, prompts, guide_weights)
     if "prototypes" in todo:
         make_prototypes(args, run, dist, real, names, prompts)
-    pipe = cache(partial(generator_of, args, found["--sd-model"], dist.device))  # loaded by the first that asks
+    pipe = cache(partial(generator_of, args, found.get("--sd-model"), dist.device))  # loaded by the first that asks
     if "encode" in todo:
         encode(args, run, dist, pipe(), real)
     if "expand" in todo:

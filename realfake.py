@@ -222,6 +222,7 @@ from common.clip import encode_images, load_clip, zero_shot_weights
 from common.compiling import compiled
 from common.datasets import Numbers, in_order
 from common.diffusion import Adapter, autocast, decode, latent_shape, noise_schedule, token_ids
+from common.features import Features
 from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order, refuse
 from common.launch import UserError
@@ -244,7 +245,6 @@ IMAGENET_NAMES = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every self- and cross-attention
 MIXED = 24  # images whose tokens the released sampler mixes: its batch
-PART = 256  # images in one file of captions or embeddings; an interrupted stage loses at most that many
 
 
 # ---------------------------------------------------------------------------------------------
@@ -330,39 +330,23 @@ def caption(args, run, dist, real):
         if args.captions_file:
             written = captions.read_captions(args.captions_file, real)
         else:
-            write = captions.captioner(models.resolve(args.captioner, "captioner"), dist.device, args.precision)
-            files = part_files(run, dist, "captions", ".json", real, lambda part, file: write_json(file, write(part)))
-            written = [text for file in files for text in read_json(file)]
+            model = models.resolve(args.captioner, "captioner")
+            written = captions.write_captions(run.path("parts"), model, real, dist, args.precision, args.workers)
         if dist.main:
             write_json(run.path("captions.json"), dict(zip(real.keys, written, strict=True)))
     run.done("caption", run.under("captions.json"), captions=len(real))
-
-
-def part_files(run, dist, name, suffix, real, work):
-    """work(Images, file) for each part of PART images that has no file yet, dealt out. -> the files, for rank 0"""
-    parts = [(range(i, min(i + PART, len(real))), i // PART) for i in range(0, len(real), PART)]
-    files = [run.path("parts", f"{name}-{j:05d}{suffix}") for _, j in parts]
-    with distributed.progress(len(parts), name, dist, unit="parts", together=True) as bar:
-        for (rows, _), file in distributed.my_items(list(zip(parts, files, strict=True)), dist):
-            if not file.exists():
-                work(real.subset(rows), file)
-            bar.update(1)
-    distributed.barrier(dist)
-    return files if dist.main else []
 
 
 def embed(args, run, dist, real):
     """Projected CLIP image embeddings, not normalised, float16: what the text encoder's own width can hold."""
     clip = load_clip(args.token_clip, dist.device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
 
-    def save(part, file):
-        features = encode_images(clip, part, 64, max(1, args.workers))  # [n, D]: 224 pixels, CLIP's own view
-        save_tensors(file, {"embeddings": features.half()})
-
     with run.timed("embed"):
-        files = part_files(run, dist, "embeddings", ".safetensors", real, save)
+        features = Features(run.path("parts", "embeddings"), [clip], real, 64, args.workers, torch.float16)
+        features.write(dist)
+        distributed.barrier(dist)
         if dist.main:
-            rows = torch.cat([load_tensors(file)["embeddings"] for file in files])  # [N, D], in the order of the images
+            rows = features.read("features")  # [N, D], in the order of the images
             save_tensors(run.path("embeddings.safetensors"), {"embeddings": rows})
     run.done("embed", run.under("embeddings.safetensors"), embeddings=len(real))
 
@@ -1103,7 +1087,7 @@ def zero_shot_top1(args, test, dist):
     clip = load_clip(args.token_clip, dist.device)
     weights = zero_shot_weights(clip, prompt_names(args.dataset, test.class_names), ["a photo of a {}"])
     rows = list(range(dist.rank, len(test), dist.world))
-    features = encode_images(clip, test.subset(rows), workers=max(1, args.workers))
+    features = encode_images(clip, test.subset(rows), workers=args.workers)
     right = (F.normalize(features, dim=-1) @ weights.T).argmax(1).cpu() == torch.as_tensor(test.labels[rows])
     return 100 * distributed.gather_rows(right, dist).float().mean().item()
 

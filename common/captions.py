@@ -1,14 +1,20 @@
 """Captions of real images, ready ones from files or written by an image-to-text model; and sentences around a word."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from common.files import chunks
+from common.distributed import Dist, barrier, my_items, on_rank_0, progress
+from common.files import chunks, read_json, write_json
 from common.launch import UserError
+from common.loader import Loader
+
+PART = 256  # images in one file of captions; an interrupted run loses at most that many
+BATCH = 16
 
 
 def read_captions(file: str | Path, real: Any) -> list[str]:
@@ -46,28 +52,55 @@ def _object(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def captioner(where: str, device: torch.device, precision: str, batch: int = 16) -> Callable[[Any], list[str]]:
-    """-> function: sequence of PIL images -> captions, greedy, no prompt, at most 16 new tokens, stripped.
+def write_captions(folder: Path, where: str, images: Any, dist: Dist, precision: str, workers: int) -> list[str]:
+    """Captions of all images by captioner(where, ...), in their order, on rank 0; elsewhere []. All must call.
 
-    where: a folder of models.check_models of kind "captioner". bf16: the whole model is bfloat16.
+    Each process writes its share of the files <folder>/captions-<i>.json of PART images; those that are there stay.
+    """
+    parts = [range(i, min(i + PART, len(images))) for i in range(0, len(images), PART)]
+    files = [folder / f"captions-{i:05d}.json" for i in range(len(parts))]
+    left = on_rank_0(lambda: [i for i, file in enumerate(files) if not file.exists()], dist)
+    mine = my_items(left, dist)
+    batches = (rows for i in mine for rows in chunks(parts[i], BATCH))
+    stream = captioner(where, dist.device, precision, workers)(images, batches)
+    with progress(sum(len(parts[i]) for i in left), "captions", dist, together=True) as bar:
+        for i in mine:
+            texts = []
+            for rows in chunks(parts[i], BATCH):
+                texts += next(stream)
+                bar.update(len(rows))
+            write_json(files[i], texts)
+    barrier(dist)
+    return [text for file in files for text in read_json(file)] if dist.main else []
+
+
+def captioner(where: str, device: torch.device, precision: str, workers: int = 0) -> Callable[..., Iterator[list[str]]]:
+    """-> function: images, batches of rows -> their captions, batch by batch: greedy, no prompt, at most 16 new tokens,
+    stripped. The model is loaded when the first of them is asked for.
+
+    where: a folder of models.check_models of kind "captioner". bf16: the whole model is bfloat16. workers: processes
+    that read the pictures and make of them what the processor makes.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     processor = AutoProcessor.from_pretrained(where)
-    model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype, use_safetensors=True).to(device).eval()
-    if getattr(model.config, "image_token_index", 0) is None:  # BLIP-2 as older transformers saved it
-        model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
+
+    def view(image: Any) -> Tensor:
+        """float32 [3, S, S]: no bytes, for how they become floats is the processor's secret."""
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
-    def write(pictures: Sequence) -> list[str]:
-        inputs = processor(images=pictures, return_tensors="pt").to(device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-        # Trap: in transformers 5 max_length=16, the sister repository's setting, counts BLIP-2's 32 image tokens too.
-        ids = model.generate(**inputs, max_new_tokens=16, num_beams=1, do_sample=False)
-        return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+    def write(images: Sequence, batches: Iterable[Sequence[int]]) -> Iterator[list[str]]:
+        model = AutoModelForImageTextToText.from_pretrained(where, dtype=dtype, use_safetensors=True).to(device).eval()
+        if getattr(model.config, "image_token_index", 0) is None:  # BLIP-2 as older transformers saved it
+            model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
+        for x in Loader(images, view, device, workers)(batches):
+            # Trap: in transformers 5 the sister repository's max_length=16 counts BLIP-2's 32 image tokens too.
+            ids = model.generate(pixel_values=x.to(dtype), max_new_tokens=16, num_beams=1, do_sample=False)
+            yield [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
-    return lambda images: [c for rows in chunks(range(len(images)), batch) for c in write([images[i] for i in rows])]
+    return write
 
 
 def sentence_writer(where: str, device: torch.device, **sampling: Any) -> Callable[[str, int], list[str]]:

@@ -1,19 +1,21 @@
 """CLIP through open_clip: load by name or folder, encode images and texts in batches, zero-shot weights."""
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Normalize, ToTensor, v2
 
 from common import models, openclip
-from common.files import save_tensors, write_bytes, write_json
+from common.files import chunks, save_tensors, write_bytes, write_json
+from common.loader import Loader, normalised
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
@@ -120,22 +122,42 @@ def encode_texts(clip: Clip, texts: Sequence[str], batch: int = 256) -> Tensor:
     return torch.cat(features)[[position[text] for text in texts]]
 
 
-def encode_images(clip: Clip, images: Sequence | Tensor, batch: int = 256, workers: int = 4) -> Tensor:
+def encode_images(clip: Clip, images: Sequence | Tensor, batch: int = 256, workers: int = 0) -> Tensor:
     """Image features [N, D] float32 on the model's device, not normalised, in the order given.
 
-    `images` is a uint8 tensor [N, 3, H, W], or anything with len() whose [i] is a PIL image; each goes through
-    clip.preprocess in a pool of `workers` threads that stays one batch ahead of the model. An error of `images[i]`
-    (an unreadable file) is raised here unchanged.
+    `images` is a uint8 tensor [N, 3, H, W], or anything with len() whose [i] is a PIL image: `workers` processes read
+    them and do what clip.preprocess does before it makes floats. Raises the UserError of a file that cannot be read.
     """
-    if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3):
-        raise ValueError(f"expected uint8 images [N, 3, H, W], got {images.dtype} {list(images.shape)}")
-    features = []
+    if isinstance(images, Tensor):
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected uint8 images [N, 3, H, W], got {images.dtype} {list(images.shape)}")
+    if isinstance(images, Tensor) and tuple(images.shape[2:]) == (clip.image_size, clip.image_size):
+        stream = (x.to(clip.device) for x in images.split(batch))  # nothing to resize or crop
+    else:
+        seen = _PilView(images) if isinstance(images, Tensor) else images
+        stream = clip_loader([clip], seen, clip.device, workers)(chunks(range(len(images)), batch))
+    features = [torch.zeros(0, clip.config["embed_dim"], device=clip.device)]
     with _encoding(clip):
-        for pixels in _preprocessed(clip, images, batch, workers):
-            features.append(clip.model.encode_image(pixels.to(clip.device, clip.dtype)).float())
-    if not features:
-        return torch.zeros(0, clip.config["embed_dim"], device=clip.device)
+        for x in stream:
+            x = normalised(x, clip.mean, clip.std).to(clip.dtype)
+            features.append(clip.model.encode_image(x).float())
     return torch.cat(features)
+
+
+def clip_loader(clips: Sequence[Clip], images: Any, device: torch.device, workers: int) -> Loader:
+    """Loader of images for these CLIPs, a view for each: what their own transforms do before they make floats."""
+    steps = [[t for t in c.preprocess.transforms if not isinstance(t, (ToTensor, Normalize))] for c in clips]
+    views = [partial(clip_view, steps=s) for s in steps]
+    return Loader(
+        images, views[0] if len(views) == 1 else lambda image: tuple(v(image) for v in views), device, workers
+    )
+
+
+def clip_view(image: Image.Image, steps: Sequence[Callable]) -> Tensor:
+    """PIL image -> uint8 [3, S, S] as a CLIP sees it."""
+    for step in steps:
+        image = step(image)
+    return v2.functional.pil_to_tensor(image)
 
 
 def zero_shot_weights(clip: Clip, class_names: Sequence[str], templates: Sequence[str], batch: int = 256) -> Tensor:
@@ -170,32 +192,6 @@ def _encoding(clip: Clip):
         clip.model.train(training)
 
 
-def _preprocessed(clip: Clip, images: Sequence | Tensor, batch: int, workers: int) -> Iterator[Tensor]:
-    """Batches [B, 3, S, S] float32 of preprocessed images, in order."""
-    if isinstance(images, Tensor):
-        if tuple(images.shape[2:]) == (clip.image_size, clip.image_size):
-            # Nothing to resize or crop: the arithmetic of ToTensor and Normalize, on the device, from a byte per value.
-            mean, std = (torch.tensor(v, device=clip.device).view(1, 3, 1, 1) for v in (clip.mean, clip.std))
-            for start in range(0, len(images), batch):
-                yield images[start : start + batch].to(clip.device).float().div(255).sub_(mean).div_(std)
-            return
-        images = _PilView(images)
-
-    def load(i: int) -> Tensor:
-        return clip.preprocess(images[i])
-
-    pool = ThreadPoolExecutor(max_workers=workers)
-    try:
-        indices = iter(range(len(images)))
-        waiting = deque(pool.submit(load, i) for i in islice(indices, 2 * batch))
-        while waiting:
-            pixels = torch.stack([waiting.popleft().result() for _ in range(min(batch, len(waiting)))])
-            waiting.extend(pool.submit(load, i) for i in islice(indices, batch))
-            yield pixels
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 class _PilView:
     """A uint8 tensor [N, 3, H, W] seen as a sequence of PIL images, so that both are resized by the same code."""
 
@@ -206,6 +202,4 @@ class _PilView:
         return len(self.images)
 
     def __getitem__(self, i):
-        from PIL import Image
-
         return Image.fromarray(self.images[i].permute(1, 2, 0).cpu().numpy())

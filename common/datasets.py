@@ -436,28 +436,35 @@ class Numbers:
         return copy * self.counts[self.labels[m]] + self.places[m]
 
 
-def few_shot(images: Images, dataset_name: str, shots: int, seed: int, class_count: int) -> list[int]:
+def few_shot(
+    images: Images, dataset_name: str, shots: int, seed: int, class_count: int, held: Images | None = None,
+    flag: str = "",
+) -> list[int]:  # fmt: skip
     """Positions of `shots` images of each class, class by class, in natural order of their keys.
 
     random.Random(f"{dataset_name}-{seed}-{label}").sample draws max(16, shots) images (all, if the class has fewer)
     from the naturally sorted keys; the first `shots` of those in natural order are taken, so that 1 shot is part of
-    2, of 4, of 8, of 16. UserError: a class has too few images.
+    2, of 4, of 8, of 16. held, flag: what was held out before and the flag that said how much, for the message.
+    UserError: a class has too few images.
     """
     chosen = []
-    for label, members in enumerate(_by_class(images, class_count, shots)):
+    for label, members in enumerate(_by_class(images, class_count, shots, held, flag)):
         rng = random.Random(f"{dataset_name}-{seed}-{label}")
         drawn = rng.sample(range(len(members)), min(max(16, shots), len(members)))
         chosen += [members[i] for i in sorted(drawn)[:shots]]
     return chosen
 
 
-def few_shot_disef(images: Images, dataset_name: str, shots: int, seed: int, class_count: int) -> list[int]:
+def few_shot_disef(
+    images: Images, dataset_name: str, shots: int, seed: int, class_count: int, held: Images | None = None,
+    flag: str = "",
+) -> list[int]:  # fmt: skip
     """Positions of `shots` images of each class as DISEF draws them (with seeds 1, 5 and 10); not nested.
 
     One random.Random(seed) serves all classes, in order of first appearance in `images`: the order of a split file
-    counts, dataset_name does not. UserError: a class has too few images.
+    counts, dataset_name does not. held, flag, UserError: as few_shot.
     """
-    _by_class(images, class_count, shots)
+    _by_class(images, class_count, shots, held, flag)
     rng = random.Random(seed)
     appearing = images.labels[np.sort(np.unique(images.labels, return_index=True)[1])]
     return [row for label in appearing for row in rng.sample(images.of_class(label).tolist(), shots)]
@@ -480,15 +487,18 @@ def hold_out(images: Images, amount: float, seed: int) -> tuple[Images, Images]:
     return images.subset(np.flatnonzero(~held)), images.subset(np.flatnonzero(held))
 
 
-def _by_class(images: Images, class_count: int, needed: int) -> Iterator[list[int]]:
+def _by_class(
+    images: Images, class_count: int, needed: int, held: Images | None = None, flag: str = ""
+) -> Iterator[list[int]]:
     """Positions of each class, >= needed of them, in natural order of their keys, class by class."""
     if needed < 1:
         raise UserError(f"cannot choose {needed} images per class; ask for one or more")
     members = [images.of_class(label) for label in range(class_count)]
     for label, of_class in enumerate(members):
         if len(of_class) < needed:
-            name = shown(images.class_names[label])
-            raise UserError(f"class '{name}' has {len(of_class)} training images, fewer than the {needed} asked for")
+            kept = len(held.of_class(label)) if held else 0
+            had = f"{kept + len(of_class)} training images" + f", of which {kept} are held out ({flag})" * bool(kept)
+            raise UserError(f"class '{shown(images.class_names[label])}' has {had}, fewer than the {needed} asked for")
     return (rows[natural_order(images.keys.take(rows).tolist())].tolist() for rows in members)
 
 
@@ -661,6 +671,12 @@ def find_fewshot(given: str | None, data_dir: str | None, seed: int, name: str =
     if given and re.fullmatch(r"seed\d+", place.name) and place.name != f"seed{seed}":
         raise UserError(f"{shown(place)}: not the shots of seed {seed}; pass --fewshot-seed {place.name[4:]}")
     return place if given else None
+
+
+def seed_in_name(given: str | None) -> int:
+    """S of a folder seed<S>; 0 for any other."""
+    found = re.fullmatch(r"seed(\d+)", Path(given or "").name)
+    return int(found[1]) if found else 0
 
 
 def read_fewshot_folder(root: str | Path, class_names: list[str]) -> Images:

@@ -66,7 +66,7 @@ def setup_distributed(device: str = "auto") -> Dist:
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = False  # the fastest kernel of the moment may round differently
         torch.backends.cudnn.deterministic = True
-    _set_threads()
+    _set_threads(launch, chosen)
     if launch.world > 1 and not td.is_initialized():
         # gloo beside nccl: objects and barriers then never touch the GPU
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -102,7 +102,7 @@ def _pick_device(name: str, launch: Launch) -> torch.device:
     return torch.device("cuda", number)
 
 
-def _set_threads() -> None:
+def _set_threads(launch: Launch, device: torch.device) -> None:
     """As many threads as the user's OMP_NUM_THREADS says, else as many as one process alone would have. Sharing the
     cores out would be a little faster, but the number of threads decides the last bits of every sum (measured)."""
     wish = os.environ.get("OMP_NUM_THREADS", "")
@@ -114,7 +114,12 @@ def _set_threads() -> None:
             wish = "" if wish == "1" else wish
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wish = wish.partition(",")[0]  # a list is for nested loops
-    torch.set_num_threads(int(wish) if wish.isdecimal() and int(wish) > 0 else cores)
+    threads = int(wish) if wish.isdecimal() and int(wish) > 0 else cores
+    torch.set_num_threads(threads)
+    if device.type == "cpu" and launch.rank == 0 and threads > 1 and launch.local_world * threads > cores > 1:
+        crowd = f"{launch.local_world} processes of {threads} threads share {cores} cores"
+        each = max(1, cores // launch.local_world)
+        print(f"{crowd}, which can be many times slower; for a new run set OMP_NUM_THREADS={each}", flush=True)
 
 
 def cleanup(dist: Dist) -> None:

@@ -8,41 +8,22 @@ x = features.read("features", rows)        # [N, D], after a barrier
 import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Normalize, ToTensor, v2
 
 from common import models
-from common.clip import Clip
+from common.clip import Clip, clip_loader
 from common.datasets import Generated
 from common.distributed import Dist, my_items, on_rank_0, progress, seed_of
 from common.files import chunks, load_tensors, save_tensors, tensors_metadata
 from common.launch import UserError
-from common.loader import Loader, normalised
+from common.loader import normalised
 
 PART = 1024  # images in one file; an interrupted run loses at most that many
-
-
-def clip_view(image: Image.Image, steps: Sequence[Callable]) -> Tensor:
-    """PIL image -> uint8 [3, S, S] as a CLIP sees it."""
-    for step in steps:
-        image = step(image)
-    return v2.functional.pil_to_tensor(image)
-
-
-def clip_loader(clips: Sequence[Clip], images: Any, device: torch.device, workers: int) -> Loader:
-    """Loader of images for these CLIPs, a view for each: what their own transforms do before they make floats."""
-    steps = [[t for t in c.preprocess.transforms if not isinstance(t, (ToTensor, Normalize))] for c in clips]
-    views = [partial(clip_view, steps=s) for s in steps]
-    return Loader(
-        images, views[0] if len(views) == 1 else lambda image: tuple(v(image) for v in views), device, workers
-    )
 
 
 @torch.no_grad()
@@ -53,7 +34,7 @@ def encoded(clip: Clip, x: Tensor, micro_batch: int, tower: torch.nn.Module | No
     """
     n = len(x)
     x = torch.cat([x, x[-1:].expand(micro_batch - n, *x.shape[1:])]) if n < micro_batch else x
-    return (tower or clip.model.visual)(normalised(x, clip.mean, clip.std))[:n].float()
+    return (tower or clip.model.visual)(normalised(x, clip.mean, clip.std).to(clip.dtype))[:n].float()
 
 
 def tower_features(
@@ -78,13 +59,22 @@ def list_key(images: Any) -> int:
 class Features:
     """What clips[0] sees of the images, and what else is worked out on the way; see the top of this file.
 
-    clips: the last of them may serve `more` of `write`. Trap: another CLIP, its files, its transform or another list
-    of images is another key, and what was written under another key is refused.
+    clips: the last of them may serve `more` of `write`. dtype: in which the features are kept. Trap:
+    another CLIP, its files, its transform or another list of images is another key, and what was written under another
+    key is refused.
     """
 
-    def __init__(self, folder: Path, clips: Sequence[Clip], images: Any, micro_batch: int, workers: int):
+    def __init__(
+        self,
+        folder: Path,
+        clips: Sequence[Clip],
+        images: Any,
+        micro_batch: int,
+        workers: int,
+        dtype: torch.dtype = torch.float32,
+    ):
         self.folder, self.clips, self.images = folder, list(clips), images
-        self.micro_batch, self.workers = micro_batch, workers
+        self.micro_batch, self.workers, self.dtype = micro_batch, workers, dtype
         self.parts = [range(i, min(i + PART, len(images))) for i in range(0, len(images), PART)]
         what = [models.fingerprint(models.resolve(clip.name, "clip")) for clip in clips]
         self.key = f"{seed_of(*what, json.dumps(clips[0].preprocess_config, default=str), list_key(images)):016x}"
@@ -101,7 +91,7 @@ class Features:
         mine, b = my_items(left, dist), self.micro_batch
         clips = self.clips[:1] if more is None else list({id(clip): clip for clip in self.clips}.values())
         stream = self._encoded(clips, (rows for part in mine for rows in chunks(part, b)), dist.device)
-        with progress(sum(map(len, left)), f"filter {self.folder.name}", dist, together=True) as bar:
+        with progress(sum(map(len, left)), f"features {self.folder.name}", dist, together=True) as bar:
             for part in mine:
                 found = []
                 for rows in chunks(part, b):
@@ -110,7 +100,7 @@ class Features:
                 features = [torch.cat(of_clip) for of_clip in zip(*found, strict=True)]
                 labels = torch.from_numpy(self.images.labels[part.start : part.stop])
                 tensors = {} if more is None else more(features[-1], labels)
-                save_tensors(self.file(part), {"features": features[0]} | tensors, self.key)
+                save_tensors(self.file(part), {"features": features[0].to(self.dtype)} | tensors, self.key)
 
     def _encoded(self, clips: list[Clip], batches: Iterable, device: torch.device) -> Iterator[list[Tensor]]:
         """Of each batch the features by each of these CLIPs."""

@@ -2,7 +2,7 @@
 is continued finds those that it began with. And flags that fit together, and the stages before those asked for."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -76,10 +76,17 @@ def held(folder: Path, splits: "dict[str, Images | None]", dist: "Dist") -> str:
         return unchanged(folder / RECORD, list(names), splits, bar.update, lambda: overlap(splits))
 
 
-def check_order(run: "Run", todo: list[str], needs: dict[str, str]) -> None:
+def take_off(args: Any, needless: Collection[str], flag: str) -> None:
+    """Take the stages that no row needs off args.stages; UserError when none is left. flag: of the rows."""
+    asked, args.stages = args.stages, tuple(stage for stage in args.stages if stage not in needless)
+    rows = " ".join(getattr(args, flag.removeprefix("--")))
+    refuse(not args.stages, f"--stages {' '.join(asked)}: no row of {flag} {rows} needs that")
+
+
+def check_order(run: "Run", todo: list[str], needs: dict[str, str], needless: Collection[str] = ()) -> None:
     """UserError when a stage to do needs the files of one that is neither done nor to do. needs: {stage: "those before
-    it"}. All ranks must call."""
+    it"}; needless: stages that these rows do without. All ranks must call."""
     for stage in todo:
         for before in needs.get(stage, "").split():
-            missing = before not in todo and run.todo(before)
+            missing = before not in needless and before not in todo and run.todo(before)
             refuse(missing, f"--stages {stage}: {before} has not been run in {run.dir}; add it to --stages")

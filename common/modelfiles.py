@@ -35,7 +35,7 @@ KEY_FILE = dict.fromkeys(PIPELINES, "model_index.json") | {"clip": "open_clip_co
 KEY_FILE |= dict.fromkeys(("captioner", "seq2seq", "chat", "timm"), "config.json")
 # model_type in config.json -> what the stock classes load as this kind
 MODEL_TYPES = {
-    "captioner": ("blip", "blip-2", "git", "instructblip", "vision-encoder-decoder", "llava", "paligemma"),
+    "captioner": ("blip", "blip-2", "git", "vision-encoder-decoder"),  # they speak without a prompt
     "seq2seq": ("t5", "mt5", "umt5", "longt5", "bart", "mbart", "pegasus", "encoder-decoder", "t5gemma"),
 }
 STEMS = {  # names of weights without .safetensors, where it is not "model"

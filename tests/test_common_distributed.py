@@ -448,6 +448,8 @@ def test_torchrun_and_the_threads_of_its_processes(start, tmp_path, threads):
     assert first.returncode == 0, said
     share = threads or cores()
     assert out.endswith(f"end {[0, 1]} threads {[share, share]}\n") and out.count("end") == 1
+    crowded = f"2 processes of {share} threads share {cores()} cores"
+    assert (crowded in out) == (1 < cores() < 2 * share and share > 1), out
     assert json.loads((tmp_path / "r/stages/work.json").read_text())["ranks"] == [0, 1]
     assert (tmp_path / "r/metrics.jsonl").read_text().count("work/rank") == 2
 

@@ -20,6 +20,7 @@ from common import distributed, images, metrics
 from common.clip import load_clip
 from common.datasets import Images, load_dataset, natural_key
 from common.files import chunks, class_range
+from common.launch import UserError
 from common.loader import normalised, to_unit
 from common.models import resolve
 
@@ -844,6 +845,55 @@ def test_ready_made_shots_are_in_neither_training_nor_validation(tmp_path, given
     pixels = lambda images: {images[i].tobytes() for i in range(len(images))}  # noqa: E731
     assert len(shots) == 6 and len(val) > 0 and not pixels(shots) & pixels(val)
     assert sorted(key.rsplit("/")[-1] for key in shots.keys) == sorted(2 * ["shot2.png", "shot5.png", "shot7.png"])
+
+
+def test_the_seed_folder_says_its_seed_and_nothing_is_drawn_from_it(tmp_path):
+    for c, name in enumerate(("cat", "dog")):
+        photo(tmp_path / "test" / name / "1.png", c)
+        photo(tmp_path / "shots" / "seed3" / name / "0.png", 10 + c)
+    args = dict(dataset="folder", data_dir=str(tmp_path), shots=1, fewshot_dir=str(tmp_path / "shots" / "seed3"))
+    assert len(dd.choose(dd.Args(**args))[1]) == 2
+    with pytest.raises(UserError, match="not the shots of seed 0; pass --fewshot-seed 3"):
+        dd.choose(dd.Args(**args, fewshot_seed=0))
+    with pytest.raises(UserError, match="--fewshot-sampler disef: nothing is drawn"):
+        dd.choose(dd.Args(**args, fewshot_sampler="disef"))
+
+
+@pytest.mark.parametrize("sampler", ["datadream", "disef"])
+def test_too_few_images_after_some_are_held_out(tmp_path, sampler):
+    for c, name in enumerate(("cat", "dog")):
+        for i in range(9):
+            photo(tmp_path / "train" / name / f"{i}.png", 100 * c + i)
+        photo(tmp_path / "test" / name / "1.png", 1000 + c)
+    args = dict(dataset="folder", data_dir=str(tmp_path), shots=8, val_images=0.2, fewshot_sampler=sampler)
+    said = r"class 'cat' has 9 training images, of which 2 are held out \(--val-images\), fewer than the 8 asked for"
+    with pytest.raises(UserError, match=said):
+        dd.choose(dd.Args(**args))
+    with pytest.raises(UserError, match="class 'cat' has 9 training images, fewer than the 10 asked for"):
+        dd.choose(dd.Args(**args | dict(shots=10, val_images=0)))
+
+
+@pytest.mark.parametrize(
+    "arms, stages, folders",
+    [
+        ("zero-shot real", "select train evaluate", ""),
+        ("unadapted", "select generate train evaluate", "unadapted"),
+        ("real pooled", "select finetune generate train evaluate", "images"),
+        ("synthetic unadapted", "select finetune generate train evaluate", "images unadapted"),
+    ],
+)
+def test_only_what_a_row_trains_on_is_tuned_and_drawn(arms, stages, folders):
+    args = dd.Args(arms=tuple(arms.split()), sd_model="Manojb/stable-diffusion-2-1-base")
+    dd.check_args(args)
+    assert args.stages == tuple(stages.split()) and dd.drawn_folders(args) == folders.split()
+    works, needs = dd.plan(args)
+    assert {w.what.rstrip("/") for w in works if w.stage == "generate"} == set(folders.split())
+    assert any(args.sd_model in need for need in needs) == ("generate" in stages)
+
+
+def test_a_stage_that_no_row_needs_is_refused():
+    with pytest.raises(UserError, match="--stages finetune generate: no row of --arms real needs that"):
+        dd.check_args(dd.Args(arms=("real",), stages=("finetune", "generate")))
 
 
 def test_ready_made_shots_are_the_first_of_each_class_in_natural_order(tmp_path):

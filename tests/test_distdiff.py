@@ -947,6 +947,16 @@ def test_run_leaves_every_file_with_its_content(small):
     assert not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl")) and not list(out.rglob("*.bin"))
 
 
+def test_rows_of_real_images_draw_nothing(launch, tmp_path):
+    flags = ["--output-dir", tmp_path / "run", *SMALL, "--rows", "zero-shot", "real", "mixup", "--clf-epochs", 1]
+    launch("distdiff.py", *flags, "--sd-model", tmp_path / "none")
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert set(result["seconds"]) - {"select"} == {"train", "evaluate"}
+    assert {"zero-shot", "real"} <= set(result["baselines"]) and not (tmp_path / "run" / "guide").exists()
+    with pytest.raises(UserError, match="--stages guide: no row of --rows real needs that"):
+        dd.check_args(dd.Args(rows=("real",), stages=("guide",)))
+
+
 def test_second_call_does_no_work_and_other_flags_are_refused(small, launch):
     out, _ = small
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".png", ".safetensors", ".json")}

@@ -7,14 +7,16 @@ from typing import Any
 from common.plan import PIXEL_BYTES, SQUARE, Classifier, Generator, Work, dataset_needs, sizes
 
 
-def plan(args: Any, runs: Sequence[tuple[str, int]], cache_bytes: float) -> tuple[list[Work], list[str]]:
-    """-> the work of the planned stages, what must be there. runs: (row, seed) of each classifier, cache_bytes: the
-    script's bound for a process."""
+def plan(
+    args: Any, runs: Sequence[tuple[str, int]], folders: Sequence[str], cache_bytes: float
+) -> tuple[list[Work], list[str]]:
+    """-> the work of the planned stages, what must be there. runs: (row, seed) of each classifier, folders: of the
+    images to draw, cache_bytes: the script's bound for a process."""
     g, (n, n_train, n_val, n_test) = args.gen_images_per_class, sizes(args.dataset, args.data_dir)
     n_val = n_val or int(args.val_images * (n_train if args.val_images < 1 else n))
     sd, shots, works = Generator(args.sd_model, args.sd_resolution, args.precision), n * args.shots, []
 
-    if "finetune" in args.stages and args.mode != "zeroshot":
+    if "finetune" in args.stages:
         jobs, rows = (1, shots) if args.mode == "dset" else (n, args.shots)
         tuned, units = args.sd_epochs * shots, math.ceil(min(args.sd_batch, rows) / args.sd_micro_batch)
         crops = 1 if args.dataset in SQUARE else args.sd_cached_crops
@@ -27,7 +29,7 @@ def plan(args: Any, runs: Sequence[tuple[str, int]], cache_bytes: float) -> tupl
 
     if "generate" in args.stages:
         micro, side = args.gen_micro_batch, args.gen_save_size or args.sd_resolution
-        for folder in ("images", *["unadapted"] * ("unadapted" in args.arms and args.mode != "zeroshot")):
+        for folder in folders:
             # The last micro-batch costs as much as a full one.
             jobs = n * math.ceil(g / micro) if (args.mode, folder) == ("cls", "images") else math.ceil(n * g / micro)
             works.append(sd.work(
@@ -58,4 +60,5 @@ def plan(args: Any, runs: Sequence[tuple[str, int]], cache_bytes: float) -> tupl
     scored += n_test * ("evaluate" in args.stages)
     if scored:
         works.append(clf.work("evaluate", "zero-shot, classifier/", scored=scored, loads=scored, jobs=n_test, **more))
-    return works, [sd.needs(), clf.needs(), dataset_needs(args)]
+    drawn = {"finetune", "generate"} & set(args.stages)
+    return works, [*[sd.needs()] * bool(drawn), clf.needs(), dataset_needs(args)]

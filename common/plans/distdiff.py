@@ -84,7 +84,8 @@ def plan(
             works.append(
                 _trained(clf, args, "train", what, seen, args.clf_seeds * looked, load_size=side, jobs=len(runs))
             )
-    needs = [sd.needs(), *(net.needs() for net in (guide, clf)), dataset_needs(args)]
+    drawn = {"encode", "expand"} & set(args.stages)
+    needs = [*[sd.needs()] * bool(drawn), *(net.needs() for net in (guide, clf)), dataset_needs(args)]
     if "zero-shot" in args.rows and "train" in args.stages:
         clip = Classifier(args.zeroshot_clip, args.precision)
         works.append(clip.work("train", "zero-shot", 256, scored=n_test, texts=classes, loads=n_test))
