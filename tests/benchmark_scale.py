@@ -1,6 +1,6 @@
 """Seconds and memory of the lists at the size of ImageNet, and what a training step costs the host and the network.
 
-    python tests/benchmark_scale.py          # two minutes on 2 cores, 2 GB of memory, 200 MB of disk for a while
+    python tests/benchmark_scale.py          # four minutes on 2 cores, 2 GB of memory, 200 MB of disk for a while
     python tests/benchmark_scale.py --quick  # small sizes, to see that it runs
 
 Not a test: it asserts no time. A data set of N images and a generated set of 10 N are made in memory, without files;
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from benchmark_loader import loader_rates  # noqa: E402
 
 from common.datasets import (  # noqa: E402
     Generated,
@@ -41,7 +42,7 @@ from common.distributed import Dist, Order, cleanup  # noqa: E402
 from common.files import class_folders  # noqa: E402
 from common.images import existing  # noqa: E402
 from common.loop import Loop, sum_in_order, traffic, units_of  # noqa: E402
-from common.run import write_metadata  # noqa: E402
+from common.run import Run, write_metadata  # noqa: E402
 
 CLASSES = [f"class {c}" for c in range(1000)]
 IMAGENET, BATCH = 1_281_000, 256
@@ -174,6 +175,12 @@ def on_disk(count):
         record = Path(root) / "data.safetensors"
         unchanged(record, folders, {"train": images})
         timed("unchanged", lambda: unchanged(record, folders, {"train": images}))
+        for name in folders:  # as large as a JPEG of 224 pixels
+            for i in range(per_class):
+                os.truncate(f"{root}/images/{name}/{i}.png", 30_000)
+        run = Run(Path(root), ALONE, "scale", {})
+        timed("done", lambda: run.done("generate", run.under("images")))
+        assert not timed("todo", lambda: run.todo("generate"))
     return rates
 
 
@@ -236,6 +243,8 @@ def main():
         ("listing", "list", IMAGENET),
         ("are they still the same (size and time of each)", "unchanged", IMAGENET),
         ("resume: which of 10 N generated images are there", "resume", 10 * IMAGENET),
+        ("end of a stage: size and quick hash of 10 N images", "done", 10 * IMAGENET),
+        ("a later start: are they still as they were", "todo", 10 * IMAGENET),
     ):
         cpu, elapsed = rates[key]
         print(f"{what:54}{cpu:>7.2f} us per file ({elapsed:.2f} elapsed), {cpu * n / 1e6:>5.1f} s for {n:,}")
@@ -249,6 +258,11 @@ def main():
     for world in (1, 2) if quick else range(1, 9):
         sent = in_own_process(bytes_per_step, world, numbers)[0]
         print(f"{world} processes: {sent / 2**20:>7.1f} MiB, {sent / 4 / numbers:.2f} numbers per gradient", flush=True)
+
+    print("\nThe loader (tests/benchmark_loader.py): images per second of one core's time, kB of a file")
+    torch.set_num_threads(1)
+    for what, speed, size in loader_rates(0.2 if quick else 2.0):
+        print(f"{what:54}{speed:>11.0f}{size:>11.0f}", flush=True)
 
 
 if __name__ == "__main__":

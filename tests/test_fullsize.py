@@ -91,7 +91,7 @@ def test_imagenet_launcher_looks_through_models_and_chooses_its_shots(hub, tmp_p
 
 @pytest.mark.slow
 def test_two_processes_at_full_size(hub, tmp_path):
-    rehearse(tmp_path, hub, "pets", *MAIN_ROW, processes=2)
+    rehearse(tmp_path, hub, "pets", *MAIN_ROW, "--workers", "1", processes=2)
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_launcher_at_full_size(hub, tmp_path, preset):
 
 @pytest.mark.slow
 def test_two_processes_at_full_size(hub, tmp_path):
-    rehearse(tmp_path, hub, "pets", processes=2)
+    rehearse(tmp_path, hub, "pets", "--workers", "1", processes=2)
 
 
 @pytest.mark.slow
