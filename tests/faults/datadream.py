@@ -145,8 +145,8 @@ FAULTS = {
         ),
         Fault(
             "the baseline's images drawn with the adapter",
-            'sets["unadapted"] = [None] * len(class_names)',
-            'sets["unadapted"] = lora_file(args, run, class_names)',
+            '"unadapted": [None] * len(class_names)',
+            '"unadapted": lora_file(args, run, class_names)',
             tests="test_drawn_images_equal_those_of_a_stock_pipeline",
         ),
         Fault(
