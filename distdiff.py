@@ -197,6 +197,7 @@ from common.inputs import check_order, refuse, take_off
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop
+from common.names import spoken
 from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import distdiff as planned
@@ -264,10 +265,8 @@ def select(run, dist, real, val):
 
 
 def prompts_of_classes(args, class_names):
-    """One prompt per class: underscores become spaces; Cars have the year in front; list of C strings."""
-    names = IMAGENETTE.split(",") if args.dataset == "imagenette" else [n.replace("_", " ") for n in class_names]
-    if args.dataset == "cars":  # AM General Hummer SUV 2000 -> 2000 AM General Hummer SUV
-        names = [" ".join(name.split()[-1:] + name.split()[:-1]) for name in names]
+    """One prompt per class, its name in words; Cars have the year in front. List of C strings"""
+    names = IMAGENETTE.split(",") if args.dataset == "imagenette" else spoken(args.dataset, class_names)
     template = PROMPTS.get(args.dataset, "a photo of a {}.") if args.gen_prompt is None else args.gen_prompt
     return [template.replace("{}", name) for name in names]
 

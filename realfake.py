@@ -228,6 +228,7 @@ from common.inputs import check_order, refuse
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop
+from common.names import spoken
 from common.near_copies import near_copies
 from common.ood import ood_sets, restricted_top1
 from common.plan import print_plan
@@ -263,9 +264,9 @@ def choose_real(args, data):
 
 
 def prompt_names(dataset, class_names):
-    """Class names as the prompts have them: for ImageNet and its subsets open_clip's with the official replacements."""
+    """Class names in words: for ImageNet and its subsets open_clip's with the official replacements."""
     if dataset not in datasets.IMAGENET_SUBSETS:
-        return class_names
+        return spoken(dataset, class_names)
     from open_clip import IMAGENET_CLASSNAMES
 
     return [IMAGENET_NAMES.get(i, IMAGENET_CLASSNAMES[i]) for i in datasets.IMAGENET_SUBSETS[dataset]]

@@ -1097,3 +1097,12 @@ def test_gradient_step_at_full_size_stores_what_the_documentation_says(monkeypat
     score = dd.Networks(s, torch.zeros(1, dtype=torch.long)).energy
     counted = saved_bytes(lambda: dd.transform_guidance(z, one, one, 30, args.gen_rho, args.gen_radius, score))
     assert counted.peak / 2**30 == pytest.approx(gib, rel=0.03)
+
+
+def test_folders_of_ones_own_have_the_names_of_the_other_scripts():
+    args = dd.Args(dataset="folder")
+    assert dd.prompts_of_classes(args, ["001.sea_lake", "n02124075", "A330-200"]) == [
+        "a photo of a sea lake.", "a photo of a Egyptian Mau.", "a photo of a A330-200.",
+    ]  # fmt: skip
+    assert dd.prompts_of_classes(dd.Args(dataset="eurosat"), list("0123456789"))[3] == "a photo of a Highway or Road."
+    assert dd.prompts_of_classes(dd.Args(dataset="imagenette"), ["x"] * 10)[3] == "a photo of a chain saw."

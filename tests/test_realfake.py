@@ -1250,3 +1250,8 @@ def test_full_size_parameters_and_flops_are_those_of_the_method_page():
 
     model = open_clip.create_model("ViT-L-14-quickgelu", pretrained=None, device="meta")
     assert model.visual.output_dim == 768 == h.shape[-1], "the visual token fits into a text slot as it is"
+
+
+def test_folders_of_ones_own_have_the_names_of_the_other_scripts():
+    assert rf.prompt_names("folder", ["001.sea_lake", "n02124075", "cat"]) == ["sea lake", "Egyptian Mau", "cat"]
+    assert rf.prompt_names("cars", ["Acura RL Sedan 2012"]) == ["2012 Acura RL Sedan"]
