@@ -109,7 +109,7 @@ class Args(Frame):
 
     # ---- [2] sentences: language enhancement -----------------------------------------------------
     sentence_model: str = "mrm8488/t5-base-finetuned-common_gen"
-    """word to sentence: seq2seq hub id, local folder, or tiny"""
+    """word to sentence: seq2seq hub id, local folder, tiny; or FILE.json, {name: [sentence, ...]}, of your own"""
     sentences: Count = 200
     """S, different sentences per class; image k of a class uses sentence k mod S"""
     sentence_check: bool = False
@@ -304,7 +304,7 @@ from torchvision.transforms import v2
 
 from common import datasets, distributed, images, models, painter, pretraining
 from common import run as runs
-from common.captions import sentence_writer
+from common.captions import read_sentences, sentence_writer
 from common.clip import encode_texts, load_clip, save_clip
 from common.distributed import seed_global, seed_of
 from common.features import Cached, Features, Tuned, tower_features
@@ -455,18 +455,24 @@ def sentences_of(args, speak, c, name, device):
     return [pool[i] for i in order[: args.sentences]]
 
 
-def write_sentences(args, run, dist, names, found):
-    """A sentences.json of your own that is there already is used as it is."""
+def own_sentences(args, names):
+    """Your own sentences of each class, all of them and in their order; None where a model is to write them"""
+    own = "le" in image_sets(args) and args.sentence_model.endswith(".json")
+    return read_sentences("--sentence-model", args.sentence_model, names) if own else None
+
+
+def write_sentences(args, run, dist, names, found, own=None):
+    """found: of planned_models; own: of own_sentences"""
     speaker = lru_cache(1)(lambda: sentence_writer(found["--sentence-model"], dist.device, **SAMPLING))
 
     def said_of(c):
-        sentences = sentences_of(args, speaker(), c, names[c], dist.device)
+        sentences = own[c] if own else sentences_of(args, speaker(), c, names[c], dist.device)
         return dict(class_index=c, class_name=names[c], sentences=sentences)
 
     with run.timed("sentences"):
-        file, n = run.path("sentences.json"), len(names)
+        file, n, wanted = run.path("sentences.json"), len(names), 1 if own else args.sentences
         rows = in_parts(file, n, said_of, dist, "classes") if "le" in image_sets(args) else []
-        short = {row["class_name"]: len(row["sentences"]) for row in rows if len(row["sentences"]) < args.sentences}
+        short = {row["class_name"]: len(row["sentences"]) for row in rows if len(row["sentences"]) < wanted}
         tell_short(args, short, n)
     run.done("sentences", run.under("sentences.json"), short=short)
 
@@ -1000,7 +1006,7 @@ class Supervised(Objective):
 
     def loss(self, views, y, step):
         x = self.erase(views[0])  # [B, 3, S, S], normalised
-        if self.mix:
+        if self.mix and len(x) > 1:
             np.random.seed(seed_of(self.seed, "mixup", step) % 2**32)
             x, y = self.mix(x[: len(x) // 2 * 2], y[: len(y) // 2 * 2])  # timm mixes an even number; y [B, C] now
         return F.cross_entropy(self.net(x).float(), y), None
@@ -1256,6 +1262,8 @@ def check_pretraining(args):
     fits = 0 < max(args.pre_amounts, default=0) <= args.gen_images_per_class
     refuse(not fits, f"--pre-amounts {args.pre_amounts}: from 1 to --gen-images-per-class")
     each_once("--pre-amounts", args.pre_amounts)
+    alone = args.pre_micro_batch < 2 and args.recipe in ("deit", "moco")
+    refuse(alone, f"--pre-micro-batch 1: --recipe {args.recipe} needs two images or more, to mix or to shuffle them")
     from_rest = args.real_weights == "train" and any(ROWS[row].init for row in args.ladder)
     taken = "the transfer takes every real image; pass --transfer-images"
     refuse(from_rest and not args.transfer_images, f"--real-weights train: {taken}")
@@ -1274,13 +1282,18 @@ def check_names(args, names, gen_names):
     refuse(not gen_names, f"--label-space {args.label_space}: no names in it")
     class_folders(gen_names)
     if args.setting == "pretrain":
-        new_backbone(args.backbone, len(gen_names), args.seed, "cpu", own_weights(args))
+        drop = 0.1 if args.recipe == "deit" else 0.0
+        net = new_backbone(args.backbone, len(gen_names), args.seed, "cpu", own_weights(args), drop)
+        passes = ("pre_micro_batch", "pre_batch", "transfer_batch")
+        batches = {f"--{name.replace('_', '-')}": getattr(args, name) for name in passes}
+        pretraining.check_network(args.backbone, net, args.pre_size, batches, args.recipe == "moco")
 
 
 def planned_models(args):
     """Every model that a stage will load, looked through before the first one -> {flag: what to load}"""
     sets = image_sets(args)
-    wanted = [("--sentence-model", args.sentence_model, "seq2seq")] if "le" in sets else []
+    writes = "le" in sets and not args.sentence_model.endswith(".json")
+    wanted = [("--sentence-model", args.sentence_model, "seq2seq")] if writes else []
     if args.setting == "pretrain":
         real = args.real_weights == "imagenet" and any(ROWS[row].init for row in args.ladder)
         wanted.append(("--backbone", args.backbone, "timm" if real else "network"))
@@ -1289,9 +1302,10 @@ def planned_models(args):
     return models.check_models(wanted) | (painter.look_into(args.sd_model, args.upsampler) if sets else {})
 
 
-def fingerprints(args, found):
-    """{field: hash of the weights that it names}"""
+def fingerprints(args, found, own=None):
+    """{field: hash of the weights, or your own sentences, that it names}"""
     painted = {"sd_model": painter.fingerprint(args.sd_model, found["--sd-model"])} if "--sd-model" in found else {}
+    painted |= {"sentence_model": f"{seed_of(*map(str, own)):016x}"} if own else {}
     return painted | models.fingerprints({flag: where for flag, where in found.items() if flag != "--sd-model"})
 
 
@@ -1332,16 +1346,17 @@ def main(args):
     names = spoken(args.dataset, data.class_names, args.preset)
     gen_names = label_space(args, names)
     check_names(args, names, gen_names)
+    own = own_sentences(args, gen_names)
     shots, picks = choose_shots(args, data)
 
-    ids, read = fingerprints(args, found), dict(train=data.train if pre else shots, test=data.test)
+    ids, read = fingerprints(args, found, own), dict(train=data.train if pre else shots, test=data.test)
     more = dict(models=ids, later=LATER, pictures=read)
     run = runs.open_run("synthetic_recognition", args, dist, ["gen_micro_batch"], **more)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots)
     check_order(run, todo, NEEDS)
     if "sentences" in todo:
-        write_sentences(args, run, dist, gen_names, found)
+        write_sentences(args, run, dist, gen_names, found, own)
     if "generate" in todo:
         generate(args, run, dist, gen_names, shots, picks, found)
     clips = None if pre or not {"filter", "train"} & set(todo) else load_clips(args, dist.device)

@@ -1,4 +1,4 @@
-"""Captions of real images, ready ones from files or written by an image-to-text model; and sentences around a word."""
+"""Captions of real images, sentences about classes: ready ones from files, or written by a model."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,7 +42,7 @@ def read_captions(file: str | Path, real: Any) -> list[str]:
         if name not in texts:
             raise UserError(f"--captions-file {file}: no caption for {name} of {real.class_names[label]!r}")
         caption = texts[name]
-        if not isinstance(caption, str | None) or any("\ud800" <= c <= "\udfff" for c in caption or ""):
+        if caption is not None and not _is_text(caption):
             raise UserError(f"--captions-file {file}: the caption of {name} is {caption!r}, which is no text")
         found.append((caption or "").strip())
     return found
@@ -50,6 +50,10 @@ def read_captions(file: str | Path, real: Any) -> list[str]:
 
 def _object(file: Path) -> Any:
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _is_text(said: Any) -> bool:
+    return isinstance(said, str) and not any("\ud800" <= c <= "\udfff" for c in said)  # half a character
 
 
 def write_captions(folder: Path, where: str, images: Any, dist: Dist, precision: str, workers: int) -> list[str]:
@@ -101,6 +105,31 @@ def captioner(where: str, device: torch.device, precision: str, workers: int = 0
             yield [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
     return write
+
+
+def read_sentences(flag: str, file: str | Path, names: Sequence[str]) -> list[list[str]]:
+    """What a file of your own says about each of these classes, each text once.
+
+    file: JSON {class name: [sentence, ...]}, or sentences.json as a run writes it; other classes may stand there too.
+    UserError, which begins with the flag, for any other form, or a class without a sentence.
+    """
+    form = "wanted is {class name: [sentence, ...]}, or a run's sentences.json"
+    try:
+        given = _object(Path(file).expanduser())
+        pairs = given.items() if isinstance(given, dict) else [(row["class_name"], row["sentences"]) for row in given]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{flag} {file}: {' '.join(str(error).split()) or type(error).__name__}") from error
+    except (KeyError, TypeError) as error:  # a list of something else, or no list
+        raise UserError(f"{flag} {file}: {form}") from error
+    texts = {name: said for name, said in pairs if isinstance(name, str)}
+    for name in names:
+        said = texts.get(name, ())
+        if not isinstance(said, list | tuple) or not all(_is_text(sentence) for sentence in said):
+            raise UserError(f"{flag} {file}: the sentences of {name!r} are no list of texts; {form}")
+        texts[name] = list(dict.fromkeys(filter(None, (" ".join(s.split()) for s in said))))
+        if not texts[name]:
+            raise UserError(f"{flag} {file}: no sentence for {name!r}; each class needs one or more")
+    return [texts[name] for name in names]
 
 
 def sentence_writer(where: str, device: torch.device, **sampling: Any) -> Callable[[str, int], list[str]]:

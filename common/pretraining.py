@@ -56,7 +56,7 @@ def new_backbone(
     seed_global(seed_of(seed, "backbone"))
     try:
         net = timm.create_model(name, pretrained=weights == "imagenet", num_classes=n_classes, **more)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, TypeError) as error:  # TypeError: it knows no drop_path_rate
         raise UserError(f"--backbone {name}: {' '.join(str(error).split())[:200]}") from error
     if weights not in (None, "imagenet"):
         heads = net.default_cfg["classifier"]
@@ -70,6 +70,31 @@ def new_backbone(
         seed_global(seed_of(seed, "new head"))
         net.reset_classifier(n_classes)
     return net.to(device, memory_format=torch.channels_last)
+
+
+def check_network(name: str, net: nn.Module, size: int, batches: dict[str, int], contrast: bool) -> None:
+    """UserError, which names the flag, unless the network can be trained so; the device meta knows it by the shapes.
+
+    size: pixels per side. batches: {flag: images of a pass}: alone, an image has no batch statistics where the network
+    has shrunk it to one pixel. The network is of no use afterwards.
+    """
+    net.to("meta").train()
+
+    def passes(n: int) -> None:
+        F.cross_entropy(net(torch.empty(n, 3, size, size, device="meta")), torch.zeros(n, device="meta").long())
+
+    def contrasts() -> None:
+        moco = MoCo(net, F.cross_entropy, 0, "meta", 2)
+        moco.embed(moco.query, torch.empty(2, 3, size, size, device="meta"))
+
+    tries: list[tuple[str, Callable]] = [(f"--pre-size {size}", lambda: passes(2))]
+    tries += [(f"{flag} {n}", lambda n=n: passes(min(n, 2))) for flag, n in batches.items()]
+    for flag, forward in tries + [("--recipe moco", contrasts)] * contrast:
+        try:
+            forward()
+        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
+            what = " ".join(str(error).split())[:200]
+            raise UserError(f"{flag}: does not fit --backbone {name}: {what}") from error
 
 
 # ---------------------------------------------------------------------------------------
@@ -150,7 +175,7 @@ class MoCo(Objective):
         self, net: nn.Module, loss: Callable, seed: int, device: Any, size: int, dim: int = 128, momentum: float = 0.999
     ):
         seed_global(seed_of(seed, "moco"))
-        width, self.contrast, self.seed, self.momentum = net.num_features, loss, seed, momentum
+        width, self.contrast, self.seed, self.momentum = net.head_hidden_size, loss, seed, momentum
         head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, dim)).to(device)
         self.query, self.key = (net, head), [copy.deepcopy(m).requires_grad_(False) for m in (net, head)]
         net.get_classifier().requires_grad_(False)
@@ -167,9 +192,10 @@ class MoCo(Objective):
                 p.mul_(self.momentum).add_(q, alpha=1 - self.momentum)
 
     def embed(self, towers: Sequence[nn.Module], x: Tensor) -> Tensor:
-        """Unit rows [B, dim]; BatchNorm sees the halves one by one."""
+        """Unit rows [B, dim]; BatchNorm sees the halves one by one, of three images or fewer all."""
         net, head = towers
-        f = [net.forward_head(net.forward_features(part), pre_logits=True) for part in x.chunk(min(2, len(x) // 2))]
+        parts = x.chunk(2 if len(x) > 3 else 1)
+        f = [net.forward_head(net.forward_features(part), pre_logits=True) for part in parts]
         return F.normalize(head(torch.cat(f)).float(), dim=1)
 
     def loss(self, views: list[Tensor], y: Tensor, step: int) -> tuple[Tensor, Tensor]:

@@ -485,3 +485,27 @@ def test_users_own_photos_of_mixed_sizes_and_modes(launch, tmp_path):
     result = json.loads((tmp_path / "r" / "results.json").read_text())
     assert result["metrics"]["pooled"]["mean"] >= 0 and result["images"]["images"] == 9
     assert len(list((tmp_path / "r" / "images").iterdir())) == 4  # three classes and metadata.jsonl
+
+
+# Files of sentences that are none, and what is said of them.
+SENTENCES = {
+    "no file": (None, "No such file"),
+    "cut": (b'{"zero": ["a', "Unterminated"),
+    "nested": (b"[" * 99_999, "recursion"),
+    "a number": (b"3", "wanted is"),
+    "rows of something else": (b'[{"name": "zero"}]', "wanted is"),
+    "a class is missing": (b'{"zero": ["a zero"]}', "no sentence for 'one'"),
+    "an empty list": (b'{"zero": []}', "no sentence for 'zero'"),
+    "blanks": (b'{"zero": ["", " "]}', "no sentence for 'zero'"),
+    "a text, no list": (b'{"zero": "a zero"}', "no list of texts"),
+    "numbers": (b'{"zero": ["a zero", 3]}', "no list of texts"),
+    "half a pair": (b'{"zero": ["\\ud800"]}', "no list of texts"),
+}
+
+
+@pytest.mark.parametrize("kind", SENTENCES)
+def test_files_of_sentences(told, tmp_path, kind):
+    content, match = SENTENCES[kind]
+    if content is not None:
+        put(tmp_path / "s.json", content)
+    told("synthetic_recognition", ["--sentence-model", tmp_path / "s.json"], rf"--sentence-model .*s\.json: .*{match}")

@@ -1,8 +1,11 @@
 """The engine of pre-training: repeated augmentation, pictures, MoCo's queue and its key network."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps
@@ -11,6 +14,7 @@ from timm.data.auto_augment import RandAugment
 from common import pretraining
 from common.datasets import Images
 from common.distributed import Order
+from common.launch import UserError
 from common.loader import Loader
 
 
@@ -84,3 +88,37 @@ def test_half_of_mocos_views_are_blurred_as_officially(monkeypatch):
     pairs = [view(picture) for _ in range(200)]
     assert all(x.shape == (3, 32, 32) and x.dtype == torch.uint8 for pair in pairs for x in pair)
     assert 160 < len(radii) < 240 and 0.1 <= min(radii) < 0.2 and 1.9 < max(radii) <= 2 and 0.95 < np.mean(radii) < 1.15
+
+
+@pytest.mark.parametrize(
+    "name, size, batch, moco, match",
+    [
+        ("test_resnet.r160_in1k", 32, 2, True, None),
+        ("test_resnet.r160_in1k", 224, 1, False, None),  # 7 x 7 pixels are left for the statistics
+        ("test_resnet.r160_in1k", 32, 1, False, "--pre-micro-batch 1: does not fit --backbone test_resnet.r160_in1k"),
+        ("deit_small_patch16_224", 224, 1, True, None),
+        ("deit_small_patch16_224", 32, 2, False, "--pre-size 32: does not fit .*: Input height"),
+        ("deit_small_distilled_patch16_224", 224, 2, True, "--recipe moco: does not fit"),
+    ],
+)
+def test_networks_that_cannot_be_trained_are_refused(name, size, batch, moco, match):
+    net = timm.create_model(name, num_classes=3)
+    check = partial(pretraining.check_network, name, net, size, {"--pre-micro-batch": batch, "--pre-batch": 8}, moco)
+    if match is None:
+        return check()
+    with pytest.raises(UserError, match=match):
+        check()
+
+
+def test_a_network_without_stochastic_depth_is_refused():
+    with pytest.raises(UserError, match="--backbone vgg11: .*drop_path_rate"):
+        pretraining.new_backbone("vgg11", 3, 0, "cpu", drop_path=0.1)
+
+
+def test_moco_takes_networks_whose_last_layer_is_wider_than_their_features():
+    with torch.device("meta"):
+        net = timm.create_model("mobilenetv3_small_100", num_classes=3)  # 576 channels, 1,024 before its classifier
+    pretraining.check_network("mobilenetv3_small_100", net, 64, {}, True)
+    small = pretraining.new_backbone("test_resnet.r160_in1k", 3, 0, "cpu")
+    objective = pretraining.MoCo(small, contrast, 0, torch.device("cpu"), 4)
+    assert objective.embed(objective.query, torch.zeros(3, 3, 32, 32)).shape == (3, 128)

@@ -1284,3 +1284,22 @@ def test_interrupted_pretraining_goes_on_to_the_same_bits(recipe, tmp_path, monk
     sr.pretrain(args, Log(), ONE, cut, source, 10, 0)
     a, b = (load_tensors(folder / "pretrained.safetensors") for folder in (whole, cut))
     assert all(torch.equal(a[k], b[k]) for k in a) and not (cut / "checkpoint.safetensors").exists()
+
+
+def test_own_sentences_are_taken_as_they_are_and_kept(launch, tmp_path):
+    """No model for sentences is needed; a run's own file serves another run; other sentences are another run."""
+    said = {name: [f"a {name}  on paper", f"a {name} on paper", f"the {name}"] for name in sr.datasets.DIGITS}
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps(said | {"ten": []}))
+    flags = [*SMALL, "--stages", "select", "sentences", "--output-dir"]
+    done = launch("synthetic_recognition.py", *flags, tmp_path / "a", "--sentence-model", mine)
+    rows = json.loads((tmp_path / "a" / "sentences.json").read_text())
+    wanted = [[f"a {name} on paper", f"the {name}"] for name in sr.datasets.DIGITS]
+    assert [row["class_name"] for row in rows] == list(sr.datasets.DIGITS)
+    assert [row["sentences"] for row in rows] == wanted and "fewer than" not in done.stdout
+    launch("synthetic_recognition.py", *flags, tmp_path / "b", "--sentence-model", tmp_path / "a" / "sentences.json")
+    assert json.loads((tmp_path / "b" / "sentences.json").read_text()) == rows
+    launch("synthetic_recognition.py", *flags, tmp_path / "a", "--sentence-model", mine)  # the same again: no work
+    mine.write_text(json.dumps(said | {"zero": ["a round zero"]}))
+    done = launch("synthetic_recognition.py", *flags, tmp_path / "a", "--sentence-model", mine, check=False)
+    assert done.returncode == 2 and "what --sentence-model names" in done.stderr and mine.exists()

@@ -33,7 +33,7 @@ def plan(
     known = None if there else FOLDERS.get(args.preset)
     classes, n_train, _, n_test = known or sizes(args.dataset, args.data_dir)
     names, works, needs = names or classes, [], [dataset_needs(args)]
-    if "le" in sets and "sentences" in args.stages:
+    if "le" in sets and "sentences" in args.stages and not args.sentence_model.endswith(".json"):
         tflop = SENTENCE_TFLOP * names * (args.sentences + 50)
         works.append(Work("sentences", "T5", tflop, names, jobs=names, gpu=4 * WRITER_NUMBERS, precision="fp32"))
         known = costs.local(args.sentence_model)
