@@ -126,7 +126,7 @@ class Args(Frame):
     rg_images: Count = 800
     """few-shot: images per class from Real Guidance, 800 / M from each real image"""
     gen_resolution: Natural = 0
-    """pixels per side of a generated image; 0: 512, with GLIDE 256, as the paper"""
+    """pixels per side of a generated image; 0: 512, with GLIDE 256, as the paper; IF has a number of its own"""
     gen_save_size: Count | None = None
     """pixels per side of the stored images, None: as generated; half the side is a quarter of disk and decoding"""
     gen_format: Literal["png", "jpeg", "webp"] = "png"
@@ -729,11 +729,14 @@ def least_trusted(name, source, confidence):
 # Reads features/, keep.json; writes classifier/runs/<row>-seed<s>/ and, for the main row, classifier/.
 
 
-def real_filter(f, y, f_real, y_real, chunk=65536):
+PAIRS = 2**26  # generated and real images that Real Filtering compares at once, of ten bytes each
+
+
+def real_filter(f, y, f_real, y_real, pairs=PAIRS):
     """Real Filtering, our definition (the paper gives none): drop an image of class c if its nearest real image of
     another class is more similar than its nearest one of class c. f [N, D], y [N]; real, M of each class, [C M, D],
     [C M] -> bool [N], True: keep"""
-    near, good = F.normalize(f_real, dim=-1).T, []
+    near, good, chunk = F.normalize(f_real, dim=-1).T, [], max(1, pairs // len(f_real))
     for some, classes in zip(f.split(chunk), y.split(chunk), strict=True):
         cos, own = F.normalize(some, dim=-1) @ near, classes[:, None] == y_real[None]  # [chunk, C M]
         # The nearest of another class, the nearest of its own; -2 is below every cosine.
@@ -878,7 +881,7 @@ class HeadData:
     def __init__(self, args, run, device, clips, names, shots, picks, test):
         self.device, self.picks, self.n_classes = device, picks, len(names)
         self.sets = feature_sets(args, run, clips, names, shots, test)
-        self.keep = {name: np.array(rows) for name, rows in read_json(run.path("keep.json"))["keep"].items()}
+        self.keep = {name: np.array(rows, dtype=int) for name, rows in read_json(run.path("keep.json"))["keep"].items()}
         self.W0 = load_tensors(run.path("features", "head.safetensors"))["weight"].to(device)
         _, self.test, self.y_test = self.of("test")  # features [N, D], labels [N]
         # Rows of the table that train on one set follow one another: it is read once.
@@ -905,8 +908,7 @@ class HeadData:
         if row == "rf":
             good = real_filter(f, y, *self.real(m)[1:])  # by the shots of this row alone
             rows, f, y = rows[good.cpu().numpy()], f[good], y[good]
-            none = f"row rf, {m} shots: Real Filtering left no image; leave the row out of --ladder"
-            refuse(not len(rows), none)
+        refuse(not len(rows), f"--ladder: row {row}: no image passed its filter; leave it out, in a new --output-dir")
         return rows, f, y
 
 
@@ -1325,7 +1327,7 @@ def plan(args):
     lines = [(ROWS[row], row, n) for row, n in table_rows(args) if row != "zero-shot"]
     names = None if args.label_space == "dataset" else len(label_space(args, None))
     how = partial(rg_steps_of, args), run_indices, prompts(args)[0]
-    return planned.plan(args, lines, image_sets(args), *how, names)
+    return planned.plan(args, lines, image_sets(args), *how, names, PAIRS)
 
 
 def load_clips(args, device):
@@ -1340,6 +1342,8 @@ def main(args):
         return print_plan(*plan(args), args)
     dist, pre = distributed.setup_distributed(args.device), args.setting == "pretrain"
     found = planned_models(args)  # before the data: a wrong name is told before anything large is fetched
+    args.gen_resolution, note = painter.drawn_size(args.sd_model, found, args.gen_resolution)
+    distributed.say(dist, note)
     wanted = partial(datasets.load_dataset, args.dataset, args.data_dir, args.split_file)
     data = distributed.on_rank_0(partial(wanted, train_needed=args.setting != "zero-shot"), dist)
     distributed.say(dist, data.note)

@@ -44,9 +44,9 @@ def tower_features(
     """Features [N, D] of these images by this image tower, in eval mode meanwhile."""
     mode, stream = tower.training, clip_loader([clip], images, device, workers)(chunks(rows, micro_batch))
     tower.eval()
-    x = torch.cat([encoded(clip, x, micro_batch, tower) for x in stream])
+    found = [encoded(clip, x, micro_batch, tower) for x in stream]
     tower.train(mode)
-    return x
+    return torch.cat(found) if found else torch.zeros(0, clip.config["embed_dim"], device=device)
 
 
 def list_key(images: Any) -> int:
@@ -109,17 +109,23 @@ class Features:
             yield [encoded(clip, x, self.micro_batch).cpu() for clip, x in zip(clips, views, strict=True)]
 
     def read(self, name: str, rows: np.ndarray | None = None) -> Tensor:
-        """Tensor `name` of these rows, ascending; None: of all. Refuses what another CLIP or list of images left."""
-        found = []
+        """Tensor `name` of these rows; None: of all. Refuses what another CLIP or list of images left.
+
+        Only one part is held beside the result, which may be much of the memory.
+        """
+        rows = np.arange(len(self.images)) if rows is None else rows
+        found = torch.zeros(0, self.clips[0].config["embed_dim"])
         for part in self.parts:
-            own = None if rows is None else rows[(rows >= part.start) & (rows < part.stop)] - part.start
-            if own is None or len(own):
+            here = np.flatnonzero((rows >= part.start) & (rows < part.stop))
+            if len(here):
                 if tensors_metadata(self.file(part)) != self.key:
                     what = "features of other images or another CLIP; use a new --output-dir"
                     raise UserError(f"{self.file(part)}: {what}")
                 tensor = load_tensors(self.file(part))[name]
-                found.append(tensor if own is None else tensor[own])
-        return torch.cat(found) if found else torch.zeros(0, self.clips[0].config["embed_dim"])
+                if not len(found):
+                    found = tensor.new_empty(len(rows), *tensor.shape[1:])
+                found[here] = tensor[rows[here] - part.start]
+        return found
 
 
 # ---------------------------------------------------------------------------------------

@@ -236,6 +236,25 @@ def look_into(name: str, upsampler: str | None) -> dict[str, str]:
     return found
 
 
+def drawn_size(name: str, found: dict[str, str], size: int) -> tuple[int, str]:
+    """--gen-resolution as the generator draws it, and what is to be said about that, or "". found: of look_into.
+
+    UserError for a number that the VAE cannot make. DeepFloyd IF has a number of its own.
+    """
+    if is_glide(name) or "--sd-model" not in found:
+        return size, ""
+    folder = Path(found["--sd-model"])
+    if "vae" in read_json(folder / "model_index.json"):
+        factor = 2 ** (len(read_json(folder / "vae" / "config.json")["block_out_channels"]) - 1)
+        if size % factor:
+            raise UserError(f"--gen-resolution {size}: the VAE of this generator needs a multiple of {factor}")
+        return size, ""
+    last = Path(found.get("--upsampler", folder))
+    drawn = read_json(last / "unet" / "config.json")["sample_size"]
+    note = f"note: DeepFloyd IF draws {drawn} pixels per side, whatever --gen-resolution says ({size})"
+    return drawn, note if drawn != size else ""
+
+
 def check_sampler(name: str, folder: str) -> None:
     """The sampler needs eps or v at a known share of noise, and a little of the image left at the last timestep."""
     import diffusers

@@ -1,6 +1,7 @@
 """A list that takes long to make, shared out among the processes, each entry safe as soon as it is made."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,4 +29,6 @@ def in_parts(target: Path, n: int, make: Callable[[int], Any], dist: Dist, unit:
     write_json(target, rows)
     for part in parts:  # of a run that was killed just here too
         part.unlink(missing_ok=True)
+    with suppress(OSError):  # another list's parts are there, or nothing
+        parts[0].parent.rmdir()
     return rows

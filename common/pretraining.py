@@ -288,4 +288,5 @@ def logits_of(
     """[N, C] on the CPU, for these rows of the images. view: as in Loader."""
     net.eval()
     batches = Loader(images, view, device, workers)(chunks(rows, micro_batch))
-    return torch.cat([net(normalised(x, IMAGENET_MEAN, IMAGENET_STD)).float().cpu() for x in batches])
+    logits = (net(normalised(x, IMAGENET_MEAN, IMAGENET_STD)).float().cpu() for x in batches)
+    return torch.cat([torch.zeros(0, net.num_classes), *logits])  # a process may have no rows

@@ -10,7 +10,7 @@ from common import models
 from common.clip import load_clip, zero_shot_weights
 from common.datasets import Generated, Images
 from common.distributed import Dist
-from common.features import Features, last_share, list_key
+from common.features import Features, last_share, list_key, tower_features
 from common.launch import UserError
 
 ONE = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
@@ -81,3 +81,22 @@ def test_last_share_counts_from_the_end():
     assert last_share(tower, 0.0) == [] and not any(p.requires_grad for p in tower.parameters())
     assert [id(p) for p in last_share(tower, 0.5)] == [id(tower[1].weight)] and not tower[0].weight.requires_grad
     assert len(last_share(tower, 1.0)) == 2
+
+
+def test_rows_come_in_the_order_that_is_asked_for_into_memory_that_is_taken_once(tmp_path, monkeypatch):
+    clip, images = load_clip("tiny"), noise()
+    monkeypatch.setattr(module, "PART", 4)
+    features = Features(tmp_path, [clip], images, 3, 0)
+    features.write(ONE, lambda f, y: {"p": f[:, 0].double()})
+    every = features.read("features")
+    monkeypatch.setattr(torch, "cat", None)  # the parts beside their copy: twice the memory
+    order = np.array([9, 1, 5, 1, 0])
+    assert torch.equal(features.read("features", order), every[order])
+    assert torch.equal(features.read("p", order), every[order, 0].double())
+    assert features.read("features", order[:0]).shape == (0, every.shape[1])
+
+
+def test_a_process_without_images_has_no_features():
+    clip = load_clip("tiny")
+    found = tower_features(clip, clip.model.visual, noise(), range(3, 3), 4, ONE.device, 0)
+    assert found.shape == (0, clip.config["embed_dim"]) and found.argmax(1).shape == (0,)

@@ -122,3 +122,9 @@ def test_moco_takes_networks_whose_last_layer_is_wider_than_their_features():
     small = pretraining.new_backbone("test_resnet.r160_in1k", 3, 0, "cpu")
     objective = pretraining.MoCo(small, contrast, 0, torch.device("cpu"), 4)
     assert objective.embed(objective.query, torch.zeros(3, 3, 32, 32)).shape == (3, 128)
+
+
+def test_a_process_without_images_has_no_logits():
+    net = pretraining.new_backbone("test_resnet.r160_in1k", 3, 0, "cpu")
+    none = pretraining.logits_of(net, Images([], [], ["a"], pixels=np.zeros((0, 8, 8, 3))), [], None, 4, "cpu", 0)
+    assert none.shape == (0, 3) and none.argmax(1).shape == (0,)

@@ -280,8 +280,8 @@ def test_filter_branches():
 def test_real_filter_drops_only_what_lies_nearer_to_another_class():
     real, y_real = torch.eye(3), torch.arange(3)
     f, y = torch.tensor([[1.0, 0.1, 0], [0.2, 1, 0], [0, 0, 1]]), torch.tensor([0, 0, 2])
-    for chunk in (1, 2, 99):
-        assert sr.real_filter(f, y, real, y_real, chunk).tolist() == [True, False, True]
+    for pairs in (1, 6, 99):
+        assert sr.real_filter(f, y, real, y_real, pairs).tolist() == [True, False, True]
 
 
 def test_schedule_begins_at_the_base_rate_and_never_reaches_zero():
@@ -1303,3 +1303,46 @@ def test_own_sentences_are_taken_as_they_are_and_kept(launch, tmp_path):
     mine.write_text(json.dumps(said | {"zero": ["a round zero"]}))
     done = launch("synthetic_recognition.py", *flags, tmp_path / "a", "--sentence-model", mine, check=False)
     assert done.returncode == 2 and "what --sentence-model names" in done.stderr and mine.exists()
+
+
+def test_a_row_whose_filter_left_nothing_is_named(tmp_path):
+    """--filter-keep 0 may keep nothing; a row of the table then has nothing to be trained on."""
+    clips, images = [sr.load_clip("tiny")] * 2, Pixels(4, 3, 4)
+    images.keys = list("abcd")
+    (tmp_path / "keep.json").write_text('{"keep": {"le": []}}')
+    save_tensors(tmp_path / "features" / "head.safetensors", {"weight": torch.zeros(3, 96)})
+    run = SimpleNamespace(path=lambda *parts: tmp_path.joinpath(*parts))
+    sr.Features(tmp_path / "features" / "test", clips, images, 4, 0).write(ONE)
+    data = sr.HeadData(sr.Args(**sr.PRESETS["digits"]), run, ONE.device, clips, ["a", "b", "c"], None, {}, images)
+    with pytest.raises(UserError, match="row le.cf-sce: no image passed its filter"):
+        data.synthetic("le+cf-sce", 0)
+
+
+def test_resolutions_that_a_generator_cannot_draw(tmp_path):
+    tiny, two = {"--sd-model": str(models.TINY_WEIGHTS / "sd")}, {}
+    assert painters.drawn_size("tiny", tiny, 32) == (32, "") and painters.drawn_size("x", {}, 33) == (33, "")
+    with pytest.raises(UserError, match="^--gen-resolution 33: .* a multiple of "):
+        painters.drawn_size("tiny", tiny, 33)
+    torch.manual_seed(0)
+    tiny_if(tmp_path / "one")
+    tiny_if_2(tmp_path / "two")
+    one, two = ({"--sd-model": str(tmp_path / "one")} | more for more in ({}, {"--upsampler": str(tmp_path / "two")}))
+    for found, side in ((one, 16), (two, 32)):
+        painter = painter_of(**{flag[2:].replace("-", "_"): where for flag, where in found.items()}, gen_micro_batch=1)
+        assert painter.paint(["a cat"], [0], kept(painter)[:1])[0].shape == (3, side, side)
+        size, note = painters.drawn_size("x", found, 512)
+        assert size == side and f"draws {side} pixels" in note and painters.drawn_size("x", found, side) == (side, "")
+
+
+def test_the_plan_counts_weights_from_real_images_and_the_filter_by_them():
+    flags = {**sr.PRESETS["digits-pretrain"], "clf_seeds": 2}
+    of = lambda **more: sr.plan(sr.Args(**{**flags, **more}))[0]  # noqa: E731
+    here, elsewhere = of(), of(real_weights="imagenet")
+    (work,) = [w for w in here if w.what not in {w.what for w in elsewhere}]
+    assert work.passes == 2 * 30 * (1_000 - 8 * 10) and work.jobs == 2 and len(here) == len(elsewhere) + 1
+    assert work.tflop / work.passes == pytest.approx(next(w.tflop / w.passes for w in here if "synthetic" in w.what))
+    assert len(of(ladder=("scratch", "synthetic"))) == len(of(ladder=("scratch", "synthetic"), real_weights="imagenet"))
+    few = {**sr.PRESETS["digits-few-shot"], "shot_counts": (16,)}
+    heads = lambda *rows: next(w for w in sr.plan(sr.Args(**{**few, "ladder": rows}))[0] if w.stage == "train")  # noqa: E731
+    # 40 images of a class stay, and are compared with 16 real ones each of ten classes
+    assert heads("rf").gpu - heads("basic").gpu == 4 * 1024 * 400 + 10 * 400 * 160

@@ -25,10 +25,11 @@ FOLDERS = {
 
 def plan(
     args: Any, lines: Sequence[tuple[Any, str, int]], sets: dict[str, int], rg_steps: Callable, run_indices: Callable,
-    templates: Sequence[str], names: int | None = None,
+    templates: Sequence[str], names: int | None = None, pairs: int = 0,
 ) -> tuple[list[Work], list[str]]:  # fmt: skip
     """-> the work of the planned stages, what must be there. lines: (Line, row, shots or images) to train; sets: images
-    of each class; names: how many are drawn, None: the data set's; the rest is the script's."""
+    of each class; names: how many are drawn, None: the data set's; pairs: of images that are
+    compared at once for Real Filtering; the rest is the script's."""
     there = args.dataset != "folder" or Path(args.data_dir or "", "test").is_dir()
     known = None if there else FOLDERS.get(args.preset)
     classes, n_train, _, n_test = known or sizes(args.dataset, args.data_dir)
@@ -63,6 +64,8 @@ def plan(
         most = classes * max((*sets.values(), args.rg_images * (args.setting == "few-shot")))
         tflop = jobs * args.head_epochs * 6 * width * classes * (max(kept.values(), default=most) + n_test / 3) / 1e12
         held = 4 * width * (most + n_test + real)
+        if any(row == "rf" for _, row, _ in lines):  # normalised features, similarities and what masks them
+            held += 4 * width * kept["le"] + 10 * min(pairs, kept["le"] * real)
         seen = jobs * args.head_epochs * (most + n_test)
         if args.tune_share or not args.freeze_bn:  # the tower in every step, on pixels
             works.append(clip.work(
@@ -111,6 +114,14 @@ def backbones(
                 jobs=len(drawn) * args.clf_seeds, units=math.ceil(args.pre_batch / micro), flag="--pre-micro-batch",
             ))  # fmt: skip
         real = min(n_train, args.transfer_images * classes or n_train)
+        if args.real_weights == "train" and any(line.init for line, *_ in lines):  # of what the transfer leaves over
+            seen, what = args.clf_seeds * args.pre_epochs * (n_train - real), f"{n_train - real:,} real images"
+            works.append(Classifier(args.backbone, args.precision, classes, args.pre_size).work(
+                "train", f"{what}, {args.clf_seeds} x {args.pre_epochs} epochs", micro, trained=seen,
+                scored=seen if moco else 0, loads=seen // (3 if deit else 1), load_size=args.pre_size,
+                augment=AUGMENT.get(args.recipe, 1.5e-4), jobs=args.clf_seeds,
+                units=math.ceil(args.pre_batch / micro), flag="--pre-micro-batch",
+            ))  # fmt: skip
         seen, jobs = len(lines) * args.clf_seeds * args.transfer_epochs * real, len(lines) * args.clf_seeds
         small = Classifier(args.backbone, args.precision, classes, args.pre_size)
         works.append(small.work(
