@@ -925,10 +925,7 @@ def train_head(args, run, team, clip, row, m, seed, data):
     course = Course(args, line.real, len(real[0]), len(syn[0]) or args.rg_images * data.n_classes, seed)
     # W [C, D] begins as W_0, b [C] as 0: before the first step this is CLIP's zero-shot classifier.
     W, b = data.W0.clone().requires_grad_(), torch.zeros(data.n_classes, device=team.device, requires_grad=True)
-    see, total = (
-        Cached(),
-        course.starts[-1],
-    )  # Cached: features as stage 4 left them; Tuned: from the pixels of a step
+    see, total = Cached(), course.starts[-1]  # Cached: features as stage 4 left them; Tuned: from the pixels of a step
     # EuroSAT. Table 3: the head alone 55.37, with 92 % of the tower 52.09. Table 6, 16 real images of each class:
     # BatchNorm frozen 85.63, by the statistics of the batch 75.31.
     if args.tune_share or not args.freeze_bn:  # the tower is a copy, so the teacher stays as it was

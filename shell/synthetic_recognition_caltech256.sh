@@ -7,5 +7,6 @@
 #         189 GPU-hours on 8 x h100 (23.6 h), 1,028,000 images, 168,000 PFLOP, 412 GB of images, 8.2 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   give --data-dir DIR with DIR/train/<class>/ and DIR/test/<class>/
+#         DIR/classes.json, {"folder": "human name", ...}, gives other class names than the folders
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 launch synthetic_recognition.py --preset caltech256 "$@"

@@ -115,12 +115,12 @@ def flags_of(hub, preset):
     return [word.replace("HUB", str(hub)) for word in (*SHORT, *of_setting, *place, *SETS[preset][2])]
 
 
-def rehearse(cwd, hub, preset, processes=1):
+def rehearse(cwd, hub, preset, *more, processes=1):
     """The launcher, and the images that it draws -> run folder"""
     fill, classes, _ = SETS[preset]
     fill(cwd / "data")
     (cwd / "names.txt").write_text("\n".join(NAMES))
-    flags = flags_of(hub, preset)
+    flags = [*flags_of(hub, preset), *more]
     fullsize.launch(cwd, hub, f"synthetic_recognition_{preset}", *flags, processes=processes)
     run, size = cwd / "run", 32 if preset in PRETRAIN else 128 if "128" in flags else 64
     first = "0.jpg" if preset in PRETRAIN else "0.png"
@@ -168,4 +168,5 @@ def test_launcher_at_full_size(hub, tmp_path, preset):
 
 @pytest.mark.slow
 def test_two_processes_at_full_size(hub, tmp_path):
-    rehearse(tmp_path, hub, "dtd-few-shot", processes=2)
+    """With workers that read the images of each, as the launchers have it"""
+    rehearse(tmp_path, hub, "dtd-few-shot", "--workers", "2", processes=2)
