@@ -194,6 +194,7 @@ from common.datasets import Numbers, in_order
 from common.diffusion import DECODED_PIXELS, autocast, encode_prompts, latent_shape, noise_schedule
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order, refuse, take_off
+from common.jobs import share_out
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop
@@ -1038,6 +1039,11 @@ def classifiers_to_train(args):
     return [(row, k, seed) for row, ks in copies.items() for k in ks for seed in seeds]
 
 
+def epoch_length(args, row, k):
+    """Times the real images that an epoch sees"""
+    return 1 if row == "real" else 1 + (k if k and not args.clf_equal_k else max(args.clf_copies))
+
+
 def copies_in(args, run, folder, real, k=None):
     """The first k copies of each real image (default: all), class by class."""
     counts = np.bincount(real.labels, minlength=len(real.class_names))  # [C]
@@ -1051,7 +1057,8 @@ def run_folder(run, row, k, seed):
 def train(args, run, dist, real, val, test, class_names, prompts, weights):
     """Each classifier is one process's work, for BatchNorm sees whole batches."""
     jobs = classifiers_to_train(args)
-    team, mine = distributed.deal(jobs, 1, 1, dist, "train", "")
+    lengths = [epoch_length(args, row, k) for row, k, _ in jobs]
+    mine = share_out(jobs, 1, 1, dist, "train", "", lengths=lengths)
 
     @lru_cache(1)  # the seeds of a row follow each other
     def copies(row, k):
@@ -1059,11 +1066,10 @@ def train(args, run, dist, real, val, test, class_names, prompts, weights):
 
     with run.timed("train", "--sgd-batch", trains=True):
         scored, originals = scored_splits(args, val, test), held(args, real, args.clf_resize)
-        for row, k, seed in mine:
+        for team, (row, k, seed) in mine:
             # A transformation of Table 1 belongs to the row that is named after it, or to all generated rows.
             extra = args.clf_transform if k else row if row in TRANSFORMS else "none"
-            most = k if k and not args.clf_equal_k else max(args.clf_copies)
-            length = len(real) * (1 if row == "real" else 1 + most)  # images of an epoch, repeated or not
+            length = len(real) * epoch_length(args, row, k)  # images of an epoch, repeated or not
             sources, folder = [originals, *([copies(row, k)] if k else [])], run_folder(run, row, k, seed)
             recipe = (args.classifier, weights, args.clf_epochs, args.sgd_lr)
             fit(args, run, team, Training(folder, *recipe, sources, length, seed, extra), scored, prompts)
@@ -1239,7 +1245,8 @@ LATER = {
 
 
 def plan(args):
-    return planned.plan(args, [row for row in GENERATED if row in args.rows], classifiers_to_train(args), start_index)
+    rows = [row for row in GENERATED if row in args.rows]
+    return planned.plan(args, rows, classifiers_to_train(args), start_index, epoch_length)
 
 
 def main(args):

@@ -204,6 +204,7 @@ from common.compiling import compiled
 from common.diffusion import autocast, unmixed
 from common.files import class_folders, load_tensors, loaded, read_json, save_tensors, write_json
 from common.inputs import check_grid, check_order, each_once, refuse
+from common.jobs import share_out
 from common.launch import UserError
 from common.loop import Loop
 from common.near_copies import near_copies
@@ -677,9 +678,9 @@ def gan_batches(args, images, labels, seed, steps):
 
 def train_gans(args, run, dist, data, classifier, inception):
     micro = args.gan_micro_batch or args.gan_batch
-    team, seeds = distributed.deal(args.gan_seeds, args.gan_batch, micro, dist, "gan", "--gan-micro-batch", least=2)
+    mine = share_out(args.gan_seeds, args.gan_batch, micro, dist, "gan", "--gan-micro-batch", least=2)
     with run.timed("gan", "--gan-batch", trains=True):
-        for seed in seeds:
+        for team, seed in mine:
             train_gan(args, run, team, data, classifier, seed, inception)
     run.done("gan", run.under("gan"), generators=len(args.gan_seeds))
 

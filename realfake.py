@@ -225,6 +225,7 @@ from common.diffusion import Adapter, autocast, decode, latent_shape, noise_sche
 from common.features import Features
 from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order, refuse
+from common.jobs import share_out
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop
@@ -531,9 +532,11 @@ def finetune(args, run, dist, pipe, real, names, sets):
     pipe.unet.add_adapter(diffusion.lora_config(args.sd_rank, UNET_TARGETS))
     # Sets may share an adapter; it is tuned as the first of them says.
     jobs = list({v.adapter: v for v in reversed(list(sets.values())) if v.adapter}.values())[::-1]
-    team, mine = distributed.deal(jobs, args.sd_batch, args.sd_micro_batch, dist, "finetune", "--sd-micro-batch")
+    lengths = [tuning_steps(args, len(v.rows))[0] for v in jobs]
+    sizes = args.sd_batch, args.sd_micro_batch
+    mine = share_out(jobs, *sizes, dist, "finetune", "--sd-micro-batch", lengths=lengths)
     with run.timed("finetune", "--sd-micro-batch", trains=True):
-        for v in mine:
+        for team, v in mine:
             tune_lora(args, run, team, pipe, v, real, names)
     distributed.barrier(dist)
     pipe.unload_lora_weights()
@@ -876,6 +879,11 @@ def training_rows(args):
     return rows | {name: (f"ablations/{name}", 1, False) for name in args.ablations}
 
 
+def epoch_length(args, versions, with_real):
+    """Times the real images that an epoch of a row sees"""
+    return 1 if args.net_equal_updates else versions + with_real
+
+
 def training_jobs(args):
     """(row, seed) of every network to train"""
     return [(row, args.seed + s) for row in training_rows(args) for s in range(args.clf_seeds)]
@@ -883,12 +891,12 @@ def training_jobs(args):
 
 def train(args, run, dist, real, sets):
     """A network for each row of the table and each seed."""
-    jobs = training_jobs(args)
-    sizes = args.net_batch, args.net_micro_batch
-    team, mine = distributed.deal(jobs, *sizes, dist, "train", "--net-micro-batch", least=2)
+    jobs, rows, sizes = training_jobs(args), training_rows(args), (args.net_batch, args.net_micro_batch)
+    lengths = [epoch_length(args, *rows[row][1:]) for row, _ in jobs]
+    mine = share_out(jobs, *sizes, dist, "train", "--net-micro-batch", least=2, lengths=lengths)
     with run.timed("train", "--net-micro-batch", trains=True):
-        for row, seed in mine:
-            folder, versions, with_real = training_rows(args)[row]
+        for team, (row, seed) in mine:
+            folder, versions, with_real = rows[row]
             sources = [real] * with_real
             sources += [generated_images(args, run, sets[folder], real, versions)] if folder else []
             place = run.path("classifier", "runs", f"{row}-seed{seed}")
@@ -1014,10 +1022,11 @@ def attack(args, run, dist, real, sets):
     n_classes, keep = len(real.class_names), torch.from_numpy(half_split(len(real), args.mia_models))
     kinds = ("synthetic", "real")  # what the networks are trained on
     jobs = [(kind, m) for kind in kinds for m in range(args.mia_models)]
+    lengths = [args.mia_versions if kind == "synthetic" else 1 for kind, _ in jobs]
     sizes = args.net_batch, args.net_micro_batch
-    team, mine = distributed.deal(jobs, *sizes, dist, "attack", "--net-micro-batch", least=2)
+    mine = share_out(jobs, *sizes, dist, "attack", "--net-micro-batch", least=2, lengths=lengths)
     with run.timed("attack", "--net-micro-batch", trains=True):
-        for kind, m in mine:
+        for team, (kind, m) in mine:
             v, folder = sets[f"shadows/{m}/images"], run.path("shadows", str(m), kind)
             members = real.subset(v.rows)
             sources = [generated_images(args, run, v, real, v.versions) if kind == "synthetic" else members]
@@ -1223,7 +1232,8 @@ LATER = {
 
 def plan(args):
     n = planned.images_of(args)
-    return planned.plan(args, n, generated_sets(args, n), training_rows(args), kept_steps, tuning_steps)
+    how = kept_steps, tuning_steps, epoch_length
+    return planned.plan(args, n, generated_sets(args, n), training_rows(args), *how)
 
 
 def main(args):

@@ -310,6 +310,7 @@ from common.distributed import seed_global, seed_of
 from common.features import Cached, Features, Tuned, tower_features
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, tensors_metadata, write_json
 from common.inputs import check_order, each_once, refuse
+from common.jobs import share_out
 from common.launch import UserError
 from common.loader import Loader
 from common.loop import Loop
@@ -858,14 +859,13 @@ def train_heads(args, run, dist, clips, names, shots, picks, test):
     """One job per row, shots and seed, dealt to the processes"""
     with run.timed("train"):
         jobs = planned_classifiers(args)
-        distributed.say_idle(dist, "train", len(jobs), 1, distributed.busier(len(jobs), 1, 1, dist.world, ""))
         data = HeadData(args, run, dist.device, clips, names, shots, picks, test)
         if dist.main and "zero-shot" in args.ladder:
             score = top1(head_logits(data.test, data.W0, 0.0), data.y_test)
             about = dict(row="zero-shot", n=0, seed=args.seed, test=score, images=0, updates=0)
             write_json(classifier_folder(run, "zero-shot", 0, args.seed) / "metrics.json", about)
-        for row, n, seed in distributed.my_items(jobs, dist):
-            train_head(args, run, dist.alone(), clips[0], row, n, seed, data)
+        for team, (row, n, seed) in share_out(jobs, 1, 1, dist, "train", ""):
+            train_head(args, run, team, clips[0], row, n, seed, data)
         distributed.barrier(dist)
         if dist.main:
             export_head(args, run, clips[0], names)
@@ -1101,7 +1101,8 @@ def train_backbones(args, run, dist, data, gen_names):
     with run.timed("train", "--pre-micro-batch", trains=True):
         for team, s in shared_out(args, dist, list(range(len(round0))), args.pre_batch):
             pretrain(args, run, team, round0[s], rest, len(names), args.seed + s)
-        for team, (row, n, seed) in shared_out(args, dist, [j for j in jobs if ROWS[j[0]].data], args.pre_batch):
+        from_data = [job for job in jobs if ROWS[job[0]].data]
+        for team, (row, n, seed) in shared_out(args, dist, from_data, args.pre_batch, [n for _, n, _ in from_data]):
             drawn, folder = generated_set(args, run, "le", gen_names, n), classifier_folder(run, row, n, seed)
             pretrain(args, run, team, folder, drawn, len(gen_names), seed, start_of(row, seed))
         for team, (row, n, seed) in shared_out(args, dist, jobs, args.transfer_batch):
@@ -1116,11 +1117,10 @@ def train_backbones(args, run, dist, data, gen_names):
     run.done("train", run.under("classifier"), classifiers=len(jobs))
 
 
-def shared_out(args, dist, jobs, batch):
+def shared_out(args, dist, jobs, batch, lengths=()):
     """(the processes that share a step, job) of this process, then a barrier"""
-    team, mine = distributed.deal(jobs, batch, args.pre_micro_batch, dist, "train", "--pre-micro-batch", least=2)
-    for job in mine:
-        yield team, job
+    sizes = batch, args.pre_micro_batch
+    yield from share_out(jobs, *sizes, dist, "train", "--pre-micro-batch", least=2, lengths=lengths)
     distributed.barrier(dist)
 
 

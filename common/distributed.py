@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -27,7 +27,8 @@ from common.meeting import PATIENCE, leave, meet, watch
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0  # progress without a terminal: one line per so many seconds
-_meeting = SimpleNamespace(store=None, bars=0)  # where the processes met; progress bars that they have filled together
+# Where the processes met; progress bars that they have filled together; size of teams -> the group of this process's.
+_meeting = SimpleNamespace(store=None, bars=0, teams={})
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Dist:
     local_rank: int
     world: int
     device: torch.device
+    group: Any = None  # torch's process group of a team; None: all processes
 
     @property
     def main(self) -> bool:
@@ -129,6 +131,18 @@ def cleanup(dist: Dist) -> None:
         barrier(dist)
         leave()
         td.destroy_process_group()
+        _meeting.teams.clear()
+
+
+def team_of(dist: Dist, size: int) -> Dist:
+    """This process among the `size` neighbours of its team; size divides the number of processes. All must call."""
+    if size == dist.world:
+        return dist
+    if size not in _meeting.teams:
+        first = range(0, dist.world, size)
+        groups = [td.new_group(list(range(rank, rank + size)), timeout=PATIENCE) for rank in first]
+        _meeting.teams[size] = groups[dist.rank // size]
+    return replace(dist, rank=dist.rank % size, world=size, group=_meeting.teams[size])
 
 
 # ---------------------------------------------------------------------------------------
@@ -138,7 +152,8 @@ def cleanup(dist: Dist) -> None:
 def barrier(dist: Dist) -> None:
     """Wait until every process is here, however long that takes."""
     if dist.world > 1:
-        work, pause = td.all_reduce(torch.zeros(1), async_op=True), 1e-5  # on CPU, so gloo's: the GPU works on
+        here = torch.zeros(1)  # on CPU, so gloo's: the GPU works on
+        work, pause = td.all_reduce(here, group=dist.group, async_op=True), 1e-5
         while not work.is_completed():  # in Python, so that signals are obeyed
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
@@ -151,7 +166,7 @@ def broadcast_object(obj: T, dist: Dist) -> T:
         return obj
     barrier(dist)  # a broadcast alone would let rank 0 go on before the others have come
     box = [obj]
-    td.broadcast_object_list(box, src=0)
+    td.broadcast_object_list(box, group=dist.group, group_src=0)
     return box[0]
 
 
@@ -177,7 +192,7 @@ def all_gather_object(obj: T, dist: Dist) -> list[T]:
         return [obj]
     barrier(dist)
     boxes: list[Any] = [None] * dist.world
-    td.all_gather_object(boxes, obj)
+    td.all_gather_object(boxes, obj, group=dist.group)
     return boxes
 
 
@@ -196,7 +211,7 @@ def gather_known_rows(tensor: torch.Tensor, counts: list[int], dist: Dist) -> to
     padded[: len(tensor)] = tensor.detach()
     raw = padded.flatten().view(torch.uint8)  # as bytes: any dtype travels unchanged
     everyone = raw.new_empty(dist.world * raw.numel())
-    td.all_gather_into_tensor(everyone, raw)
+    td.all_gather_into_tensor(everyone, raw, group=dist.group)
     parts = everyone.view(tensor.dtype).view(dist.world, *padded.shape)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
@@ -216,47 +231,15 @@ def my_items(items: Sequence[T], dist: Dist) -> Sequence[T]:
     return items[dist.rank :: dist.world]
 
 
-def shared(jobs: int, units: int, world: int) -> bool:
-    """Do the processes share every step (True), or does each take other jobs? Whichever is sooner done."""
-    return units > 1 and jobs * math.ceil(units / world) <= units * math.ceil(jobs / world)
-
-
 def deal(
     jobs: Sequence[T], batch: int, micro: int, dist: Dist, stage: str, flag: str, least: int = 1
 ) -> tuple[Dist, Sequence[T]]:
-    """How jobs (adapters, classifiers) meet processes -> (the processes that share a step, the jobs of this process).
-
-    A step has a batch of items in micro-batches of `micro`, the value of `flag`. Either all processes share each step
-    of each job, or each takes jobs[rank::world] by itself. Results do not depend on it. When processes stand idle, it
-    says so, and what would use them. least: the smallest micro-batch that can be trained, 2 with BatchNorm.
-    """
-    units = math.ceil(batch / micro)
-    if jobs:
-        say_idle(dist, stage, len(jobs), units, busier(len(jobs), batch, micro, dist.world, flag, least))
-    if dist.world == 1 or shared(len(jobs), units, dist.world):
+    """Jobs that are all shared by all processes, or dealt out one by one, whichever is sooner done; the simple form of
+    `common.jobs.share_out` -> (the processes that share a step, the jobs of this process)."""
+    units, n = math.ceil(batch / micro), len(jobs)
+    if dist.world == 1 or units > 1 and n * math.ceil(units / dist.world) <= units * math.ceil(n / dist.world):
         return dist, jobs
     return dist.alone(), my_items(jobs, dist)
-
-
-def idle(jobs: int, units: int, world: int) -> int:
-    """Processes without work under `deal`. Units come in equal blocks: 9 of them keep 5 of 8 processes busy."""
-    if shared(jobs, units, world):
-        return world - math.ceil(units / math.ceil(units / world))
-    return max(0, world - jobs)
-
-
-def busier(jobs: int, batch: int, micro: int, world: int, flag: str, least: int = 1) -> str:
-    """What would leave no process idle: a divisor of the micro-batch, so that it fits as well, else fewer processes."""
-    parts = [m for m in range(micro - 1, least - 1, -1) if micro % m == 0]
-    fits = [m for m in parts if not idle(jobs, math.ceil(batch / m), world)]
-    fewer = next(n for n in range(world, 0, -1) if not idle(jobs, math.ceil(batch / micro), n))
-    return f"{flag} {fits[0]} would use them all" if fits else f"{fewer} processes would all have work"
-
-
-def say_idle(dist: Dist, stage: str, jobs: int, units: int, advice: str) -> None:
-    """Tell at the start of a stage how many processes stand idle. advice: what would leave none."""
-    if waiting := idle(jobs, units, dist.world):
-        say(dist, f"note: {stage}: {waiting} of {dist.world} processes have no work; {advice}")
 
 
 # ---------------------------------------------------------------------------------------

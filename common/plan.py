@@ -5,7 +5,6 @@ and as the last line the summary that the launchers quote. Nothing here is measu
 counted, hours follow from them by an assumed share of the accelerator's peak, memory is estimated.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from typing import Any
 from common import costs, datasets
 from common.costs import FORWARD, FROZEN, TRAINED, Cost
 from common.diffusion import DECODED_PIXELS
-from common.distributed import idle, shared
 from common.images import IMAGE_SUFFIXES
+from common.jobs import IDLE, busy
 from common.launch import UserError
 from common.report import print_table
 
@@ -52,17 +51,16 @@ class Work:
     ram: float = 0  # bytes of a process, without the libraries
     gpu: float = 0
     precision: str = "bf16"  # or fp32; tf32: float32 in convolutions, where that is what torch computes in
-    jobs: int = 1  # pieces that a process can do by itself, ...
-    units: int = 1  # ... or micro-batches of a step, shared by all processes: common.distributed.deal
+    jobs: int | Sequence[float] = 1  # pieces that a process can do by itself, or the length of each, ...
+    units: int = 1  # ... of so many micro-batches in a step, which several can share: common.jobs
     flag: str = ""  # a smaller value of it uses more processes and less memory
 
     def seconds(self, args: Any, world: int) -> tuple[float, float]:
         """Of the accelerators, and of the loader's workers beside them, until the last process is done."""
         peak, _, share = ACCELERATORS[args.plan]
-        pieces = self.units if shared(self.jobs, self.units, world) else self.jobs
-        busy, rate = pieces / math.ceil(pieces / world), share * peak[self.precision]
+        at_work, rate = world * busy(self.jobs, self.units, world), share * peak[self.precision]  # processes, mean
         loading = self.loads * load_seconds(self.load_format, self.load_size, self.augment) / max(1, args.workers)
-        return self.tflop / rate / busy, loading / busy
+        return self.tflop / rate / at_work, loading / at_work
 
 
 def load_seconds(format: str, size: int, augment: float = 1.7e-3) -> float:
@@ -236,17 +234,18 @@ def print_plan(works: Sequence[Work], needs: Sequence[str], args: Any, world: in
         return
     world = world or processes(args)
     peak, memory, share = ACCELERATORS[args.plan]
-    rows, notes = [], []
-    for w in works:
-        chip, load = (s / 3600 for s in w.seconds(args, world))
+    rows, notes, seconds = [], [], [w.seconds(args, world) for w in works]
+    for w, each in zip(works, seconds, strict=True):
+        chip, load = (s / 3600 for s in each)
         ram = PROCESS_RAM + w.ram + WORKER_RAM * args.workers * (w.loads > 0)
         small = (w.disk / 1e9, (w.gpu + PROCESS_GPU) / 1e9, ram / 1e9, max(chip, load))
         counted = (f"{x:,.0f}" for x in (w.images, w.passes, w.tflop))
         rows.append([w.stage, w.what, *counted, *map(_short, small), "loading" if load > chip else ""])
         fewer = f"a smaller {w.flag} would" if w.flag else ""
-        if waiting := idle(w.jobs, w.units, world):
+        long = max(each) > sum(map(max, seconds)) / 100
+        if (at_work := busy(w.jobs, w.units, world)) < 1 - IDLE and long:
             use = f"; {fewer} use them all" if fewer else ""
-            notes.append(f"note: {w.stage}: {waiting} of {world} processes have no work{use}")
+            notes.append(f"note: {w.stage}: {world} processes have work for {at_work:.0%} of the time{use}")
         if w.gpu + PROCESS_GPU > memory:
             use = f"; {fewer} need less" if fewer else ""
             notes.append(f"note: {w.stage} needs more than the {memory / 1e9:.0f} GB of {args.plan}{use}")

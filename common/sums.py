@@ -114,12 +114,12 @@ def finish(adder: Adder, n_units: int, dist: Dist, like: list) -> list[torch.Ten
         send = flat.view(-1, dist.world, part).transpose(0, 1).reshape(-1).view(torch.uint8)
         counts = [len(b) * part * dtype.itemsize for b in branches]
         arrived = send.new_empty(sum(counts))
-        td.all_to_all_single(arrived, send, counts, [counts[dist.rank]] * dist.world)
+        td.all_to_all_single(arrived, send, counts, [counts[dist.rank]] * dist.world, group=dist.group)
         rows = arrived.view(dtype).view(-1, part)
         parts = {b: [row] for b, row in zip(itertools.chain(*branches), rows, strict=True)}
         (total,) = _tree(parts, tree, n_units)
         everyone = send.new_empty(dist.world * part * dtype.itemsize)
-        td.all_gather_into_tensor(everyone, total.contiguous().view(torch.uint8))
+        td.all_gather_into_tensor(everyone, total.contiguous().view(torch.uint8), group=dist.group)
         traffic["bytes"] += (send.nbytes + everyone.nbytes) * (dist.world - 1) // dist.world  # one's own part stays
         for i, tensor in zip(members, views(everyone.view(dtype)), strict=True):
             totals[i] = tensor

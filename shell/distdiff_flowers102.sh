@@ -3,7 +3,7 @@
 #
 # Expect: no figure in the paper; not run by us
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         2.2 GPU-hours on 8 x h100 (0.27 h, loading 0.16 h), 15,300 images, 990 PFLOP, 1.5 GB of images, 41 GB per GPU
+#         2.4 GPU-hours on 8 x h100 (0.3 h, loading 0.19 h), 15,300 images, 990 PFLOP, 1.5 GB of images, 41 GB per GPU
 # Data:   downloaded to data/
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 launch distdiff.py --preset flowers102 "$@"

@@ -3,7 +3,7 @@
 #
 # Expect: top-1 real 99.4, SD 98.5, DistDiff 99.3 (the paper's, learning rate not published; not run by us)
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured; the paper, DistDiff alone: 173 hours of one RTX 3090):
-#         16.6 GPU-hours on 8 x h100 (2.1 h, loading 1.1 h), 142,035 images, 9,020 PFLOP, 14.2 GB of images, 41 GB per GPU
+#         18 GPU-hours on 8 x h100 (2.3 h, loading 1.2 h), 142,035 images, 9,020 PFLOP, 14.2 GB of images, 41 GB per GPU
 # Data:   downloaded to data/
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 launch distdiff.py --preset imagenette "$@"

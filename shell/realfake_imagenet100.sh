@@ -3,7 +3,7 @@
 #
 # Expect: the paper's figure could not be read; not run by us
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         96.6 GPU-hours on 8 x h100 (12.1 h, loading 10.9 h), 127,000 images, 16,100 PFLOP, 6.7 GB of images, 11.9 GB per GPU
+#         58.6 GPU-hours on 8 x h100 (7.3 h, loading 6.1 h), 127,000 images, 16,100 PFLOP, 6.7 GB of images, 11.9 GB per GPU
 # Data:   data/ with ImageNet's train/<wnid> and val/<wnid>
 # Faster: --sd-batch 64 --sd-lr 2.8e-4 tunes in an eighth of the steps; the released recipe is 8 at 1e-4
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -3,7 +3,7 @@
 #
 # Expect: the paper's figure could not be read; not run by us
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         13.4 GPU-hours on 8 x h100 (1.7 h, loading 1.1 h), 12,894 images, 4,780 PFLOP, 0.68 GB of images, 11.9 GB per GPU
+#         9.5 GPU-hours on 8 x h100 (1.2 h, loading 0.62 h), 12,894 images, 4,780 PFLOP, 0.68 GB of images, 11.9 GB per GPU
 # Data:   data/ with ImageNet's train/<wnid> and val/<wnid>; fast.ai's download has another split, not comparable
 # Faster: --sd-batch 64 --sd-lr 2.8e-4 tunes in an eighth of the steps; the released recipe is 8 at 1e-4
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -4,7 +4,7 @@
 #
 # Expect: no figure; the paper judges these networks by detection (Tables 10 and 11), which is out of scope here
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         1,550 GPU-hours on 8 x h100 (193 h, loading 138 h), 2,395,200 images, 536,000 PFLOP, 31.4 GB of images, 8.2 GB per GPU
+#         1,540 GPU-hours on 8 x h100 (193 h, loading 138 h), 2,395,200 images, 536,000 PFLOP, 31.4 GB of images, 8.2 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   CIFAR-100 is downloaded to data/
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

@@ -36,8 +36,9 @@ def drawing(args: Any, sd: Generator, name: str, some: Sequence[Any], kept_steps
 
 
 def plan(
-    args: Any, n: int, sets: dict[str, Any], rows: dict[str, tuple], kept_steps: Callable, tuning_steps: Callable
-) -> tuple[list[Work], list[str]]:
+    args: Any, n: int, sets: dict[str, Any], rows: dict[str, tuple], kept_steps: Callable, tuning_steps: Callable,
+    epoch_length: Callable,
+) -> tuple[list[Work], list[str]]:  # fmt: skip
     """-> the work of the planned stages, what must be there. n: real images; sets, rows: of the script."""
     classes, _, _, n_test = sizes(args.dataset, args.data_dir)
     sd, works = Generator(args.sd_model, args.gen_resolution, args.precision), []
@@ -54,11 +55,12 @@ def plan(
         works.append(clip.work("embed", "CLIP", 64, scored=n, loads=n, jobs=math.ceil(n / 256)))
     if "finetune" in args.stages:
         adapters = {v.adapter: len(v.rows) for v in reversed(list(sets.values())) if v.adapter}
-        seen = sum(tuning_steps(args, m)[0] * args.sd_batch for m in adapters.values())
+        steps = [tuning_steps(args, m)[0] for m in adapters.values()]
+        seen = sum(steps) * args.sd_batch
         units = args.sd_batch // args.sd_micro_batch
         work = sd.work(
             "finetune", f"{len(adapters)} x LoRA", args.dm_batch, encoded=seen, tuned=seen, loads=seen,
-            load_size=sd.size, jobs=len(adapters), units=units, flag="--sd-micro-batch", text_tuned=False,
+            load_size=sd.size, jobs=steps, units=units, flag="--sd-micro-batch", text_tuned=False,
         )  # fmt: skip
         works.append(work)
     if "generate" in args.stages:
@@ -70,18 +72,21 @@ def plan(
     more = dict(batch=args.net_micro_batch, load_size=stored, flag="--net-micro-batch", units=units)
     more["load_format"] = args.gen_format
     if "train" in args.stages:
-        for row, (_, versions, real) in rows.items():
-            seen = args.clf_seeds * args.net_epochs * (n if args.net_equal_updates else n * (versions + real))
+        lengths = {row: epoch_length(args, *of[1:]) for row, of in rows.items()}
+        each = [length for length in lengths.values() for _ in range(args.clf_seeds)]
+        for row, length in lengths.items():
+            seen = args.clf_seeds * args.net_epochs * n * length
             work = net.work(
                 "train", f"{row}, {args.clf_seeds} x {args.net_epochs} epochs", trained=seen, loads=seen,
-                jobs=len(rows) * args.clf_seeds, **more,
+                jobs=each, **more,
             )  # fmt: skip
             works.append(work)
     if "attack" in args.stages and args.mia_models:
         seen = args.mia_models * args.net_epochs * (n // 2) * (1 + args.mia_versions)
         scored = 2 * args.mia_models * n
-        jobs = 2 * args.mia_models
-        works.append(net.work("attack", f"{jobs} networks", trained=seen, scored=scored, loads=seen, jobs=jobs, **more))
+        jobs = [args.mia_versions] * args.mia_models + [1] * args.mia_models
+        what = f"{len(jobs)} networks"
+        works.append(net.work("attack", what, trained=seen, scored=scored, loads=seen, jobs=jobs, **more))
     if "evaluate" in args.stages:
         jobs = len(rows) * args.clf_seeds
         more |= dict(units=1, flag="")

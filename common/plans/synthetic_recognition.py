@@ -105,13 +105,14 @@ def backbones(
     drawn = [(row, n) for line, row, n in lines if line.data]
     net = Classifier(args.backbone, args.precision, names, args.pre_size)
     if "train" in args.stages:
+        jobs = [n for _, n in drawn for _ in range(args.clf_seeds)]
         for row, n in drawn:
             seen = args.clf_seeds * args.pre_epochs * n * names
             what = f"{row}, {n * names:,} images, {args.clf_seeds} x {args.pre_epochs} epochs"
             works.append(net.work(
                 "train", what, micro, trained=seen, scored=seen if moco else 0, loads=seen // (3 if deit else 1),
-                load_size=stored, load_format=args.gen_format, augment=AUGMENT.get(args.recipe, 1.5e-4),
-                jobs=len(drawn) * args.clf_seeds, units=math.ceil(args.pre_batch / micro), flag="--pre-micro-batch",
+                load_size=stored, load_format=args.gen_format, augment=AUGMENT.get(args.recipe, 1.5e-4), jobs=jobs,
+                units=math.ceil(args.pre_batch / micro), flag="--pre-micro-batch",
             ))  # fmt: skip
         real = min(n_train, args.transfer_images * classes or n_train)
         if args.real_weights == "train" and any(line.init for line, *_ in lines):  # of what the transfer leaves over

@@ -4,6 +4,20 @@ CHOSEN = "test_the_epoch_is_chosen_on_validation_and_the_saved_weights_are_its"
 CHOSEN_OR_LAST = "test_the_epoch_is_chosen_on_validation_images_else_the_last"
 
 FAULTS = {
+    "common/jobs.py": [
+        Fault(
+            "all teams do the jobs of the first",
+            "jobs[j]) for j in deal.together[dist.rank // deal.size]]",
+            "jobs[j]) for j in deal.together[0]]",
+            "tests/test_common_jobs.py::test_a_process_gets_its_jobs_with_its_team",
+        ),
+        Fault(
+            "a job costs a team what it costs a process",
+            "[n * math.ceil(units / size) for n in lengths]",
+            "[n * units for n in lengths]",
+            "tests/test_common_jobs.py::test_every_job_is_done_once_and_as_busy_as_is_told",
+        ),
+    ],
     "common/datasets.py": [
         Fault(
             "classes in the reverse order",
