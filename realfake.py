@@ -221,10 +221,10 @@ from common import run as runs
 from common.clip import encode_images, load_clip, zero_shot_weights
 from common.compiling import compiled
 from common.datasets import Numbers, in_order
-from common.diffusion import Adapter, autocast, decode, latent_shape, noise_schedule, token_ids
+from common.diffusion import Adapter, autocast, decode, latent_shape, noise_schedule, sent, token_ids
 from common.features import Features
 from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order, refuse
+from common.inputs import check_network, check_order, refuse
 from common.jobs import share_out
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
@@ -326,11 +326,11 @@ def generated_images(args, run, v, real, versions):
 # Reads the real images, writes captions.json and embeddings.safetensors (in parts/ while they grow).
 
 
-def caption(args, run, dist, real):
-    """{image: caption}: read from a file, or written by the image-to-text model."""
+def caption(args, run, dist, real, ready=None):
+    """{image: caption}: those of a file, which ready() returns on rank 0, or written by the image-to-text model."""
     with run.timed("caption"):
-        if args.captions_file:
-            written = captions.read_captions(args.captions_file, real)
+        if ready:
+            written = ready() if dist.main else []
         else:
             model = models.resolve(args.captioner, "captioner")
             written = captions.write_captions(run.path("parts"), model, real, dist, args.precision, args.workers)
@@ -371,10 +371,12 @@ def sampling_prompt(class_name, caption):
     return f"photo of {class_name}, {caption}, best quality" if caption else f"{class_name}, photo, best quality"
 
 
-def class_means(features, labels, n_classes):
-    """Mean embedding of each class, no normalisation. [N, D], [N] -> [C, D]; NaN for a class without an image"""
-    total = torch.zeros(n_classes, features.shape[1]).index_add_(0, labels, features.float())  # [C, D], sums
-    return total / torch.bincount(labels, minlength=n_classes)[:, None]
+def class_means(features, labels, n_classes, rows=None):
+    """Mean embedding of each class over these rows (all), no normalisation. [N, D], [N] -> [C, D]; NaN for no image"""
+    rows, total = range(len(labels)) if rows is None else rows, torch.zeros(n_classes, features.shape[1])
+    for part in chunks(rows, 4096):  # in slices: a float32 copy of ImageNet's embeddings takes 4 GB
+        total.index_add_(0, labels[part], features[part].float())
+    return total / torch.bincount(labels[rows], minlength=n_classes)[:, None]
 
 
 def released_mixture(features):
@@ -394,7 +396,7 @@ class VisualTokens:
         self.features, self.labels, self.rows, self.mode = features, torch.as_tensor(labels), list(rows), mode
         self.place = {row: n for n, row in enumerate(self.rows)}  # of each image in its set
         if mode == "class_mean":
-            self.means = class_means(features[self.rows], self.labels[self.rows], n_classes)
+            self.means = class_means(features, self.labels, n_classes, self.rows)
 
     def __getitem__(self, rows):
         """rows: B of the set -> [B, D]"""
@@ -431,10 +433,6 @@ class Condition:
         self.tokens = None
         if v.token != "none":
             features = load_tensors(run.path("embeddings.safetensors"))["embeddings"]
-            width = pipe.text_encoder.config.hidden_size
-            if features.shape[1] != width:
-                what = f"--token-clip {args.token_clip}: its embedding has {features.shape[1]} numbers"
-                raise UserError(f"{what}, the generator's text states have {width}; choose a CLIP of that width")
             # The released code mixes the tokens when it samples, not when it tunes.
             mode = "image" if v.token == "released" and make is training_prompt else v.token
             self.tokens = VisualTokens(features, real.labels, v.rows, mode, len(names))
@@ -444,8 +442,10 @@ class Condition:
         """Text states of these images with their tokens, filled up to b rows: [b, 77, W]"""
         rows = rows + rows[-1:] * (b - len(rows))
         ids = token_ids(self.pipe, [self.texts[i] for i in rows])  # [b, 77]
-        h = self.pipe.text_encoder(ids.to(self.pipe.text_encoder.device))[0]  # [b, 77, W]; frozen
-        return with_token(h, None if self.tokens is None else self.tokens[rows])
+        g = ids if self.tokens is None else self.tokens[rows]
+        ids, g = sent(self.pipe.text_encoder.device, ids, g)
+        h = self.pipe.text_encoder(ids)[0]  # [b, 77, W]; frozen
+        return with_token(h, None if self.tokens is None else g)
 
 
 def padded(tensors, b):
@@ -582,8 +582,6 @@ def tune_lora(args, run, team, pipe, v, real, names):
     if file.exists():
         return
     total, per_epoch = tuning_steps(args, len(v.rows))  # steps
-    if not per_epoch:
-        raise UserError(f"--sd-batch {args.sd_batch}: {v.adapter} has only {len(v.rows)} images; choose it smaller")
     layers = diffusion.lora_parameters([pipe.unet])  # 797,184 numbers at rank 4
     diffusion.reset_lora(layers, args.sd_rank, args.seed, "lora")  # A ~ N(0, 1/r^2), B = 0: the stock generator
     params = [p for _, p in layers]
@@ -601,17 +599,18 @@ def tune_lora(args, run, team, pipe, v, real, names):
     stream = pictures(part for step in loop.steps for part in loop.mine(batches.pictures(step)))
     for step in loop:
         batch, _, t, xi, eps = batches.draw(step)
+        t, abar_of, xi, eps = sent(team.device, t, abar[t], xi, eps)
         # The gradient of L at the prediction of image i is 2 / (4 h w) (w_i r_i / B + lambda w_i sum_j w_j r_j): of
         # the other images it needs only their sum. So first the forward passes, and that sum over all processes ...
         own = {}  # micro-batch -> its residuals, with their graph, and its weights
         for u in loop.units(len(batch)):
-            noise, target, abar_t, t_u = (x.to(team.device) for x in (xi[u], eps[u], abar[t[u]], t[u]))
+            noise, target, abar_t = xi[u], eps[u], abar_of[u]
             with autocast(args.precision, team.device):
                 with torch.no_grad():
                     posterior = pipe.vae.encode(to_unit(next(stream))).latent_dist
                     z0 = pipe.vae.config.scaling_factor * (posterior.mean + posterior.std * noise).float()
                 h = condition.states(batch[u], len(batch[u]))
-                prediction = pipe.unet(add_noise(z0, target, abar_t), t_u, h).sample  # [b, 4, h, w]
+                prediction = pipe.unet(add_noise(z0, target, abar_t), t[u], h).sample  # [b, 4, h, w]
             w = snr_weight(snr_of(abar_t), args.dm_gamma) if args.dm_gamma else torch.ones_like(abar_t)
             own[loop.unit] = prediction.float() - target, w
             group = u.start // args.dm_batch  # the matching batch that this micro-batch is part of
@@ -947,14 +946,16 @@ def trained_net(args, folder, n_classes, device):
 
 
 @torch.no_grad()
-def logits_of(args, net, data, device):
-    """Logits [N, C] float32 of images under the evaluation transform"""
+def logits_of(args, net, data, device, of=lambda z, labels: z):
+    """Of images under the evaluation transform: logits [N, C] float32, or what `of` makes of those of a batch, [b, C],
+    and its labels, [b]: of a million images nobody can hold the logits of every network."""
     pictures = Loader(data, transforms(args, training=False), device, args.workers)
-    with autocast(args.precision, device):
-        return torch.cat([
-            net(normalised(x, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last)).float().cpu()
-            for x in pictures(chunks(range(len(data)), args.net_micro_batch))
-        ])  # fmt: skip
+    batches, labels, kept = chunks(range(len(data)), args.net_micro_batch), torch.as_tensor(data.labels), []
+    for rows, x in zip(batches, pictures(batches), strict=True):
+        with autocast(args.precision, device):
+            z = net(normalised(x, IMAGENET_MEAN, IMAGENET_STD).contiguous(memory_format=torch.channels_last))
+        kept.append(of(z.float().cpu(), labels[rows]))
+    return torch.cat(kept)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1035,7 +1036,7 @@ def attack(args, run, dist, real, sets):
         scores = {}
         for kind, m in distributed.my_items(jobs, dist):
             net = trained_net(args, run.path("shadows", str(m), kind), n_classes, dist.device)
-            scores[kind, m] = membership_logit(logits_of(args, net, real, dist.device), torch.tensor(real.labels))
+            scores[kind, m] = logits_of(args, net, real, dist.device, membership_logit)  # [N]
         scores = {k: v for part in distributed.all_gather_object(scores, dist) for k, v in part.items()}
         if dist.main:
             # [M, N]: phi of each real image under each shadow network
@@ -1080,9 +1081,12 @@ def evaluate(args, run, dist, data, real, sets):
         jobs, mine = training_jobs(args), {}
         for row, seed in distributed.my_items(jobs, dist):
             net = trained_net(args, run.path("classifier", "runs", f"{row}-seed{seed}"), n, dist.device)
-            logits = {name: logits_of(args, net, data, dist.device) for name, (data, _) in scored.items()}
-            top1 = {name: restricted_top1(logits[name], data.labels, k) for name, (data, k) in scored.items()}
-            mine[row, seed] = (top1, logits["test"].argmax(1))
+            top1 = {}
+            for name, (shown, known) in scored.items():
+                logits = logits_of(args, net, shown, dist.device)
+                top1[name] = restricted_top1(logits, shown.labels, known)
+                if name == "test":
+                    mine[row, seed] = top1, logits.argmax(1)
         found = {k: v for part in distributed.all_gather_object(mine, dist) for k, v in part.items()}
         clip_top1 = zero_shot_top1(args, test, dist)
         drawn = {"images": generated_images(args, run, sets["images"], real, args.gen_versions)}
@@ -1219,6 +1223,23 @@ def needs_captions(sets):
     return any(v.caption for v in sets.values())
 
 
+def check_sets(args, found, real, sets):
+    """What would end a stage after hours: too few images for a step, a network or a CLIP of another size."""
+    few = min(sets.values(), key=lambda v: len(v.rows))  # a shadow's, where there are some
+    what = f"{few.folder.removesuffix('/images')} has {len(few.rows)} of the {len(real)} real images"
+    tunes, trains = args.lora and "finetune" in args.stages, {"train", "attack", "evaluate"} & set(args.stages)
+    refuse(tunes and len(few.rows) < args.sd_batch, f"--sd-batch {args.sd_batch}: {what}; choose it smaller")
+    refuse(len(few.rows) < 2, f"--real-per-class {args.real_per_class}: {what}; give more, or --mia-models 0")
+    if any(v.token != "none" for v in sets.values()) and {"embed", "finetune", "generate"} & set(args.stages):
+        d, w = models.token_widths(found["--token-clip"], found["--sd-model"])
+        what = f"--token-clip {args.token_clip}: its embedding has {d} numbers, the generator's text states have {w}"
+        refuse(d != w, f"{what}; choose a CLIP of that width")
+    if trains:
+        flags = f"--net-model {args.net_model} --net-size {args.net_size} --net-micro-batch {args.net_micro_batch}"
+        make = partial(make_net, args, len(real.class_names), 0)
+        check_network(flags, make, args.net_size, min(2, args.net_micro_batch, args.net_batch))
+
+
 NEEDS = dict(
     embed="caption", finetune="embed", generate="finetune", train="generate", attack="generate", evaluate="train"
 )
@@ -1247,10 +1268,14 @@ def main(args):
         lam = matching_weight(args.dm_lambda, args.dm_batch)
         distributed.say(dist, f"note: --dm-batch {args.dm_batch}: lambda becomes {lam:g}, which is 0.003 at 8")
     real = distributed.on_rank_0(partial(choose_real, args, data), dist)
-    if args.captions_file and "caption" in args.stages:
-        distributed.on_rank_0(lambda: captions.read_captions(args.captions_file, real) and None, dist)
     names, sets = prompt_names(args.dataset, data.class_names), generated_sets(args, len(real))
+    ready = None
+    if args.captions_file and needs_captions(sets):  # read once, on rank 0, and not when that stage is finished
+        ready = cache(partial(captions.read_captions, args.captions_file, real))
+        finished = runs.stage_finished("realfake", args, "caption") or "caption" not in args.stages
+        distributed.on_rank_0(lambda: None if finished else ready() and None, dist)
     found = planned_models(args, sets)
+    check_sets(args, found, real, sets)
     ids = models.fingerprints(found) | {"real": keys_hash(real)}
 
     free, read = ["gen_micro_batch", "gen_split"], dict(real=real, test=data.test)
@@ -1258,7 +1283,8 @@ def main(args):
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(run, todo, NEEDS)
     if "caption" in todo:
-        caption(args, run, dist, real) if needs_captions(sets) else run.done("caption", captions=0)
+        caption(args, run, dist, real, ready) if needs_captions(sets) else run.done("caption", captions=0)
+    ready = None  # a million sentences
     if "embed" in todo:
         tokens = any(v.token != "none" for v in sets.values())
         embed(args, run, dist, real) if tokens else run.done("embed", embeddings=0)

@@ -220,7 +220,7 @@ def start(main: Callable[[Any], None], args: Any) -> None:
     command that continues, 130 and 143; a reader that goes away (`| head -1`) silently; all else with its traceback.
     """
     _listen_to_signals()
-    _state.batches = {flag(f): value for f, value in vars(args).items() if f.endswith("micro_batch")}
+    _state.batches = {flag(f): value for f, value in vars(args).items() if f.endswith("_batch")}
     _state.at_work, _state.reason = True, ""
     set_stage("", None)
     try:
@@ -318,13 +318,18 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in THE_DISK and place:
         return f"{place}: {error.strerror}; put that right and run the same command again"
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
-        flags = [_state.memory_flag] if _state.memory_flag else _state.batches
-        advice = " or ".join(f"{name} (now {_state.batches.get(name, '?')})" for name in flags)
+        micro = [name for name in _state.batches if name.endswith("micro-batch")]
+        flags = [_state.memory_flag] if _state.memory_flag else micro
+        large = [name for name in flags if _state.batches.get(name) != 1]
+        halve = " or ".join(f"{name} (now {_state.batches.get(name, '?')})" for name in large)
+        halve = f"halve {halve or 'the batch size'}"
+        if flags and not large:  # what holds memory in a stage besides its micro-batch
+            halve = "start more processes, which share a batch, or lower the batch size or the resolution"
         where = f" in stage {_state.stage}" if _state.stage else ""
         if _state.begun:
-            new = f"halve {advice or 'the batch size'} in a new --output-dir"
+            new = f"{halve} in a new --output-dir"
             return f"out of memory{where}; free some of it and run the same command again, or {new}"
-        return f"out of memory{where}; halve {advice or 'the batch size'} and run the same command again"
+        return f"out of memory{where}; {halve} and run the same command again"
     if _state.launch.world > 1 and isinstance(error, RuntimeError) and re.search(LOST_CONTACT, text):
         return f"lost contact with another process, whose own message tells why ({text.splitlines()[0]})"
     return None

@@ -2,7 +2,7 @@
 decode latents, and put a LoRA adapter on it. What a paper tunes (losses, guidance, sampling loops) is in its script.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager:
 def unmixed(device: torch.device) -> AbstractContextManager:
     """float32 inside of an autocast. On the device meta, where --plan counts, there is none to be left."""
     return torch.autocast(device.type, enabled=False) if device.type != "meta" else nullcontext()
+
+
+def sent(device: torch.device, *tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """These tensors of the CPU on the device; to a GPU from pinned memory, so that nothing waits for what is queued."""
+    return (x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device) for x in tensors)
 
 
 def load_pipeline(path: str, device: torch.device, precision: str, **more: Any) -> Any:

@@ -2,7 +2,7 @@
 is continued finds those that it began with. And flags that fit together, and the stages before those asked for."""
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -12,6 +12,8 @@ from common.files import write_bytes
 from common.launch import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from common.datasets import Images
     from common.distributed import Dist
     from common.run import Run
@@ -81,6 +83,19 @@ def take_off(args: Any, needless: Collection[str], flag: str) -> None:
     asked, args.stages = args.stages, tuple(stage for stage in args.stages if stage not in needless)
     rows = " ".join(getattr(args, flag.removeprefix("--")))
     refuse(not args.stages, f"--stages {' '.join(asked)}: no row of {flag} {rows} needs that")
+
+
+def check_network(flags: str, make: "Callable[[], torch.nn.Module]", size: int, batch: int) -> None:
+    """UserError unless the network of make() can be trained on so many pictures of size x size pixels at a time. It is
+    tried on the device meta, where nothing is computed. flags: those that chose it, with their values."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            make().train()(torch.empty(batch, 3, size, size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{flags}: these do not go together, a training step ends with: {why}") from error
 
 
 def check_order(run: "Run", todo: list[str], needs: dict[str, str], needless: Collection[str] = ()) -> None:

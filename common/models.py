@@ -173,6 +173,12 @@ def check_generator(name: str, folder: str, size: tuple[str, int], predicts: tup
         raise UserError(f"--sd-model {name}: its noise schedule is {schedule!r}; scaled_linear is needed")
 
 
+def token_widths(clip: str, generator: str) -> tuple[int, int]:
+    """Numbers of an embedding of a CLIP, and of a generator's text states; both as check_models found them."""
+    text = read_object(Path(generator) / "text_encoder" / "config.json")
+    return openclip.files(clip)[1]["embed_dim"], text.get("hidden_size", 512)  # transformers' default
+
+
 def fingerprints(found: dict[str, str]) -> dict[str, str]:
     """{field: fingerprint} of what check_models found, for open_run. A file stands for its folder; a timm network that
     starts from random weights has none."""

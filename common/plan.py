@@ -242,7 +242,7 @@ def print_plan(works: Sequence[Work], needs: Sequence[str], args: Any, world: in
         counted = (f"{x:,.0f}" for x in (w.images, w.passes, w.tflop))
         rows.append([w.stage, w.what, *counted, *map(_short, small), "loading" if load > chip else ""])
         fewer = f"a smaller {w.flag} would" if w.flag else ""
-        long = max(each) > sum(map(max, seconds)) / 100
+        long = max(each) >= sum(map(max, seconds)) / 100
         if (at_work := busy(w.jobs, w.units, world)) < 1 - IDLE and long:
             use = f"; {fewer} use them all" if fewer else ""
             notes.append(f"note: {w.stage}: {world} processes have work for {at_work:.0%} of the time{use}")

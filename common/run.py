@@ -225,6 +225,16 @@ def _seconds(file: Path) -> float:
 # Opening a run folder
 
 
+def _folder(script: str, values: dict[str, Any]) -> Path:
+    default = f"runs/{script}/{values.get('preset', 'run')}-seed{values.get('seed', 0)}"
+    return Path(values.get("output_dir") or default).expanduser()
+
+
+def stage_finished(script: str, args: Any, stage: str) -> bool:
+    """Before the run is opened, what it would say if nothing is damaged."""
+    return (_folder(script, plain(args)) / "stages" / f"{stage}.json").exists()
+
+
 def open_run(
     script: str,
     args: Any,
@@ -245,8 +255,7 @@ def open_run(
     values = plain(args)
     free = {*SPEED_FLAGS, *speed_flags}
     assert free - set(SPEED_FLAGS) <= set(values), f"no flags of this script: {sorted(free - set(values))}"
-    default = f"runs/{script}/{values.get('preset', 'run')}-seed{values.get('seed', 0)}"
-    run = Run(Path(values.get("output_dir") or default).expanduser(), dist, script, values)
+    run = Run(_folder(script, values), dist, script, values)
 
     def work() -> tuple[dict[str, Any], list[str]]:
         try:

@@ -1255,3 +1255,133 @@ def test_full_size_parameters_and_flops_are_those_of_the_method_page():
 def test_folders_of_ones_own_have_the_names_of_the_other_scripts():
     assert rf.prompt_names("folder", ["001.sea_lake", "n02124075", "cat"]) == ["sea lake", "Egyptian Mau", "cat"]
     assert rf.prompt_names("cars", ["Acura RL Sedan 2012"]) == ["2012 Acura RL Sedan"]
+
+
+# ---- told at the start, held in memory ---------------------------------------------------------------------
+
+
+def start_of(tmp_path, **flags):
+    """What main has before it opens the run folder: flags, models, real images, sets."""
+    args = rf.Args(**{**rf.PRESETS["digits"], "output_dir": str(tmp_path / "run"), **flags})
+    rf.check_args(args)
+    real = rf.choose_real(args, datasets.load_dataset(args.dataset, args.data_dir))
+    sets = rf.generated_sets(args, len(real))
+    return args, rf.planned_models(args, sets), real, sets
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(real_per_class=1), "--sd-batch 8: shadows/. has [0-7] of the 10 real images; choose it smaller"),
+        (dict(real_per_class=1, lora=False, mia_models=10), None),
+        (dict(net_model="vit_tiny_patch16_224"), "--net-model vit_tiny.* --net-size 32 .*height .32. doesn't match"),
+        (dict(net_model="vgg11", net_size=16), "--net-model vgg11 --net-size 16"),
+        (dict(net_micro_batch=1), "--net-micro-batch 1: .*Expected more than 1 value per channel"),
+        (dict(net_micro_batch=1, net_size=64), None),
+        (dict(net_model="vgg11", net_size=16, stages=("caption", "embed")), None),
+    ],
+)
+def test_what_would_end_a_late_stage_is_told_at_the_start(tmp_path, flags, words):
+    planned = start_of(tmp_path, **flags)
+    if words is None:
+        return rf.check_sets(*planned)
+    with pytest.raises(UserError, match=words):
+        rf.check_sets(*planned)
+
+
+def test_a_clip_of_another_width_is_told_at_the_start(tmp_path):
+    import shutil
+
+    from transformers import CLIPTextConfig
+
+    folder = tmp_path / "sd"
+    shutil.copytree(resolve("tiny", "generator"), folder)
+    args, found, real, sets = start_of(tmp_path)
+    rf.check_sets(args, found, real, sets)
+    file = folder / "text_encoder/config.json"
+    config = json.loads(file.read_text())
+    for width in (80, CLIPTextConfig().hidden_size):
+        stored = (
+            config | {"hidden_size": width} if width == 80 else {k: v for k, v in config.items() if "_size" not in k}
+        )
+        file.write_text(json.dumps(stored))
+        words = f"--token-clip tiny: its embedding has 64 numbers, the generator's text states have {width}; choose"
+        with pytest.raises(UserError, match=words):
+            rf.check_sets(args, found | {"--sd-model": str(folder)}, real, sets)
+    none = {name: replace(v, token="none") for name, v in sets.items()}
+    rf.check_sets(args, found | {"--sd-model": str(folder)}, real, none)
+
+
+def test_ready_captions_are_read_once_and_not_when_they_are_there(tmp_path, monkeypatch):
+    flags = dict(real_per_class=2, mia_models=0, ablations=(), stages=("caption",), output_dir=str(tmp_path / "run"))
+    args, _, real, _ = start_of(tmp_path, **flags)
+    write_json(tmp_path / "ready.json", {key: f"number {i}" for i, key in enumerate(real.keys)})
+    args.captions_file, read, stock = str(tmp_path / "ready.json"), [], captions.read_captions
+    monkeypatch.setattr(captions, "read_captions", lambda *given: read.append(given) or stock(*given))
+    rf.main(args)
+    assert len(read) == 1
+    written = json.loads((tmp_path / "run/captions.json").read_text())
+    assert written == {key: f"number {i}" for i, key in enumerate(real.keys)}
+    rf.main(args)
+    rf.main(replace(args, output_dir=str(tmp_path / "other"), caption=False))
+    assert len(read) == 1
+    (tmp_path / "ready.json").write_text("[]")
+    with pytest.raises(UserError, match="--captions-file"):
+        rf.main(replace(args, output_dir=str(tmp_path / "third")))
+    assert not (tmp_path / "third").exists(), "nothing is written by a command that cannot succeed"
+
+
+def test_of_a_shadow_network_one_number_per_image_is_kept(stage):
+    """phi of every image from its logits, of which no more than a micro-batch is held at a time."""
+    s = stage(net_micro_batch=8)
+    net, seen = rf.make_net(s.args, 10, 0).eval(), []
+
+    def phi(z, labels):
+        seen.append(len(z))
+        return rf.membership_logit(z, labels)
+
+    kept = rf.logits_of(s.args, net, s.real, s.dist.device, phi)
+    assert seen == [8, 8, 4] and kept.shape == (20,) and kept.dtype == torch.float64
+    p = rf.logits_of(s.args, net, s.real, s.dist.device).double().softmax(1)[torch.arange(20), s.real.labels]
+    close(kept, (p / (1 - p)).log(), 1e-9)
+
+
+def test_class_means_of_some_rows_are_plain_means():
+    g = torch.Generator().manual_seed(1)
+    features, labels = torch.randn(10_000, 6, generator=g).half(), torch.randint(3, (10_000,), generator=g)
+    rows = torch.randperm(10_000, generator=g)[:9000].tolist()
+    expected = [features[[i for i in rows if labels[i] == c]].double().mean(0) for c in range(3)]
+    close(rf.class_means(features, labels, 4, rows)[:3], torch.stack(expected), 1e-5)
+    assert rf.class_means(features, labels, 4, rows)[3].isnan().all()
+
+
+# ---- bfloat16, the precision of every preset but the miniature's ----------------------------------------------
+
+
+def test_a_bf16_run_from_end_to_end_is_near_float32(tmp_path):
+    """All stages in mixed precision: rows, finite figures, pictures; the loss of the tuning is float32's to 2 %."""
+    small = dict(
+        real_per_class=1, gen_versions=1, net_versions=(1,), ablations=(), mia_models=0, clf_seeds=1, tune_epochs=4,
+        gen_steps=4, gen_micro_batch=10, net_epochs=1, net_milestones=(1,), net_batch=8, net_micro_batch=8,
+    )  # fmt: skip
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        args = rf.Args(**{**rf.PRESETS["digits"], **small, "precision": precision})
+        args.output_dir, args.device = str(tmp_path / precision), "cpu"
+        if precision == "fp32":
+            args.stages = ("caption", "embed", "finetune")
+        rf.main(args)
+        losses[precision] = metrics.read(tmp_path / precision)["finetune/full/loss"]
+    out = tmp_path / "bf16"
+    assert losses["bf16"].keys() == losses["fp32"].keys() and losses["bf16"]
+    for step, loss in losses["bf16"].items():
+        assert loss == pytest.approx(losses["fp32"][step], rel=0.02) and loss != losses["fp32"][step]
+    lora = load_tensors(out / "lora/pytorch_lora_weights.safetensors")
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in lora.values())
+    assert any(t.abs().max() > 0 for name, t in lora.items() if "lora_B" in name)
+    drawn = [np.asarray(Image.open(file)) for file in sorted((out / "images").glob("*/*.png"))]
+    assert len(drawn) == 10 and all(x.shape == (32, 32, 3) and x.std() > 5 for x in drawn)
+    rows = json.loads((out / "results.json").read_text())
+    found = rows["metrics"] | rows["baselines"]
+    assert set(found) >= {"real", "synthetic-1x", "real+synthetic-1x", "zero-shot"}
+    assert all(0 <= row["mean"] <= 100 for name, row in found.items() if name != "saved_classifier")
