@@ -19,7 +19,7 @@ from common import captions, datasets, distributed, metrics
 from common import run as runs
 from common.captions import captioner
 from common.diffusion import Adapter, load_pipeline, lora_config
-from common.files import class_range, load_tensors, save_tensors, write_json
+from common.files import class_folders, class_range, load_tensors, save_tensors, write_json
 from common.launch import UserError
 from common.models import resolve
 from common.ood import ood_images, restricted_top1, subset_labels
@@ -664,12 +664,13 @@ def stage(tmp_path):
 
 
 def token_states(pipe, prompts, tokens):
-    """Last hidden states of the text encoder with the tokens in the last slot."""
+    """Last hidden states of the text encoder with the tokens, if any, in the last slot."""
     ids = pipe.tokenizer(
         prompts, padding="max_length", truncation=True, max_length=pipe.tokenizer.model_max_length, return_tensors="pt"
     ).input_ids
     h = pipe.text_encoder(ids).last_hidden_state.clone()
-    h[:, -1, :] = tokens.float()
+    if tokens is not None:
+        h[:, -1, :] = tokens.float()
     return h
 
 
@@ -683,65 +684,116 @@ def photos(tmp_path):
     return dict(dataset="folder", data_dir=str(tmp_path / "photos"))
 
 
-def test_tuning_equals_a_plain_loop_over_stock_parts(stage, tmp_path):
-    """Three steps of two matching batches of two: losses as logged, A and B after the updates."""
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+def plain_tuning(stock, s, rows, prompts, tokens, lam):
+    """All steps, each of two matching batches of two, over all A and B of the stock pipeline's U-Net.
+
+    rows: the real images, prompts and tokens (or None): of every real image. -> losses and matching terms, as logged
+    """
+    from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
-    from peft import LoraConfig
     from torchvision.transforms.v2 import functional as tv
 
-    flags = dict(real_per_class=4, sd_batch=4, dm_batch=2, sd_micro_batch=1, dm_lambda=0.5, sd_lr=3e-3, tune_epochs=2)
-    s = stage(**photos(tmp_path), **flags, tune_flip=True, tune_max_images=12, gen_resolution=32)
-    args, real, per_epoch = s.args, s.real, 2
-    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
-    rf.finetune(args, s.run, s.dist, pipe, real, s.names, s.sets)
-    ours = load_tensors(s.run.path("lora", "pytorch_lora_weights.safetensors"))
-    logged = metrics.read(s.run.dir)
-
-    stock = StableDiffusionPipeline.from_pretrained(resolve("tiny", "generator"), safety_checker=None)
-    for part in (stock.unet, stock.vae, stock.text_encoder):
-        part.requires_grad_(False).eval()
     scheduler = DDPMScheduler.from_config(stock.scheduler.config)
-    stock.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     layers = {name: p for name, p in stock.unet.named_parameters() if p.requires_grad}
     with torch.no_grad():
         for name, p in layers.items():
-            start = torch.randn(p.shape, generator=distributed.generator(args.seed, "lora", name)) / 4
+            start = torch.randn(p.shape, generator=distributed.generator(s.args.seed, "lora", name)) / 4
             p.copy_(start if "lora_A" in name else torch.zeros(p.shape))
     optimizer = torch.optim.AdamW(layers.values(), lr=3e-3, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    losses, matching = [], []
-    for step in range(3):
-        order = torch.randperm(8, generator=distributed.generator(args.seed, "epoch", step // per_epoch)).tolist()
-        rows = order[step % per_epoch * 4 :][:4]
-        g = distributed.generator(args.seed, "step", step)
+    per_epoch, losses, matching = len(rows) // 4, [], []
+    for step in range(min(s.args.tune_max_images // 4, 2 * per_epoch)):
+        order = torch.randperm(len(rows), generator=distributed.generator(s.args.seed, "epoch", step // per_epoch))
+        batch = [rows[j] for j in order[step % per_epoch * 4 :][:4]]
+        g = distributed.generator(s.args.seed, "step", step)
         where, t = torch.rand(3, 4, generator=g), torch.randint(1000, (4,), generator=g)
         xi, eps = torch.randn(2, 4, 4, 8, 8, generator=g)
         x = []
-        for i, (u, v, mirror) in zip(rows, where.T.tolist(), strict=True):
-            image = tv.resize(real[i], 32, tv.InterpolationMode.BILINEAR)
+        for i, (u, v, mirror) in zip(batch, where.T.tolist(), strict=True):
+            image = tv.resize(s.real[i], 32, tv.InterpolationMode.BILINEAR)
             image = tv.crop(image, int(u * (image.height - 31)), int(v * (image.width - 31)), 32, 32)
             x.append(tv.pil_to_tensor(tv.hflip(image) if mirror < 0.5 else image) / 127.5 - 1)
         with torch.no_grad():
             posterior = stock.vae.encode(torch.stack(x)).latent_dist
             z = stock.vae.config.scaling_factor * (posterior.mean + posterior.std * xi)
-            prompts = [f"photo of {s.names[real.labels[i]]}, {s.texts[i]}" for i in rows]
-            h = token_states(stock, prompts, s.features[rows])
+            h = token_states(stock, [prompts[i] for i in batch], None if tokens is None else tokens[batch])
         r = stock.unet(scheduler.add_noise(z, eps, t), t, h).sample - eps
         snr = compute_snr(scheduler, t)
         w = torch.minimum(snr, torch.full_like(snr, 5.0)) / snr
-        parts = [rf.matching_loss(r[k : k + 2], torch.zeros(2, 4, 8, 8), w[k : k + 2], 0.5 * 8 / 2) for k in (0, 2)]
+        parts = [rf.matching_loss(r[k : k + 2], torch.zeros(2, 4, 8, 8), w[k : k + 2], lam * 8 / 2) for k in (0, 2)]
         loss = sum(total for total, _, _ in parts) / 2
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(layers.values(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-        matching.append(sum(0.5 * 8 / 2 * dm.item() for _, _, dm in parts) / 2)
-    assert set(ours) == {f"unet.{name.replace('.default', '')}" for name in layers}
-    for name, p in layers.items():
-        close(ours[f"unet.{name.replace('.default', '')}"], p.detach(), 5e-5)
-    assert logged["finetune/full/loss"][3] == pytest.approx(np.mean(losses), rel=1e-4)
-    assert logged["finetune/full/matching"][3] == pytest.approx(np.mean(matching), rel=1e-4)
+        matching.append(sum(lam * 8 / 2 * dm.item() for _, _, dm in parts) / 2)
+    return losses, matching
+
+
+def halves(n, models):
+    """Official code of the privacy split -> the members of each model"""
+    np.random.seed(0)
+    keep = np.random.uniform(0, 1, (models, n)).argsort(0) < models / 2
+    return [[i for i in range(n) if keep[m, i]] for m in range(models)]
+
+
+ABLATIONS = ("no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no-caption")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(tune_max_images=12),  # three steps, the last of which begins a new pass
+        dict(ablations=ABLATIONS),
+        dict(token="class_mean", mia_models=2),
+        dict(token="released", caption=False),  # the released code mixes tokens in its sampler, not in its tuning
+        dict(lora=False, ablations=ABLATIONS, mia_models=2),
+    ],
+    ids=["method", "ablations", "class-means-of-members", "released", "no-lora"],
+)
+def test_tuning_equals_a_plain_loop_over_stock_parts(stage, tmp_path, flags):
+    """Every adapter that a run makes: losses as logged, A and B after the updates."""
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+
+    small = dict(real_per_class=4, sd_batch=4, dm_batch=2, sd_micro_batch=1, tune_max_images=4, gen_resolution=32)
+    small |= dict(dm_lambda=0.5, sd_lr=3e-3, tune_epochs=2, tune_flip=True)
+    s = stage(**photos(tmp_path), **small | flags)
+    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
+    rf.finetune(s.args, s.run, s.dist, pipe, s.real, s.names, s.sets)
+    logged = metrics.read(s.run.dir)
+
+    named = [f"photo of {s.names[c]}" for c in s.real.labels]
+    told = [f"{name}, {text}" if s.args.caption else name for name, text in zip(named, s.texts, strict=True)]
+    every, own = list(range(8)), s.features.float()
+    meant = torch.stack([own[s.real.labels == c].mean(0) for c in s.real.labels])
+    wanted = {"full": (every, told, meant if s.args.token == "class_mean" else own, 0.5)}
+    if "ablations" in flags:
+        wanted |= {"no-matching": (every, told, own, 0.0), "no-token": (every, told, None, 0.5)}
+        wanted |= {"class-mean": (every, told, meant, 0.5), "no-caption": (every, named, own, 0.5)}
+    for m, rows in enumerate(halves(8, 2) if s.args.mia_models else []):
+        of_members = [own[[j for j in rows if s.real.labels[j] == c]].mean(0) for c in s.real.labels]
+        wanted[f"shadow-{m}"] = rows, told, torch.stack(of_members), 0.5
+    wanted = wanted if s.args.lora else {}
+    files = {
+        "full" if file.parent.name == "lora" else file.parent.name: file for file in s.run.path("lora").rglob("*.s*")
+    }
+    assert set(files) == set(wanted), "an ablation of the sampling alone shares the method's adapter"
+
+    stock = StableDiffusionPipeline.from_pretrained(resolve("tiny", "generator"), safety_checker=None)
+    for part in (stock.unet, stock.vae, stock.text_encoder):
+        part.requires_grad_(False).eval()
+    stock.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    layers = {name: p for name, p in stock.unet.named_parameters() if p.requires_grad}
+    for adapter, (rows, prompts, tokens, lam) in wanted.items():
+        losses, matching = plain_tuning(stock, s, rows, prompts, tokens, lam)
+        ours = load_tensors(files[adapter])
+        assert set(ours) == {f"unet.{name.replace('.default', '')}" for name in layers}
+        for name, p in layers.items():
+            # On average: Adam moves a number without a gradient by what rounding says.
+            assert (ours[f"unet.{name.replace('.default', '')}"] - p.detach()).abs().mean() < 2e-6, (adapter, name)
+        assert logged[f"finetune/{adapter}/loss"][len(losses)] == pytest.approx(np.mean(losses), rel=1e-4), adapter
+        assert logged[f"finetune/{adapter}/matching"][len(losses)] == pytest.approx(np.mean(matching), rel=1e-4)
 
 
 def test_sharing_a_matching_batch_changes_no_gradient():
@@ -758,46 +810,118 @@ def test_sharing_a_matching_batch_changes_no_gradient():
     assert loss.item() - 0.7 * dm.item() == pytest.approx(total.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("prior", ["image", "noise"])
-def test_versions_equal_those_of_a_stock_pipeline(stage, tmp_path, prior):
-    """Drawn by the stage from photos; then by diffusers' own pipelines with UniPC, adapter at 0.5 and the token."""
-    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UniPCMultistepScheduler
-
-    s = stage(**photos(tmp_path), gen_versions=2, gen_steps=6, gen_micro_batch=3, gen_prior=prior, net_versions=(1,))
-    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
+def random_adapter(pipe, name):
+    """{key: tensor} of a LoRA of rank 4, another one for each name."""
     tensors = {}
-    for name, layer in pipe.unet.named_modules():
-        if name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
-            g = distributed.generator("adapter", name)
-            tensors[f"unet.{name}.lora_A.weight"] = torch.randn(4, layer.in_features, generator=g) / 4
-            tensors[f"unet.{name}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=g) / 20
-    save_tensors(s.run.path("lora", "pytorch_lora_weights.safetensors"), tensors)
-    rf.generate(s.args, s.run, s.dist, pipe, s.real, s.names, s.sets)
+    for layer_name, layer in pipe.unet.named_modules():
+        if layer_name.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            g = distributed.generator("adapter", name, layer_name)
+            tensors[f"unet.{layer_name}.lora_A.weight"] = torch.randn(4, layer.in_features, generator=g) / 4
+            tensors[f"unet.{layer_name}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=g) / 20
+    return tensors
 
-    kind = StableDiffusionImg2ImgPipeline if prior == "image" else StableDiffusionPipeline
-    stock = kind.from_pretrained(resolve("tiny", "generator"), safety_checker=None)
-    stock.scheduler = UniPCMultistepScheduler.from_config(stock.scheduler.config, final_sigmas_type="sigma_min")
-    stock.load_lora_weights(s.run.path("lora"), weight_name="pytorch_lora_weights.safetensors")
-    stock.unet.set_adapters(stock.unet.active_adapters(), [0.5])
+
+def plain_version(stock, s, i, version, prompt, token, prior):
+    """One version of real image i by diffusers' own pipelines -> pixels"""
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+
     negative = "distorted, unrealistic, blurry, out of frame, cropped, deformed"
-    for i, version in ((0, 0), (1, 1), (3, 0)):
-        c = int(s.real.labels[i])
-        seed = distributed.seed_of(0, version, s.real.keys[i])
-        ids = stock.tokenizer([negative], padding="max_length", truncation=True, max_length=24, return_tensors="pt")
-        prompt = f"photo of {s.names[c]}, {s.texts[i]}, best quality"
-        with torch.no_grad():
-            hidden = dict(prompt_embeds=token_states(stock, [prompt], s.features[[i]]))
-            hidden["negative_prompt_embeds"] = stock.text_encoder(ids.input_ids).last_hidden_state
-        g = torch.Generator().manual_seed(seed)
-        if prior == "image":
-            x = torch.from_numpy(np.asarray(s.real[i].resize((32, 32), Image.Resampling.BICUBIC)))
-            hidden |= dict(image=x.permute(2, 0, 1)[None] / 127.5 - 1, strength=0.75)
-        else:
-            hidden |= dict(latents=torch.randn(2, 4, 8, 8, generator=g)[1:], height=32, width=32)
-        drawn = stock(**hidden, num_inference_steps=6, guidance_scale=2.0, generator=g, output_type="np").images[0]
-        place, n = [int(k) for k in s.real.of_class(c)].index(i), len(s.real.of_class(c))
-        ours = Image.open(s.run.path("images", f"0{c}_{s.names[c]}", f"{version * n + place}.png"))
-        assert np.abs(np.asarray(ours).astype(int) - (255 * drawn).round()).max() <= 1
+    ids = stock.tokenizer([negative], padding="max_length", truncation=True, max_length=24, return_tensors="pt")
+    with torch.no_grad():
+        hidden = dict(prompt_embeds=token_states(stock, [prompt], None if token is None else token[None]))
+        hidden["negative_prompt_embeds"] = stock.text_encoder(ids.input_ids).last_hidden_state
+    g = torch.Generator().manual_seed(distributed.seed_of(s.args.gen_seed, version, s.real.keys[i]))
+    if prior == "image":
+        x = torch.from_numpy(np.asarray(s.real[i].resize((32, 32), Image.Resampling.BICUBIC)))
+        hidden |= dict(image=x.permute(2, 0, 1)[None] / 127.5 - 1, strength=0.75)
+    else:
+        hidden |= dict(latents=torch.randn(2, 4, 8, 8, generator=g)[1:], height=32, width=32)
+    kind = StableDiffusionImg2ImgPipeline if prior == "image" else StableDiffusionPipeline
+    pipe = kind(**stock.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = pipe(**hidden, num_inference_steps=6, guidance_scale=2.0, generator=g, output_type="np").images[0]
+    return (255 * drawn).round()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(ablations=ABLATIONS),
+        dict(gen_prior="noise", caption=False, gen_seed=7),
+        dict(token="class_mean", mia_models=2, mia_versions=2, gen_versions=1, real_per_class=3),
+        dict(token="released", mia_models=2, real_per_class=3),
+        dict(lora=False, ablations=("no-lora", "no-matching", "no-prior", "class-mean"), token="none"),
+    ],
+    ids=["ablations", "noise", "class-means-of-members", "released", "no-lora"],
+)
+def test_versions_equal_those_of_a_stock_pipeline(stage, tmp_path, flags):
+    """Every set of a run, drawn by the stage from photos; then by diffusers with UniPC, adapter at 0.5, the token."""
+    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
+
+    small = dict(gen_versions=2, gen_steps=6, gen_micro_batch=3, net_versions=(1,))
+    s = stage(**photos(tmp_path), **small | flags)
+    real, own, every = s.real, s.features.float(), list(range(len(s.real)))
+    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
+    adapters = ["full", *(f for f in flags.get("ablations", ()) if f not in ("no-lora", "no-prior"))]
+    adapters += [f"shadow-{m}" for m in range(s.args.mia_models)]
+    for name in adapters if s.args.lora else ():
+        place = ("lora", *([] if name == "full" else [name]), "pytorch_lora_weights.safetensors")
+        save_tensors(s.run.path(*place), random_adapter(pipe, name))
+    rf.generate(s.args, s.run, s.dist, pipe, real, s.names, s.sets)
+
+    def token_of(mode, i, rows):
+        if mode == "class_mean":
+            return own[[j for j in rows if real.labels[j] == real.labels[i]]].mean(0)
+        mixture = torch.stack([own[j] for j in rows], 1).view(len(rows), -1)  # official code, of a batch of all rows
+        return {"image": own[i], "none": None, "released": mixture[rows.index(i)]}[mode]
+
+    # {folder: (real images, versions, adapter, token, prior, with caption)}
+    token, prior, told = s.args.token, s.args.gen_prior, s.args.caption
+    wanted = {"images": (every, s.args.gen_versions, "full", token, prior, told)}
+    for name in flags.get("ablations", ()):
+        adapter = {"no-lora": None, "no-prior": "full"}.get(name, name)
+        mode = {"no-token": "none", "class-mean": "class_mean"}.get(name, token)
+        start = "noise" if name == "no-prior" else prior
+        wanted[f"ablations/{name}"] = (every, 1, adapter, mode, start, told and name != "no-caption")
+    for m, rows in enumerate(halves(len(real), 2) if s.args.mia_models else []):
+        wanted[f"shadows/{m}/images"] = (rows, s.args.mia_versions, f"shadow-{m}", token, prior, told)
+
+    stock = StableDiffusionPipeline.from_pretrained(resolve("tiny", "generator"), safety_checker=None)
+    stock.scheduler = UniPCMultistepScheduler.from_config(stock.scheduler.config, final_sigmas_type="sigma_min")
+    for folder, (rows, versions, adapter, mode, start, caption) in wanted.items():
+        if adapter and s.args.lora:
+            stock.load_lora_weights(random_adapter(pipe, adapter), adapter_name=adapter)
+            stock.unet.set_adapters([adapter], [0.5])
+        expected, looked_at = [], rows[1::2] if folder == "images" else rows[1:2]
+        for version in range(versions):
+            for i in rows:
+                c = int(real.labels[i])
+                same = [j for j in rows if real.labels[j] == c]
+                file = f"0{c}_{s.names[c]}/{version * len(same) + same.index(i)}.png"
+                plain = f"{s.names[c]}, photo, best quality"
+                prompt = f"photo of {s.names[c]}, {s.texts[i]}, best quality" if caption else plain
+                seed = distributed.seed_of(s.args.gen_seed, version, real.keys[i])
+                about = dict(label=c, class_name=s.names[c], version=version, source=real.keys[i])
+                expected.append(dict(file_name=file, **about, prompt=prompt, seed=seed))
+                if version == versions - 1 and i in looked_at:
+                    drawn = plain_version(stock, s, i, version, prompt, token_of(mode, i, rows), start)
+                    ours = np.asarray(Image.open(s.run.path(folder, file))).astype(int)
+                    assert np.abs(ours - drawn).max() <= 1, (folder, file)
+        written = [json.loads(line) for line in s.run.path(folder, "metadata.jsonl").read_text().splitlines()]
+        assert written == expected
+        assert {p.relative_to(s.run.path(folder)).as_posix() for p in s.run.path(folder).rglob("*.png")} == {
+            row["file_name"] for row in expected
+        }
+        stock.unload_lora_weights()
+
+
+def test_released_tokens_are_mixed_over_the_official_batches_of_the_set():
+    """The official sampler's batches are 24 images of its list, one after the other."""
+    features, rows = torch.randn(70, 16), list(range(5, 65))
+    tokens = rf.VisualTokens(features, torch.zeros(70, dtype=torch.long), rows, "released", 1)
+    batches = [rows[:24], rows[24:48], rows[48:]]
+    mixed = torch.cat([torch.stack([features[i] for i in batch], 1).view(-1, 16) for batch in batches])
+    assert torch.equal(tokens[rows], mixed) and torch.equal(tokens[[40, 6]], mixed[[35, 1]])
 
 
 def test_embeddings_are_those_of_open_clip_not_normalised(stage):
@@ -814,44 +938,27 @@ def test_embeddings_are_those_of_open_clip_not_normalised(stage):
     assert ((ours.float() - expected).norm(dim=1) / expected.norm(dim=1)).max() < 2e-3
 
 
-def test_training_equals_a_plain_loop_over_timm(stage):
-    """Six epochs of two steps of two micro-batches with timm's transforms, loss, optimizer and scheduler."""
+def plain_training(args, images, labels, n_classes, seed):
+    """timm's transforms, loss, optimizer and scheduler over steps of two micro-batches of four -> state dict"""
+    import random
+
+    import timm
     from timm.data import create_transform
     from timm.loss import LabelSmoothingCrossEntropy
     from timm.optim import create_optimizer_v2
     from timm.scheduler import create_scheduler_v2
 
-    flags = dict(
-        net_epochs=6,
-        net_milestones=(4, 5),
-        net_batch=8,
-        net_micro_batch=4,
-        net_warmup=1,
-        net_size=64,
-        net_augment="imagenet",
-        net_crop=0.7,
-    )
-    s = stage(**flags, net_flip=0.5, net_lr=0.02, net_wd=0.05)
-    args, seed = s.args, 3
-    folder = s.run.path("classifier", "runs", "x")
-    rf.train_net(args, s.run, s.dist, folder, "train/x", [s.real], len(s.real), seed)
-    ours = load_tensors(folder / "weights.safetensors")
-
-    import random
-
     random.seed(distributed.seed_of(seed, "net"))
     torch.manual_seed(distributed.seed_of(seed, "net"))
-    import timm
-
-    net = timm.create_model("test_resnet", num_classes=10).to(memory_format=torch.channels_last).train()
+    net = timm.create_model("test_resnet", num_classes=n_classes).to(memory_format=torch.channels_last).train()
     optimizer = create_optimizer_v2(net, opt="sgd", lr=0.02, weight_decay=0.05, momentum=0.9)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="multistep",
-        num_epochs=6,
+        num_epochs=args.net_epochs,
         decay_milestones=[4, 5],
         decay_rate=0.2,
-        warmup_epochs=1,
+        warmup_epochs=args.net_warmup,
         warmup_lr=1e-5,
     )
     stats = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -859,18 +966,18 @@ def test_training_equals_a_plain_loop_over_timm(stage):
         64, is_training=True, scale=(0.7, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=0.4, auto_augment=None,
         interpolation="random", re_prob=0.0, **stats,
     )  # fmt: skip
-    running = [b for n, b in net.named_buffers() if "running" in n]
-    for epoch in range(6):
-        order = torch.randperm(20, generator=distributed.generator(seed, "order", epoch)).tolist()
-        for step in range(2):
+    running, n = [b for name, b in net.named_buffers() if "running" in name], len(images)
+    for epoch in range(args.net_epochs):
+        order = torch.randperm(n, generator=distributed.generator(seed, "order", epoch)).tolist()
+        for step in range(n // 8):
             optimizer.zero_grad()
             before, after = [b.clone() for b in running], [torch.zeros_like(b) for b in running]
             for part in (0, 4):
                 x, y = [], []
                 for position in range(step * 8 + part, step * 8 + part + 4):
-                    number = distributed.seed_of(seed, "augment", epoch * 20 + position)
+                    number = distributed.seed_of(seed, "augment", epoch * n + position)
                     random.seed(number), torch.manual_seed(number)
-                    x.append(transform(s.real[order[position]])), y.append(int(s.real.labels[order[position]]))
+                    x.append(transform(images[order[position]])), y.append(int(labels[order[position]]))
                 for b, old in zip(running, before, strict=True):
                     b.copy_(old)
                 x = torch.stack(x).contiguous(memory_format=torch.channels_last)
@@ -880,9 +987,277 @@ def test_training_equals_a_plain_loop_over_timm(stage):
                 b.copy_(mean)
             optimizer.step()
         scheduler.step(epoch + 1)
-    for name, tensor in net.state_dict().items():
-        if not name.endswith("num_batches_tracked"):
-            assert torch.allclose(ours[name], tensor, atol=1e-5), name
+    return {name: t for name, t in net.state_dict().items() if not name.endswith("num_batches_tracked")}
+
+
+RECIPE = dict(
+    net_milestones=(4, 5), net_batch=8, net_micro_batch=4, net_size=64, net_augment="imagenet", net_crop=0.7,
+    net_crop_pct=0.95, net_flip=0.5, net_lr=0.02, net_wd=0.05,
+)  # fmt: skip
+
+
+def same_weights(file, expected):
+    found = load_tensors(file)
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-5), (file, name)
+
+
+def test_training_equals_a_plain_loop_over_timm(stage):
+    """Six epochs of two steps, over warm-up and both milestones."""
+    s = stage(**RECIPE, net_epochs=6, net_warmup=1)
+    folder, images = s.run.path("classifier", "runs", "x"), [s.real[i] for i in range(20)]
+    rf.train_net(s.args, s.run, s.dist, folder, "train/x", [s.real], len(s.real), 3)
+    same_weights(folder / "weights.safetensors", plain_training(s.args, images, s.real.labels, 10, 3))
+
+
+def paint_sets(s):
+    """Noise for the images of every set: files as stage 4 names them, no two of them alike."""
+    rng = np.random.default_rng(0)
+    for v in s.sets.values():
+        for c, name in enumerate(class_folders(s.names)):
+            folder = s.run.path(v.folder, name)
+            folder.mkdir(parents=True)
+            for j in range(v.versions * int((s.real.labels[v.rows] == c).sum())):
+                noise = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+                Image.fromarray(noise).resize((32, 32)).save(folder / f"{j}.png")
+
+
+def painted(s, folder, each):
+    """The first so many images of each class -> images, labels, class by class"""
+    images, labels = [], []
+    for c, name in enumerate(class_folders(s.names)):
+        for j in range(each[c]):
+            images.append(Image.open(s.run.path(folder, name, f"{j}.png")).convert("RGB"))
+            labels.append(c)
+    return images, labels
+
+
+def test_every_row_trains_on_the_images_that_its_name_says(stage):
+    """One epoch for each row and seed; then the plain loop over pictures that are opened one by one."""
+    flags = dict(gen_versions=3, net_versions=(1, 2), ablations=("no-prior", "no-lora"), clf_seeds=2)
+    s = stage(**RECIPE, **flags, real_per_class=1, net_epochs=1, net_warmup=0)
+    paint_sets(s)
+    rf.train(s.args, s.run, s.dist, s.real, s.sets)
+    real = [s.real[i] for i in range(10)], list(s.real.labels)
+    once, twice = painted(s, "images", [1] * 10), painted(s, "images", [2] * 10)
+    wanted = {"real": real, "synthetic-1x": once, "synthetic-2x": twice}
+    wanted["real+synthetic-2x"] = real[0] + twice[0], real[1] + twice[1]
+    wanted |= {name: painted(s, f"ablations/{name}", [1] * 10) for name in ("no-prior", "no-lora")}
+    folders = {p.name for p in s.run.path("classifier", "runs").iterdir()}
+    assert folders == {f"{row}-seed{seed}" for row in wanted for seed in (0, 1)}
+    for row, (images, labels) in wanted.items():
+        for seed in (0, 1):
+            folder = s.run.path("classifier", "runs", f"{row}-seed{seed}")
+            same_weights(folder / "weights.safetensors", plain_training(s.args, images, labels, 10, seed))
+            about = json.loads((folder / "metrics.json").read_text())
+            assert about == dict(images=len(images), updates=len(images) // 8), row
+
+
+@torch.no_grad()
+def plain_logits(folder, images, n_classes):
+    """Logits of a saved test_resnet under the evaluation view of torchvision's classes: 67 pixels, 64 in the centre"""
+    import timm
+    from torchvision import transforms as T
+
+    bicubic = T.Resize(67, T.InterpolationMode.BICUBIC)
+    stats = T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    view = T.Compose([bicubic, T.CenterCrop(64), T.ToTensor(), stats])
+    net = timm.create_model("test_resnet", num_classes=n_classes).eval()
+    net.load_state_dict(load_tensors(folder / "weights.safetensors"), strict=False)
+    return net(torch.stack([view(image) for image in images])).double()
+
+
+def plain_lira(phi, keep):
+    """phi, keep [M][N] -> LiRA's scores [M, N]: each model attacked with the others, equally many on each side, one
+    deviation over all images for each side; sample by sample."""
+    scores = np.zeros_like(phi)
+    for target in range(len(phi)):
+        sides = []
+        for inside in (True, False):
+            chosen = []
+            for i in range(phi.shape[1]):
+                shadows = [m for m in range(len(phi)) if m != target]
+                n = min(sum(keep[m][i] for m in shadows), sum(not keep[m][i] for m in shadows))
+                chosen.append(np.array([phi[m, i] for m in shadows if keep[m][i] == inside][:n]))
+            means = np.array([values.mean() for values in chosen])
+            pooled = np.concatenate([values - values.mean() for values in chosen]).std()
+            sides.append(-np.log(pooled) - (phi[target] - means) ** 2 / (2 * pooled**2))
+        scores[target] = sides[0] - sides[1]
+    return scores
+
+
+def plain_figures(score, member):
+    """Pair by pair and threshold by threshold"""
+    pairs = score[member][:, None] - score[~member][None]
+    rates = [(0.0, 0.0)] + [((score >= t)[~member].mean(), (score >= t)[member].mean()) for t in score]
+    figures = dict(auc=((pairs > 0) + 0.5 * (pairs == 0)).mean())
+    figures["balanced_accuracy"] = max((hit + 1 - false) / 2 for false, hit in rates)
+    return figures | {f"tpr_at_{at}": max(hit for false, hit in rates if false <= at) for at in (0.001, 0.01)}
+
+
+def test_attack_equals_plain_lines_on_networks_of_the_members(stage):
+    """Shadow networks by the plain loop, from their members and no others; then LiRA in numpy, number by number."""
+    s = stage(**RECIPE, real_per_class=3, mia_models=6, mia_versions=2, net_epochs=1, net_warmup=0)
+    paint_sets(s)
+    rf.attack(s.args, s.run, s.dist, s.real, s.sets)
+    images, labels, members = [s.real[i] for i in range(30)], s.real.labels, halves(30, 6)
+    phi = {"synthetic": np.zeros((6, 30)), "real": np.zeros((6, 30))}
+    for m, rows in enumerate(members):
+        counts = np.bincount(labels[rows], minlength=10)
+        sources = {"synthetic": painted(s, f"shadows/{m}/images", 2 * counts)}
+        sources["real"] = [images[i] for i in rows], labels[rows]
+        for kind, source in sources.items():
+            folder = s.run.path("shadows", str(m), kind)
+            same_weights(folder / "weights.safetensors", plain_training(s.args, *source, 10, m))
+            p = plain_logits(folder, images, 10).softmax(1)[range(30), labels].numpy()
+            phi[kind][m] = np.log(p / (1 - p))
+    keep = np.array([[i in rows for i in range(30)] for rows in members])
+    found = json.loads(s.run.path("attack.json").read_text())
+    for kind, values in phi.items():
+        for name, scores in (("lira", plain_lira(values, keep)), ("threshold", values)):
+            figures = [plain_figures(scores[m], keep[m]) for m in range(6)]
+            wanted = {key: np.mean([f[key] for f in figures]) for key in figures[0]}
+            assert found[kind][name] == pytest.approx(wanted, abs=1e-6), (kind, name)
+
+
+def write_net(folder, images, seed):
+    """A random network whose answers differ from image to image, as stage 5 saves it."""
+    import timm
+
+    torch.manual_seed(seed)
+    net = timm.create_model("test_resnet", num_classes=10).eval()
+    x = torch.stack([torch.from_numpy(np.array(image.resize((64, 64)))).permute(2, 0, 1) / 64 - 2 for image in images])
+    with torch.no_grad():
+        features = net.forward_head(net.forward_features(x), pre_logits=True)
+        net.get_classifier().weight.copy_(torch.randn(10, features.shape[1]))
+        net.get_classifier().bias.copy_(-net.get_classifier().weight @ features.mean(0))
+    save_tensors(folder / "weights.safetensors", net.state_dict())
+    write_json(folder / "metrics.json", dict(images=seed, updates=2 * seed))
+
+
+def nette(tmp_path):
+    """ImageNette's layout and two further test sets, one of them of three classes and a foreign one -> flags"""
+    from timm.data import ImageNetInfo
+
+    numbers, rng = datasets.IMAGENET_SUBSETS["imagenette"], np.random.default_rng(1)
+    wnids = ImageNetInfo().label_names()
+    roots = {f"photos/{split}": [wnids[i] for i in numbers] for split in ("train", "val")}
+    roots |= {"v2": [str(i) for i in numbers], "r": [wnids[i] for i in (*numbers[2:5], 1)]}
+    for root, folders in roots.items():
+        for folder in folders:
+            (tmp_path / root / folder).mkdir(parents=True)
+            for i in range(4):
+                noise = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((70, 90))
+                noise.save(tmp_path / root / folder / f"{folder}_{i}.png")
+    ood = tuple(f"{name}={tmp_path / name}" for name in ("v2", "r"))
+    return dict(dataset="imagenette", data_dir=str(tmp_path / "photos"), ood=ood)
+
+
+def test_evaluation_equals_plain_lines_for_every_row(stage, tmp_path):
+    """Networks written by hand, no two alike; then their answers, class by class, and those of CLIP."""
+    import timm
+    from open_clip import IMAGENET_CLASSNAMES
+
+    from common.clip import load_clip
+
+    flags = dict(gen_versions=2, net_versions=(1, 2), ablations=("no-token",), clf_seeds=2, seed=5)
+    s = stage(**RECIPE, **flags, **nette(tmp_path), net_epochs=1)
+    paint_sets(s)
+    test, known = s.data.test, {"test": list(range(10)), "v2": list(range(10)), "r": [2, 3, 4]}
+    sets = {"test": test} | {
+        name: ood_images(tmp_path / name, datasets.IMAGENET_SUBSETS["imagenette"])[0] for name in ("v2", "r")
+    }
+    pictures = {name: [images[i] for i in range(len(images))] for name, images in sets.items()}
+    rows = ["real", "synthetic-1x", "synthetic-2x", "real+synthetic-2x", "no-token"]
+    for n, row in enumerate(rows):
+        for seed in (5, 6):
+            write_net(s.run.path("classifier", "runs", f"{row}-seed{seed}"), pictures["test"], 10 * n + seed)
+    rf.evaluate(s.args, s.run, s.dist, s.data, s.real, s.sets)
+
+    result = json.loads(s.run.path("results.json").read_text())
+    found, seen = result["metrics"] | result["baselines"], set()
+    for n, row in enumerate(rows):
+        for name, images in sets.items():
+            per_seed = []
+            for seed in (5, 6):
+                logits = plain_logits(s.run.path("classifier", "runs", f"{row}-seed{seed}"), pictures[name], 10)
+                answers = [max(known[name], key=lambda c: line[c]) for line in logits.tolist()]
+                right = np.array(answers) == images.labels
+                per_seed.append(100 * right.mean())
+                if (row, name, seed) == ("synthetic-2x", "test", 5):
+                    saved = dict(zip(s.names, (100 * right[test.labels == c].mean() for c in range(10)), strict=True))
+            ours = found[row] if name == "test" else found[row][f"ood/{name}"]
+            assert ours["per_seed"] == pytest.approx(per_seed), (row, name)
+            assert ours["mean"] == pytest.approx(np.mean(per_seed))
+            assert ours["std"] == pytest.approx(np.std(per_seed, ddof=1))
+            seen.add(tuple(per_seed))
+        assert found[row]["updates"] == 2 * (10 * n + 5)
+    assert len(seen) > 10, "networks that answer alike would hide that one stands for another"
+    assert found["saved_classifier"]["per_class"] == pytest.approx(saved)
+    assert found["saved_classifier"]["top1"] == found["synthetic-2x"]["per_seed"][0]
+    assert result["near_copies"]["images"]["of"] == 40 == result["near_copies"]["test"]["of"]
+
+    net = timm.create_model(f"local-dir:{s.run.path('classifier')}", pretrained=True)
+    weights = load_tensors(s.run.path("classifier", "runs", "synthetic-2x-seed5", "weights.safetensors"))
+    assert all(torch.equal(net.state_dict()[name], tensor) for name, tensor in weights.items())
+
+    clip = load_clip("tiny")
+    names = [IMAGENET_CLASSNAMES[i] for i in datasets.IMAGENET_SUBSETS["imagenette"]]
+    with torch.no_grad():
+        texts = clip.model.encode_text(clip.tokenize([f"a photo of a {name}" for name in names]))
+        views = clip.model.encode_image(torch.stack([clip.preprocess(image) for image in pictures["test"]]))
+    alike = torch.nn.functional.cosine_similarity(views[:, None], texts[None], dim=-1)
+    assert found["zero-shot"]["mean"] == pytest.approx(100 * (alike.argmax(1).numpy() == test.labels).mean())
+
+
+def test_claims_are_judged_by_twice_the_standard_error():
+    """Each claim alone: its better row 4 points above its worse one, with a standard error of 1, 2.1 and none."""
+    better = {
+        "latent prior beats a start from noise": "no-prior", "LoRA beats the stock generator": "no-lora",
+        "caption and class beat the class alone": "no-caption", "visual token beats none": "no-token",
+        "the matching term helps": "no-matching", "more versions are better": "synthetic-1x",
+        "real + synthetic beats real": "real",
+    }  # fmt: skip
+    over = {"synthetic-1x": "synthetic-4x", "real": "real+synthetic-4x"}
+    assert list(rf.ORDERINGS) == list(better)
+    for claim, worse in better.items():
+        row = over.get(worse, "synthetic-1x")
+        for mean, std, said in (
+            (54, 1.22, ("+4.0 ± 1.0", "shows")),
+            (46, 1.22, ("-4.0 ± 1.0", "the reverse")),
+            (54, 2.57, ("+4.0 ± 2.1", "within noise")),
+        ):
+            three = dict(std=std, per_seed=[0] * 3)
+            table = rf.compared({row: dict(mean=mean, **three), worse: dict(mean=50, **three)}, 4)
+            assert [line for line in table if line[0] == claim] == [[claim, *said]]
+            assert all(line[2] == "not run" for line in table if line[0] != claim)
+        once = dict(std=0.0, per_seed=[0])
+        table = rf.compared({row: dict(mean=54, **once), worse: dict(mean=50, **once)}, 4)
+        assert [claim, "+4.0", "within noise"] in table, "one seed shows nothing"
+    same = {"synthetic-1x": dict(mean=54, std=0.0, per_seed=[54] * 3)}
+    assert ["more versions are better", "", "not run"] in rf.compared(same, 1)
+
+
+def test_samples_show_the_first_image_of_each_class_and_what_was_made_of_it(stage, monkeypatch):
+    s = stage(real_per_class=3, gen_versions=2, net_versions=(1,), ablations=("no-token",), mia_models=6)
+    paint_sets(s)
+    shown = {}
+    keep = lambda file, cells, rows, names, size: shown.update(zip(rows, cells, strict=True))  # noqa: E731
+    monkeypatch.setattr(rf.images, "samples_grid", keep)
+    rf.samples(s.args, s.run, s.real, s.sets)
+    first = [s.real.labels.tolist().index(c) for c in range(10)]
+    wanted = {"real": [s.real[i] for i in first]}
+    for row, folder, j in (
+        ("images 0", "images", 0),
+        ("images 1", "images", 3),
+        ("no-token 0", "ablations/no-token", 0),
+    ):
+        files = [s.run.path(folder, name, f"{j}.png") for name in class_folders(s.names)]
+        wanted[row] = [Image.open(file).convert("RGB") for file in files]
+    assert {row: [cell().tobytes() for cell in cells] for row, cells in shown.items()} == {
+        row: [image.tobytes() for image in images] for row, images in wanted.items()
+    }
 
 
 def test_what_is_replaced_are_training_images(stage):
