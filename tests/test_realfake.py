@@ -676,11 +676,13 @@ def token_states(pipe, prompts, tokens):
 
 def photos(tmp_path):
     """Photos that are no squares: a crop that is not where it should be shows."""
+    rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for c, name in enumerate(("seven", "two")):
             (tmp_path / "photos" / split / name).mkdir(parents=True)
             for i in range(4):
-                Image.effect_noise((70 + 20 * c, 48 + 8 * i), 90).save(tmp_path / "photos" / split / name / f"{i}.png")
+                noise = rng.normal(128, 90, (48 + 8 * i, 70 + 20 * c)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(noise).save(tmp_path / "photos" / split / name / f"{i}.png")
     return dict(dataset="folder", data_dir=str(tmp_path / "photos"))
 
 
@@ -711,7 +713,7 @@ def plain_tuning(stock, s, rows, prompts, tokens, lam):
         for i, (u, v, mirror) in zip(batch, where.T.tolist(), strict=True):
             image = tv.resize(s.real[i], 32, tv.InterpolationMode.BILINEAR)
             image = tv.crop(image, int(u * (image.height - 31)), int(v * (image.width - 31)), 32, 32)
-            x.append(tv.pil_to_tensor(tv.hflip(image) if mirror < 0.5 else image) / 127.5 - 1)
+            x.append(tv.pil_to_tensor(tv.hflip(image) if s.args.tune_flip and mirror < 0.5 else image) / 127.5 - 1)
         with torch.no_grad():
             posterior = stock.vae.encode(torch.stack(x)).latent_dist
             z = stock.vae.config.scaling_factor * (posterior.mean + posterior.std * xi)
@@ -745,7 +747,7 @@ ABLATIONS = ("no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no
     [
         dict(tune_max_images=12),  # three steps, the last of which begins a new pass
         dict(ablations=ABLATIONS),
-        dict(token="class_mean", mia_models=2),
+        dict(token="class_mean", mia_models=2, tune_flip=False),
         dict(token="released", caption=False),  # the released code mixes tokens in its sampler, not in its tuning
         dict(lora=False, ablations=ABLATIONS, mia_models=2),
     ],
@@ -791,7 +793,7 @@ def test_tuning_equals_a_plain_loop_over_stock_parts(stage, tmp_path, flags):
         assert set(ours) == {f"unet.{name.replace('.default', '')}" for name in layers}
         for name, p in layers.items():
             # On average: Adam moves a number without a gradient by what rounding says.
-            assert (ours[f"unet.{name.replace('.default', '')}"] - p.detach()).abs().mean() < 2e-6, (adapter, name)
+            assert (ours[f"unet.{name.replace('.default', '')}"] - p.detach()).abs().mean() < 5e-6, (adapter, name)
         assert logged[f"finetune/{adapter}/loss"][len(losses)] == pytest.approx(np.mean(losses), rel=1e-4), adapter
         assert logged[f"finetune/{adapter}/matching"][len(losses)] == pytest.approx(np.mean(matching), rel=1e-4)
 
@@ -924,6 +926,36 @@ def test_released_tokens_are_mixed_over_the_official_batches_of_the_set():
     assert torch.equal(tokens[rows], mixed) and torch.equal(tokens[[40, 6]], mixed[[35, 1]])
 
 
+def test_images_are_stored_in_the_format_and_size_of_the_flags(stage, tmp_path):
+    flags = dict(gen_versions=1, net_versions=(1,), gen_steps=2, gen_format="jpeg", gen_quality=75, gen_save_size=16)
+    s = stage(**photos(tmp_path), **flags, lora=False)
+    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
+    rf.generate(s.args, s.run, s.dist, pipe, s.real, s.names, s.sets)
+    files = sorted(s.run.path("images").glob("*/*"))
+    assert [f.name for f in files] == ["0.jpg", "1.jpg"] * 2
+    Image.new("RGB", (16, 16)).save(tmp_path / "75.jpg", quality=75)
+    for file in files:
+        image = Image.open(file)
+        assert image.size == (16, 16) and image.quantization == Image.open(tmp_path / "75.jpg").quantization
+
+
+def test_captions_and_embeddings_stand_by_their_images_whatever_the_parts(stage, monkeypatch):
+    from common.clip import load_clip
+
+    s = stage()
+    monkeypatch.setattr(rf, "PART", 7)  # the last of three parts is short
+    rf.caption(s.args, s.run, s.dist, s.real)
+    rf.embed(s.args, s.run, s.dist, s.real)
+    write = captioner(resolve("tiny", "captioner"), torch.device("cpu"), "fp32")
+    written = json.loads(s.run.path("captions.json").read_text())
+    assert written == {s.real.keys[i]: write(s.real.subset([i]))[0] for i in range(20)}
+    assert len(set(written.values())) > 10
+    clip, ours = load_clip("tiny"), load_tensors(s.run.path("embeddings.safetensors"))["embeddings"]
+    with torch.no_grad():
+        expected = torch.cat([clip.model.encode_image(clip.preprocess(s.real[i])[None]) for i in range(20)])
+    close(ours.float(), expected, 2e-3 * expected.abs().max().item())
+
+
 def test_embeddings_are_those_of_open_clip_not_normalised(stage):
     from common.clip import load_clip
 
@@ -938,8 +970,11 @@ def test_embeddings_are_those_of_open_clip_not_normalised(stage):
     assert ((ours.float() - expected).norm(dim=1) / expected.norm(dim=1)).max() < 2e-3
 
 
-def plain_training(args, images, labels, n_classes, seed):
-    """timm's transforms, loss, optimizer and scheduler over steps of two micro-batches of four -> state dict"""
+def plain_training(args, images, labels, n_classes, seed, per_epoch=None):
+    """timm's transforms, loss, optimizer and scheduler over steps of two micro-batches of four -> state dict
+
+    per_epoch: steps, default all whole batches; fewer are for a single epoch
+    """
     import random
 
     import timm
@@ -969,7 +1004,7 @@ def plain_training(args, images, labels, n_classes, seed):
     running, n = [b for name, b in net.named_buffers() if "running" in name], len(images)
     for epoch in range(args.net_epochs):
         order = torch.randperm(n, generator=distributed.generator(seed, "order", epoch)).tolist()
-        for step in range(n // 8):
+        for step in range(per_epoch or n // 8):
             optimizer.zero_grad()
             before, after = [b.clone() for b in running], [torch.zeros_like(b) for b in running]
             for part in (0, 4):
@@ -1033,10 +1068,15 @@ def painted(s, folder, each):
     return images, labels
 
 
-def test_every_row_trains_on_the_images_that_its_name_says(stage):
-    """One epoch for each row and seed; then the plain loop over pictures that are opened one by one."""
-    flags = dict(gen_versions=3, net_versions=(1, 2), ablations=("no-prior", "no-lora"), clf_seeds=2)
-    s = stage(**RECIPE, **flags, real_per_class=1, net_epochs=1, net_warmup=0)
+@pytest.mark.parametrize("equal", [False, True])
+def test_every_row_trains_on_the_images_that_its_name_says(stage, equal):
+    """One epoch for each row and seed; then the plain loop over pictures that are opened one by one.
+
+    equal: as many steps as for the real images, through a random part of the others.
+    """
+    seeds = (0,) if equal else (0, 1)
+    flags = dict(gen_versions=3, net_versions=(1, 2), ablations=("no-prior", "no-lora"), clf_seeds=len(seeds))
+    s = stage(**RECIPE, **flags, real_per_class=1, net_epochs=1, net_warmup=0, net_equal_updates=equal)
     paint_sets(s)
     rf.train(s.args, s.run, s.dist, s.real, s.sets)
     real = [s.real[i] for i in range(10)], list(s.real.labels)
@@ -1045,13 +1085,14 @@ def test_every_row_trains_on_the_images_that_its_name_says(stage):
     wanted["real+synthetic-2x"] = real[0] + twice[0], real[1] + twice[1]
     wanted |= {name: painted(s, f"ablations/{name}", [1] * 10) for name in ("no-prior", "no-lora")}
     folders = {p.name for p in s.run.path("classifier", "runs").iterdir()}
-    assert folders == {f"{row}-seed{seed}" for row in wanted for seed in (0, 1)}
+    assert folders == {f"{row}-seed{seed}" for row in wanted for seed in seeds}
     for row, (images, labels) in wanted.items():
-        for seed in (0, 1):
+        steps = 10 // 8 if equal else len(images) // 8
+        for seed in seeds:
             folder = s.run.path("classifier", "runs", f"{row}-seed{seed}")
-            same_weights(folder / "weights.safetensors", plain_training(s.args, images, labels, 10, seed))
+            same_weights(folder / "weights.safetensors", plain_training(s.args, images, labels, 10, seed, steps))
             about = json.loads((folder / "metrics.json").read_text())
-            assert about == dict(images=len(images), updates=len(images) // 8), row
+            assert about == dict(images=len(images), updates=steps), row
 
 
 @torch.no_grad()
@@ -1118,7 +1159,8 @@ def test_attack_equals_plain_lines_on_networks_of_the_members(stage):
         for name, scores in (("lira", plain_lira(values, keep)), ("threshold", values)):
             figures = [plain_figures(scores[m], keep[m]) for m in range(6)]
             wanted = {key: np.mean([f[key] for f in figures]) for key in figures[0]}
-            assert found[kind][name] == pytest.approx(wanted, abs=1e-6), (kind, name)
+            # Two images of nearly the same score may change places: 1 of 10 members of one of 6 targets.
+            assert found[kind][name] == pytest.approx(wanted, abs=0.017), (kind, name)
 
 
 def write_net(folder, images, seed):
@@ -1164,6 +1206,7 @@ def test_evaluation_equals_plain_lines_for_every_row(stage, tmp_path):
     flags = dict(gen_versions=2, net_versions=(1, 2), ablations=("no-token",), clf_seeds=2, seed=5)
     s = stage(**RECIPE, **flags, **nette(tmp_path), net_epochs=1)
     paint_sets(s)
+    s.real[0].save(s.run.path("images", class_folders(s.names)[0], "0.png"))  # the one near-copy among them
     test, known = s.data.test, {"test": list(range(10)), "v2": list(range(10)), "r": [2, 3, 4]}
     sets = {"test": test} | {
         name: ood_images(tmp_path / name, datasets.IMAGENET_SUBSETS["imagenette"])[0] for name in ("v2", "r")
@@ -1196,7 +1239,7 @@ def test_evaluation_equals_plain_lines_for_every_row(stage, tmp_path):
     assert len(seen) > 10, "networks that answer alike would hide that one stands for another"
     assert found["saved_classifier"]["per_class"] == pytest.approx(saved)
     assert found["saved_classifier"]["top1"] == found["synthetic-2x"]["per_seed"][0]
-    assert result["near_copies"]["images"]["of"] == 40 == result["near_copies"]["test"]["of"]
+    assert result["near_copies"] == {"images": dict(near=1, of=40), "test": dict(near=0, of=40)}
 
     net = timm.create_model(f"local-dir:{s.run.path('classifier')}", pretrained=True)
     weights = load_tensors(s.run.path("classifier", "runs", "synthetic-2x-seed5", "weights.safetensors"))
@@ -1349,6 +1392,15 @@ def test_cifar_augmentation_is_padding_and_a_mirror():
     allowed = {hash(np.ascontiguousarray(c).tobytes()) for crop in crops for c in (crop, crop[:, :, ::-1])}
     assert len(seen) > 60 and seen <= allowed
     assert torch.equal(rf.transforms(args, False)(image), torch.from_numpy(np.asarray(image)).permute(2, 0, 1))
+
+
+def test_cifar_stem_keeps_every_pixel():
+    net = rf.make_net(rf.Args(**rf.PRESETS["cifar10"]), 10, 0)
+    with torch.no_grad():
+        assert net.forward_features(torch.zeros(1, 3, 32, 32)).shape == (1, 512, 4, 4), "strides of three stages alone"
+    assert net.conv1.weight.shape == (64, 3, 3, 3) and net.conv1.bias is None
+    assert net.conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.1)
+    assert all(block.bn2.weight.abs().max() == 0 for stage in (net.layer1, net.layer4) for block in stage)
 
 
 # ---- the script, end to end on the tiny world ------------------------------------------------------------

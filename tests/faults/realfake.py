@@ -2,6 +2,11 @@ from faults.fault import Fault
 
 TUNING, DRAWING = "test_tuning_equals_a_plain_loop_over_stock_parts", "test_versions_equal_those_of_a_stock_pipeline"
 TRAINING = "test_training_equals_a_plain_loop_over_timm"
+ROWS = "test_every_row_trains_on_the_images_that_its_name_says"
+ATTACK = "test_attack_equals_plain_lines_on_networks_of_the_members"
+SCORES = "test_evaluation_equals_plain_lines_for_every_row"
+CLAIMS = "test_claims_are_judged_by_twice_the_standard_error"
+BOTH = "test_captions_and_embeddings_stand_by_their_images_whatever_the_parts"
 
 FAULTS = {
     "realfake.py": [
@@ -31,6 +36,120 @@ FAULTS = {
             tests=f"{TUNING} {DRAWING}",
         ),
         Fault("token in the wrong slot", "h[:, -1] = g.to(h)", "h[:, -2] = g.to(h)", tests=TUNING),
+        Fault(
+            "no-matching with the matching term",
+            '"no-matching": dict(lam=0.0)',
+            '"no-matching": dict()',
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "lambda of the flags for every adapter",
+            "matching_weight(v.lam, args.dm_batch)",
+            "matching_weight(args.dm_lambda, args.dm_batch)",
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "no-token with the token",
+            '"no-token": dict(token="none")',
+            '"no-token": dict()',
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "class-mean with the image's own token",
+            'dict(token="class_mean")',
+            'dict(token="image")',
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "class-mean mixed with the image's own token",
+            "return self.means[self.labels[rows]]",
+            "return (self.means[self.labels[rows]] + self.features[rows]) / 2",
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "class mean over all images, not the set's",
+            'if mode == "class_mean":\n            self.means = ',
+            'if mode == "class_mean":\n            self.rows = list(range(len(labels)))\n            self.means = ',
+            tests=f"{DRAWING}[class-means-of-members]",
+        ),
+        Fault(
+            "no-prior from the real latent",
+            '"no-prior": dict(prior="noise")',
+            '"no-prior": dict()',
+            tests=f"{DRAWING}[ablations]",
+        ),
+        Fault(
+            "no-caption with captions",
+            '"no-caption": dict(caption=False)',
+            '"no-caption": dict()',
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "no-lora with the adapter",
+            '"no-lora": dict(adapter=None)',
+            '"no-lora": dict()',
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "an adapter of its own for no-prior",
+            'if full.adapter and other.adapter and name != "no-prior":',
+            "if full.adapter and other.adapter:",
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "ablations with the method's adapter",
+            "other.adapter = name",
+            "other.adapter = full.adapter",
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "shadow models with the method's adapter",
+            'shadow.adapter = full.adapter and f"shadow-{m}"',
+            "shadow.adapter = full.adapter",
+            tests=f"{TUNING}[class-means-of-members]",
+        ),
+        Fault(
+            "shadow models without an in and an out side",
+            "rows = np.flatnonzero(keep).tolist()",
+            "rows = list(range(n))",
+            tests=ATTACK,
+        ),
+        Fault(
+            "caption of the next image",
+            "written[real.keys[i]] if",
+            "written[real.keys[i + 1 - len(real.keys)]] if",
+            tests=TUNING,
+        ),
+        Fault(
+            "captions in the reverse order of the images",
+            "dict(zip(real.keys, written, strict=True)))",
+            "dict(zip(real.keys, written[::-1], strict=True)))",
+            tests=BOTH,
+        ),
+        Fault(
+            "embeddings in the reverse order of their files",
+            '["embeddings"] for file in files])',
+            '["embeddings"] for file in files[::-1]])',
+            tests=BOTH,
+        ),
+        Fault(
+            "released tokens mixed while tuning",
+            'mode = "image" if v.token == "released" and make is training_prompt else v.token',
+            "mode = v.token",
+            tests=f"{TUNING}[released]",
+        ),
+        Fault(
+            "released tokens never mixed",
+            'mode = "image" if v.token == "released" and make is training_prompt else v.token',
+            'mode = "image" if v.token == "released" else v.token',
+            tests=f"{DRAWING}[released]",
+        ),
+        Fault(
+            "released tokens mixed over the whole set",
+            "starts = [place - place % MIXED for place in places]",
+            "starts = [0 for place in places]",
+            tests="test_released_tokens_are_mixed_over_the_official_batches_of_the_set",
+        ),
         # [3] finetune
         Fault(
             "min-SNR weight upside down",
@@ -96,6 +215,56 @@ FAULTS = {
             "z0 = 0.1 * pipe.vae.config.scaling_factor * (posterior.mean",
             tests=TUNING,
         ),
+        Fault(
+            "adapters that go on from one another",
+            "diffusion.reset_lora(layers, ",
+            "diffusion.reset_lora(layers if v.lam == 0 else [], ",
+            tests=f"{TUNING}[ablations]",
+        ),
+        Fault(
+            "noise of the posterior for that of the step",
+            "batch, _, t, xi, eps = batches.draw(step)",
+            "batch, _, t, eps, xi = batches.draw(step)",
+            tests=TUNING,
+        ),
+        Fault(
+            "mean of the posterior instead of a draw",
+            "(posterior.mean + posterior.std * noise).float()",
+            "posterior.mean.float()",
+            tests=TUNING,
+        ),
+        Fault(
+            "lower half of the timesteps",
+            "torch.randint(self.n_times, (b,)",
+            "torch.randint(self.n_times // 2, (b,)",
+            tests=TUNING,
+        ),
+        Fault("the same order in every pass", '"epoch", epoch)).tolist()', '"epoch", 0)).tolist()', tests=TUNING),
+        Fault(
+            "a mirror without the flag",
+            "flips = [self.args.tune_flip and m < 0.5",
+            "flips = [m < 0.5",
+            tests=f"{TUNING}[class-means-of-members]",
+        ),
+        Fault(
+            "every image mirrored",
+            "flips = [self.args.tune_flip and m < 0.5",
+            "flips = [self.args.tune_flip",
+            tests=TUNING,
+        ),
+        Fault(
+            "sum of the wrong matching batch",
+            "residual_sums[u.start // args.dm_batch]",
+            "residual_sums[0]",
+            tests=TUNING,
+        ),
+        Fault(
+            "lambda not rescaled",
+            "return lam * 8 / b",
+            "return lam",
+            tests="test_weights_are_one_up_to_gamma_and_gamma_over_snr_beyond",
+        ),
+        Fault("beta2 of Adam", "betas=(0.9, 0.999)", "betas=(0.9, 0.99)", tests=TUNING),
         # [4] generate
         Fault("negative prompt empty", "token_ids(pipe, [args.gen_negative])", 'token_ids(pipe, [""])', tests=DRAWING),
         Fault("LoRA scale 1", "else None, args.gen_lora_scale)", "else None, 1.0)", tests=DRAWING),
@@ -117,6 +286,99 @@ FAULTS = {
             tests=DRAWING,
         ),
         Fault("training prompt in sampling", "names, sampling_prompt)", "names, training_prompt)", tests=DRAWING),
+        Fault(
+            "every set with the method's adapter",
+            "adapter_file(run, v.adapter) if v.adapter else None, args",
+            'adapter_file(run, "full") if v.adapter else None, args',
+            tests=f"{DRAWING}[ablations]",
+        ),
+        Fault(
+            "an adapter that stays on for the stock generator",
+            "adapter.use(adapter_file(run, v.adapter) if",
+            "v.adapter and adapter.use(adapter_file(run, v.adapter) if",
+            tests=f"{DRAWING}[ablations]",
+        ),
+        Fault(
+            "seed of the version ignored in drawing alone",
+            "version_seed(args, real.keys[i], k) for i in rows",
+            "version_seed(args, real.keys[i], 0) for i in rows",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "seed of the version ignored in the list alone",
+            "seed=version_seed(args, source, version)",
+            "seed=version_seed(args, source, 0)",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "gen_seed ignored",
+            "return distributed.seed_of(args.gen_seed, version, key)",
+            "return distributed.seed_of(0, version, key)",
+            tests=f"{DRAWING}[noise]",
+        ),
+        Fault(
+            "images in the folder of the next class",
+            "folders[real.labels[i]], f",
+            "folders[(real.labels[i] + 1) % len(folders)], f",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "another image's number",
+            "numbers.of(place[i], k)",
+            "numbers.of(place[rows[0]], k)",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "the prompt of the list without its caption", 'written.get(source, "")', '""', tests=f"{DRAWING}[no-lora]"
+        ),
+        Fault(
+            "a visual token in the negative branch",
+            "torch.cat([h_u.expand_as(h_c), h_c])",
+            "torch.cat([torch.cat([h_u.expand_as(h_c)[:, :-1], h_c[:, -1:]], 1), h_c])",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "guidance away from the prompt",
+            "torch.cat([h_u.expand_as(h_c), h_c])",
+            "torch.cat([h_c, h_u.expand_as(h_c)])",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "a corner of the image instead of all of it",
+            "image.resize((args.gen_resolution,) * 2)",
+            "image.crop((0, 0, *(args.gen_resolution,) * 2))",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "noise of the posterior for that of the latent",
+            "xi, noise = padded(",
+            "noise, xi = padded(",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "the noise of the last timestep at the start",
+            "to(z0.device)[times[0]]",
+            "to(z0.device)[times[-1]]",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "a step of the sampler too few",
+            "scheduler.set_timesteps(steps, ",
+            "scheduler.set_timesteps(steps - 1, ",
+            tests=f"{DRAWING}[no-lora]",
+        ),
+        Fault(
+            "images stored as large as they are drawn",
+            "args.gen_format, quality, args.gen_save_size",
+            "args.gen_format, quality, None",
+            tests="test_images_are_stored_in_the_format_and_size_of_the_flags",
+        ),
+        Fault(
+            "quality 95 whatever the flag says",
+            'quality = args.gen_quality if args.gen_format == "jpeg" else None',
+            "quality = 95",
+            tests="test_images_are_stored_in_the_format_and_size_of_the_flags",
+        ),
         # [5] train
         Fault(
             "constant rate of the classifier",
@@ -132,6 +394,104 @@ FAULTS = {
             tests=TRAINING,
         ),
         Fault("BatchNorm statistics not written", "params=params, buffers=running", "params=params", tests=TRAINING),
+        Fault(
+            "synthetic rows with the real images too",
+            '("images", k, False) for k',
+            '("images", k, True) for k',
+            tests=ROWS,
+        ),
+        Fault(
+            "every row with all versions",
+            "sets[folder], real, versions)] if folder",
+            "sets[folder], real, sets[folder].versions)] if folder",
+            tests=ROWS,
+        ),
+        Fault(
+            "real + synthetic without the real images",
+            '("images", args.net_versions[-1], True)',
+            '("images", args.net_versions[-1], False)',
+            tests=ROWS,
+        ),
+        Fault(
+            "real + synthetic with the fewest versions",
+            '("images", args.net_versions[-1], True)',
+            '("images", args.net_versions[0], True)',
+            tests=ROWS,
+        ),
+        Fault(
+            "rows of the ablations on the method's images",
+            '(f"ablations/{name}", 1, False)',
+            '("images", 1, False)',
+            tests=ROWS,
+        ),
+        Fault(
+            "one seed for all networks of a row",
+            "sources, len(real), seed)",
+            "sources, len(real), args.seed)",
+            tests=ROWS,
+        ),
+        Fault(
+            "every row as long as the real one",
+            "if args.net_equal_updates else len(data)",
+            "if args.net_epochs else len(data)",
+            tests=ROWS,
+        ),
+        Fault(
+            "equal updates never",
+            "if args.net_equal_updates else len(data)",
+            "if False else len(data)",
+            tests=f"{ROWS}[True]",
+        ),
+        Fault(
+            "label of the next class",
+            "labels = torch.as_tensor(data.labels)\n",
+            "labels = (torch.as_tensor(data.labels) + 1) % len(data.class_names)\n",
+            tests=TRAINING,
+        ),
+        Fault(
+            "mean and deviation of another data set",
+            "normalised(next(stream), IMAGENET_MEAN, IMAGENET_STD)",
+            "normalised(next(stream), (0.5,) * 3, (0.5,) * 3)",
+            tests=TRAINING,
+        ),
+        Fault(
+            "weight decay on BatchNorm and biases",
+            'create_optimizer_v2(net, opt="sgd"',
+            'create_optimizer_v2(net, opt="sgd", filter_bias_and_bn=False',
+            tests=TRAINING,
+        ),
+        Fault(
+            "momentum without Nesterov",
+            'create_optimizer_v2(net, opt="sgd"',
+            'create_optimizer_v2(net, opt="momentum"',
+            tests=TRAINING,
+        ),
+        Fault(
+            "rate of the classifier x 10",
+            "lr = multistep_lr(step // batches.per_epoch, args.net_lr,",
+            "lr = multistep_lr(step // batches.per_epoch, 10 * args.net_lr,",
+            tests=TRAINING,
+        ),
+        Fault("the short last batch too", "length=length, drop_last=True", "length=length", tests=TRAINING),
+        Fault(
+            "frozen BatchNorm",
+            "memory_format=torch.channels_last).train()",
+            "memory_format=torch.channels_last).eval()",
+            tests=TRAINING,
+        ),
+        Fault(
+            "milestones as they stand",
+            "sum(m <= epoch + 1 for m in milestones)",
+            "sum(m <= epoch for m in milestones)",
+            tests=TRAINING,
+        ),
+        Fault("no colour jitter", "color_jitter=args.net_jitter or None", "color_jitter=None", tests=TRAINING),
+        Fault(
+            "the pooling of the stem kept",
+            "nn.Conv2d(3, width, 3, padding=1, bias=False), nn.Identity()",
+            "nn.Conv2d(3, width, 3, padding=1, bias=False), net.maxpool",
+            tests="test_cifar_stem_keeps_every_pixel",
+        ),
         # [6] attack
         Fault(
             "ROC mirrored",
@@ -144,6 +504,137 @@ FAULTS = {
             "auc=float(roc_auc_score(member, score))",
             "auc=float(roc_auc_score(member, -score))",
             tests="test_golden_lira",
+        ),
+        Fault("shadow networks on all real images", "members = real.subset(v.rows)", "members = real", tests=ATTACK),
+        Fault(
+            "real shadow networks for synthetic ones",
+            'if kind == "synthetic" else members',
+            'if kind != "synthetic" else members',
+            tests=ATTACK,
+        ),
+        Fault(
+            "one version of the shadows' images",
+            "generated_images(args, run, v, real, v.versions) if kind",
+            "generated_images(args, run, v, real, 1) if kind",
+            tests=ATTACK,
+        ),
+        Fault(
+            "one seed for all shadow networks", "len(members), args.seed + m)", "len(members), args.seed)", tests=ATTACK
+        ),
+        Fault(
+            "the target among its shadows", "torch.arange(len(phi)) != t", "torch.arange(len(phi)) >= 0", tests=ATTACK
+        ),
+        Fault(
+            "members of the first model for all",
+            "attack_figures(score, keep[t])",
+            "attack_figures(score, keep[0])",
+            tests=ATTACK,
+        ),
+        Fault("sides of different sizes", "*balanced(keep[others])", "keep[others], ~keep[others]", tests=ATTACK),
+        Fault("in and out exchanged", "*balanced(keep[others])", "*balanced(~keep[others])", tests=ATTACK),
+        Fault("no pooled deviation", "pool=len(phi) < 64", "pool=False", tests=ATTACK),
+        Fault(
+            "LiRA's scores for the threshold's",
+            "attack_figures(phi[t], keep[t])",
+            "attack_figures(score, keep[t])",
+            tests=ATTACK,
+        ),
+        Fault(
+            "the first network asked for all",
+            'run.path("shadows", str(m), kind), n_classes',
+            'run.path("shadows", "0", kind), n_classes',
+            tests=ATTACK,
+        ),
+        Fault(
+            "sure of the next class",
+            "own = z.gather(1, labels[:, None])",
+            "own = z.gather(1, (labels[:, None] + 1) % z.shape[1])",
+            tests="test_membership_logit_is_the_log_odds",
+        ),
+        # [7] evaluate
+        Fault(
+            "one network for all seeds of a row",
+            'f"{row}-seed{seed}"), n, dist.device)',
+            'f"{row}-seed{args.seed}"), n, dist.device)',
+            tests=SCORES,
+        ),
+        Fault(
+            "the network of another row",
+            'f"{row}-seed{seed}"), n, dist.device)',
+            'f"real-seed{seed}"), n, dist.device)',
+            tests=SCORES,
+        ),
+        Fault(
+            "augmented test images", "transforms(args, training=False)", "transforms(args, training=True)", tests=SCORES
+        ),
+        Fault(
+            "training images for test images",
+            '{"test": (test, list(range(n)))}',
+            '{"test": (real, list(range(n)))}',
+            tests=SCORES,
+        ),
+        Fault(
+            "classes of a further test set ignored",
+            "list(range(n)))} | ood_sets(args.ood, args.dataset)",
+            "list(range(n)))} | {k: (x, list(range(n))) for k, (x, _) in ood_sets(args.ood, args.dataset).items()}",
+            tests=SCORES,
+        ),
+        Fault(
+            "top-1 of the test split for the further sets",
+            "over_seeds(per_seed[s]) for s in splits[1:]",
+            'over_seeds(per_seed["test"]) for s in splits[1:]',
+            tests=SCORES,
+        ),
+        Fault("the whole test image", "crop_pct=args.net_crop_pct", "crop_pct=1.0", tests=SCORES),
+        Fault(
+            "test images resized bilinearly",
+            'interpolation="bicubic", crop_pct',
+            'interpolation="bilinear", crop_pct',
+            tests=SCORES,
+        ),
+        Fault(
+            "statistics of the batch in evaluation",
+            "memory_format=torch.channels_last).eval()",
+            "memory_format=torch.channels_last).train()",
+            tests=SCORES,
+        ),
+        Fault(
+            "the smallest synthetic row saved",
+            'best, names = f"synthetic-{args.net_versions[-1]}x"',
+            'best, names = f"synthetic-{args.net_versions[0]}x"',
+            tests=SCORES,
+        ),
+        Fault(
+            "names of the folders for CLIP",
+            "prompt_names(args.dataset, test.class_names)",
+            "test.class_names",
+            tests=SCORES,
+        ),
+        Fault(
+            "near-copies of test images",
+            "near_copies(run, drawn, real, test,",
+            "near_copies(run, drawn, test, test,",
+            tests=SCORES,
+        ),
+        Fault("claims upside down", 'a["mean"] - b["mean"]', 'b["mean"] - a["mean"]', tests=CLAIMS),
+        Fault("claims judged by one standard error", "abs(gap) <= 2 * error", "abs(gap) <= error", tests=CLAIMS),
+        Fault(
+            "deviation for the standard error",
+            '(a["std"] ** 2 + b["std"] ** 2) / n)',
+            '(a["std"] ** 2 + b["std"] ** 2))',
+            tests=CLAIMS,
+        ),
+        Fault(
+            "the matching term compared with the token",
+            '("synthetic-1x", "no-matching")',
+            '("synthetic-1x", "no-token")',
+            tests=CLAIMS,
+        ),
+        Fault(
+            "samples of one version",
+            "[k * n[c]])) for c",
+            "[0])) for c",
+            tests="test_samples_show_the_first_image_of_each_class_and_what_was_made_of_it",
         ),
     ],
 }
