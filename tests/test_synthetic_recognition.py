@@ -1,5 +1,6 @@
 """Synthetic data for recognition: values of the authors' code, invariants of the method, the script end to end."""
 
+import contextlib
 import json
 import math
 import shutil
@@ -8,16 +9,21 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from conftest import QUIET
 from PIL import Image
+from timm.layers import DropPath
 from tiny_glide import make_tiny_glide
 
 import synthetic_recognition as sr
 from common import models
 from common import painter as painters
+from common.clip import load_clip
+from common.datasets import ImageDataset, Images, few_shot, load_dataset
 from common.distributed import Dist, seed_global, seed_of
 from common.files import chunks, class_folders, load_tensors, save_tensors
 from common.glide import sampler
@@ -341,10 +347,37 @@ def test_sentences_are_different_and_hold_the_words_of_the_class_name(capsys):
     speak = lambda words, n: [f"{words} {torch.randint(9, ()).item()}" for _ in range(n)]  # noqa: E731
     one = sr.sentences_of(args, speak, 0, "sea-lake", None)
     assert len(set(one)) == 3 and all("sea lake" in s for s in one)
-    assert one == sr.sentences_of(args, speak, 0, "sea-lake", None)
+    assert one == sr.sentences_of(args, speak, 0, "sea-lake", None) != sr.sentences_of(args, speak, 1, "sea-lake", None)
     assert sr.sentences_of(args, lambda words, n: ["a dog"] * n, 0, "sea-lake", None) == []
     sr.tell_short(args, {"sea lake": 0, "river": 2}, 10)
     assert "2 of 10 classes have fewer than 3 sentences (sea lake 0, river 2)" in capsys.readouterr().out
+
+
+def test_every_class_has_sentences_drawn_from_more_than_are_wanted(tmp_path, monkeypatch):
+    asked, made = [], []
+
+    def writer(where, device, **sampling):
+        made.append((where, sampling))
+        return lambda words, n: (asked.append((words, n)), [f"{words} {len(asked) % 2}{k % 40:02}" for k in range(n)])[
+            1
+        ]
+
+    monkeypatch.setattr(sr, "sentence_writer", writer)
+    args, run = sr.Args(sentences=60, ladder=("le-ce",)), run_in(tmp_path)
+    sr.write_sentences(args, run, ONE, ["sea-lake", "St. Bernard"], {"--sentence-model": "here"})
+    # 40 different ones of 110 are too few, so each class is asked for twice; T5 gets the name and an article only.
+    assert asked == [("a sea lake", 110)] * 2 + [("a St. Bernard", 110)] * 2
+    assert made == [("here", dict(top_k=50, top_p=1.0, temperature=1.0, max_new_tokens=32))]
+    rows = json.loads((tmp_path / "sentences.json").read_text())
+    assert [(row["class_index"], row["class_name"]) for row in rows] == [(0, "sea-lake"), (1, "St. Bernard")]
+    for row, said in zip(rows, ("a sea lake", "a St. Bernard"), strict=True):
+        pool = sorted(f"{said} {i}{k:02}" for i in range(2) for k in range(40))
+        assert len(set(row["sentences"])) == 60 and set(row["sentences"]) < set(pool)
+        assert set(row["sentences"]) != set(pool[:60])  # at random, not the first by the alphabet
+    unchecked = sr.sentences_of(args, lambda words, n: ["a dog", "a cat"], 0, "river", None)
+    assert sorted(unchecked) == ["a cat", "a dog"]  # the paper's are not checked
+    args.sentence_check = True
+    assert sr.sentences_of(args, lambda words, n: ["a dog", "a river"], 0, "river", None) == ["a river"]
 
 
 def test_the_writer_is_sampled_by_the_seed():
@@ -432,7 +465,9 @@ def test_names_and_sentences_reach_the_prompts_of_every_image(tmp_path):
 
 def test_every_shot_gives_as_many_images_and_only_missing_files_are_drawn(tmp_path):
     args = sr.Args(setting="few-shot", ladder=("rg",), rg_images=4, shot_counts=(2,))
-    one = drawing(args, tmp_path, "rg2", ["a", "b"], picks={2: [5, 7, 1, 3]})
+    # Real Guidance draws from the class's name, though there are sentences for other rows.
+    one = drawing(args, tmp_path, "rg2", ["a", "b"], (["a red a"], ["a red b"]), {2: [5, 7, 1, 3]})
+    assert [one.prompt(row) for row in (0, 7)] == ["a photo of a a", "a photo of a b"]
     assert [one.shot(row) for row in range(8)] == [5, 7, 5, 7, 1, 3, 1, 3] and one.r == 40
     assert [one.images.key(row) for row in (0, 7)] == ["00_a/0.png", "01_b/3.png"]
     assert [one.seed(row) for row in (3, 4)] == [seed_of(0, "rg2", 0, 3), seed_of(0, "rg2", 1, 0)]
@@ -501,6 +536,12 @@ def test_deit_objective_mixes_labels_and_erases():
     first, again = (objective.loss([x.clone()], y, 5)[0] for _ in range(2))
     assert torch.equal(first, again)  # a function of seed and step
     assert not torch.equal(first, F.cross_entropy(net(x), y))
+    assert len({objective.loss([x.clone()], y, step)[0].item() for step in range(5, 9)}) == 4
+    mix = objective.mix
+    assert (mix.mixup_alpha, mix.cutmix_alpha, mix.label_smoothing, mix.mix_prob) == (0.8, 1.0, 0.1, 1.0)
+    plain = sr.Supervised(net, 3, 0)
+    plain.erase = torch.zeros_like
+    assert plain.loss([x], y, 0)[0].item() == pytest.approx(math.log(3))  # what the network sees is erased
     seed_global(0)
     erased = sr.Supervised(net, 3, 0, erase=True).erase(torch.zeros(200, 3, 32, 32))
     assert 20 < sum(bool(image.any()) for image in erased) < 80  # a quarter, with noise for pixels
@@ -555,21 +596,152 @@ def test_two_steps_of_pretraining_equal_plain_sgd_with_batchnorm(tmp_path):
         assert (a.double() - b.double()).abs().max() < 1e-3, name
 
 
-def test_transfer_begins_with_a_head_of_its_own_and_follows_table_8(tmp_path):
-    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "transfer_epochs": 10, "transfer_batch": 10, "transfer_lr": 0.5})
-    source, seen, seconds = Pixels(11), [], []
-    start = sr.new_backbone(args.backbone, 7, 3, "cpu")
+def noted_trainings(monkeypatch, at=lambda net: None):
+    """Nothing is trained; what train_network is given is noted. at: called with each network"""
+    seen = []
+
+    def note(run, team, chart, file, objective, pictures, recipe, seed, **more):
+        seen.append(SimpleNamespace(objective=objective, pictures=pictures, recipe=recipe, seed=seed, more=more))
+        at(getattr(objective, "net", None))
+        return SimpleNamespace(finish=lambda: seen.append("finished"))
+
+    monkeypatch.setattr(sr, "train_network", note)
+    monkeypatch.setattr(sr, "augmentation", lambda *kind: kind)
+    return seen
+
+
+def drop_paths(net):
+    return [m.drop_prob for m in net.modules() if isinstance(m, DropPath)]
+
+
+@pytest.mark.parametrize("recipe", ["sgd", "deit"])
+def test_transfer_begins_with_a_head_of_its_own_and_follows_its_table(recipe, tmp_path, monkeypatch):
+    flags = dict(recipe=recipe, transfer_epochs=10, transfer_batch=10, transfer_lr=0.5, pre_micro_batch=7)
+    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], **flags})
+    real, test = Pixels(11), Pixels(30)
+    start = sr.new_backbone(args.backbone, 7, 4, "cpu")  # another seed than the transfer's
     save_tensors(tmp_path / "start.safetensors", start.state_dict())
-    train = lambda *a, **k: (seen.append(a), SimpleNamespace(finish=lambda: seconds.append(1)))[1]  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sr, "train_network", train)
-        sr.transfer(args, Log(), ONE, tmp_path, {}, source, source, 10, tmp_path / "start.safetensors", 3)
-    objective, _, recipe = seen[0][4:7]
-    assert (recipe.batch, recipe.epochs, recipe.repeats, objective.mix) == (10, 10, 1, None) and seconds
+
+    def label(net):
+        x = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in test.pixels]) / 255
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        with torch.no_grad():
+            test.labels = net.eval()((x - mean) / std).argmax(1).numpy()
+        test.labels[:9] = (test.labels[:9] + 1) % 10
+        net.train()
+
+    seen = noted_trainings(monkeypatch, label)
+    sr.transfer(args, Log(), ONE, tmp_path, dict(row="r"), real, test, 10, tmp_path / "start.safetensors", 3)
+    one, objective, deit = seen[0], seen[0].objective, recipe == "deit"
+    assert seen[1:] == ["finished"] and one.pictures is real and one.more["micro_batch"] == 7
+    assert (one.recipe.batch, one.recipe.epochs, one.recipe.repeats) == (10, 10, 1)
     assert torch.equal(objective.net.conv1[0].weight, start.conv1[0].weight) and len(objective.net.fc.bias) == 10
-    group, rate = recipe.optimizer.param_groups[0], recipe.rate
-    assert (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
-    assert [rate(e) / 0.5 for e in (0, 2.9, 3, 6, 8)] == pytest.approx([1, 1, 0.2, 0.04, 0.008])
+    # Table 9's: DeiT's own recipe without random erasing and stochastic depth
+    assert one.recipe.view == ("deit" if deit else "plain", 32, False) and bool(objective.mix) == deit
+    assert torch.equal(objective.erase(torch.zeros(99, 3, 8, 8)), torch.zeros(99, 3, 8, 8))
+    assert not drop_paths(objective.net)
+    (group,) = one.recipe.optimizer.param_groups
+    assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.9, 1e-4 if deit else 5e-4, 0.5)
+    assert type(one.recipe.optimizer).__name__ == "SGD"
+    assert len(group["params"]) == len(list(objective.net.parameters()))
+    steps = [1, 1, 0.2, 0.04, 0.008] if not deit else [(1 + math.cos(math.pi * e / 10)) / 2 for e in (0, 2.9, 3, 6, 8)]
+    assert [one.recipe.rate(e) / 0.5 for e in (0, 2.9, 3, 6, 8)] == pytest.approx(steps)
+    about = json.loads((tmp_path / "metrics.json").read_text())
+    assert about == dict(row="r", seed=3, test=pytest.approx(70), real=11)  # of the test split, in eval mode
+    assert all(torch.equal(v, objective.net.state_dict()[k]) for k, v in saved(tmp_path / "weights").items())
+
+
+def saved(path):
+    return load_tensors(path.with_suffix(".safetensors"))
+
+
+def test_pretraining_is_given_its_recipe_its_start_and_its_rate(tmp_path, monkeypatch):
+    flags = dict(pre_lr=0.3, pre_lr_real=0.07, moco_queue=24, pre_micro_batch=7, pre_size=32, pre_flip=True)
+    start = sr.new_backbone("test_resnet.r160_in1k", 3, 8, "cpu")
+    save_tensors(tmp_path / "start.safetensors", start.state_dict())
+    seen, source = noted_trainings(monkeypatch), Pixels(11)
+    for recipe, weights in (("adamw", None), ("deit", None), ("moco", tmp_path / "start.safetensors")):
+        args, folder = sr.Args(**{**sr.PRESETS["digits-pretrain"], **flags, "recipe": recipe}), tmp_path / recipe
+        sr.pretrain(args, Log(), ONE, folder, source, 10, 3, weights)
+        one, moco = seen[-2], recipe == "moco"
+        net = one.objective.query[0] if moco else one.objective.net
+        assert seen[-1] == "finished" and one.pictures is source and one.more["micro_batch"] == 7 and one.seed == 3
+        rate, (first, *_) = 0.07 if weights else 0.3, one.recipe.optimizer.param_groups
+        assert first["lr"] == rate and one.recipe.rate(4.999 if recipe == "deit" else 0) == pytest.approx(
+            rate, rel=0.01
+        )
+        body = start if weights else sr.new_backbone(args.backbone, 10, 3, "cpu")
+        assert torch.equal(net.conv1[0].weight, body.conv1[0].weight) and len(net.fc.bias) == 10
+        assert drop_paths(net) == (
+            pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1][-len(drop_paths(net)) :]) if recipe == "deit" else []
+        )
+        assert one.recipe.view == (recipe if recipe != "adamw" else "plain", 32, True)
+        assert one.recipe.batch == args.pre_batch and one.recipe.epochs == args.pre_epochs
+        if moco:
+            assert one.objective.queue.shape == (24, 128)
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in saved(folder / "pretrained").items())
+    sr.pretrain(args, Log(), ONE, folder, source, 10, 3, weights)
+    assert len(seen) == 6  # what is there is not made again
+
+
+def test_a_backbones_row_begins_and_goes_on_where_the_table_says(tmp_path, monkeypatch):
+    made, moved, run = [], [], run_in(tmp_path)
+    monkeypatch.setattr(sr, "pretrain", lambda args, run, team, *what: made.append(what))
+    monkeypatch.setattr(sr, "transfer", lambda args, run, team, *what: moved.append(what))
+    monkeypatch.setattr(sr, "export_backbone", lambda *what: None)
+    pixels = np.zeros((14, 4, 4, 3), dtype=np.uint8)
+    train = Images([k % 2 for k in range(14)], [f"{k:02}" for k in range(14)], ["a", "b"], pixels=pixels)
+    data = ImageDataset("x", ["a", "b"], train, None, train.subset(range(4)))
+    flags = dict(pre_amounts=(2, 3), gen_images_per_class=3, clf_seeds=2, transfer_images=2, seed=5)
+    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], **flags})
+    sr.train_backbones(args, run, ONE, data, ["x", "y", "z"])
+    chosen = few_shot(train, "x", 2, 5, 2)
+    runs, starts = tmp_path / "classifier" / "runs", {}
+    for seed in (5, 6):  # from the images that the transfer leaves over, with the labels of the data set
+        starts[seed] = runs / f"real-weights-seed{seed}" / "pretrained.safetensors"
+        folder, source, n, number, *weights = made.pop(0)
+        assert folder == starts[seed].parent and n == 2 and number == seed and weights in ([], [None])
+        assert source.keys.tolist() == [k for i, k in enumerate(train.keys) if i not in chosen]
+    for row in ("synthetic", "real-init+synthetic"):
+        for amount in (2, 3):
+            for seed in (5, 6):
+                folder, source, n, number, weights = made.pop(0)
+                assert folder == runs / f"{row}-{amount}-seed{seed}" and n == 3 and number == seed
+                assert weights == (starts[seed] if "init" in row else None)
+                assert len(source) == 3 * amount and source.root == tmp_path / "images"
+                assert source.class_names == ["x", "y", "z"]
+    assert not made
+    for row, amounts in (
+        ("scratch", (0,)),
+        ("synthetic", (2, 3)),
+        ("real-init", (0,)),
+        ("real-init+synthetic", (2, 3)),
+    ):
+        for amount in amounts:
+            for seed in (5, 6):
+                folder, about, real, test, n, weights, number = moved.pop(0)
+                own = folder / "pretrained.safetensors" if amount else None
+                assert folder == runs / (f"{row}-{amount}-seed{seed}" if amount else f"{row}-seed{seed}")
+                assert weights == (own or (starts[seed] if row == "real-init" else None))
+                assert n == 2 and number == seed and test is data.test and about["images"] == 3 * amount
+                assert sorted(real.keys) == sorted(train.keys[i] for i in chosen)
+    assert not moved
+    args.real_weights, args.transfer_images = "imagenet", 0
+    sr.train_backbones(args, run, ONE, data, ["x", "y", "z"])
+    assert [call[4] for call in made] == [None] * 4 + ["imagenet"] * 4
+    assert all(call[2] is train for call in moved) and [call[5] for call in moved][6:8] == ["imagenet"] * 2
+
+
+def test_the_saved_backbone_is_the_main_rows(tmp_path):
+    args = sr.Args(**{**sr.PRESETS["digits-pretrain"], "pre_amounts": (2, 3), "clf_seeds": 1})
+    for i, folder in enumerate(("scratch-seed0", "synthetic-2-seed0", "synthetic-3-seed0", "real-init-seed0")):
+        net = sr.new_backbone(args.backbone, 10, i, "cpu")
+        save_tensors(tmp_path / "classifier" / "runs" / folder / "weights.safetensors", net.state_dict())
+    sr.export_backbone(args, run_in(tmp_path), list("0123456789"))
+    stock = timm.create_model(f"local-dir:{tmp_path / 'classifier'}", pretrained=True)
+    assert torch.equal(stock.fc.weight, sr.new_backbone(args.backbone, 10, 2, "cpu").fc.weight)
+    about = json.loads((tmp_path / "classifier" / "classes.json").read_text())
+    assert (about["row"], about["n"], about["seed"]) == ("synthetic", 3, 0)
 
 
 def test_recipes_are_those_of_the_paper(monkeypatch):
@@ -583,6 +755,7 @@ def test_recipes_are_those_of_the_paper(monkeypatch):
     assert type(recipe.optimizer).__name__ == "AdamW" and recipe.view == "plain" and objective.mix is None
     assert [recipe.rate(e) for e in (0, 45, 90)] == pytest.approx([0.1, 0.05, 0])
     assert (recipe.batch, recipe.epochs, recipe.repeats) == (50, 90, 1)
+    assert {group["weight_decay"] for group in recipe.optimizer.param_groups} == {0.3}  # biases too
     objective, recipe = made("sgd")
     assert [recipe.rate(e) for e in (0, 29.9, 30, 60)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
     group = recipe.optimizer.param_groups[0]
@@ -683,7 +856,7 @@ def trained_alone(folder, row, m, seed, data, **flags):
     return load_tensors(place / "weights.safetensors"), json.loads((place / "metrics.json").read_text())
 
 
-def plain_tuning(W0, parts, lr, wd=0.1, sl=0.5, T=2.0):
+def plain_tuning(W0, parts, lr, wd=0.1, sl=0.5, T=2.0, weights=(1.0, 1.0)):
     """AdamW over [(real batch or None, synthetic batch or None, rate)], with nothing of the script"""
     W, b = W0.clone().requires_grad_(), torch.zeros(len(W0), requires_grad=True)
     optimizer = torch.optim.AdamW([W, b], lr=lr, weight_decay=wd)
@@ -691,10 +864,11 @@ def plain_tuning(W0, parts, lr, wd=0.1, sl=0.5, T=2.0):
     for real, syn, rate in parts:
         loss = torch.zeros(())
         if real is not None:
-            loss = loss + F.cross_entropy(unit(real[0]) @ W.T + b, real[1])
+            loss = loss + weights[0] * F.cross_entropy(unit(real[0]) @ W.T + b, real[1])
         if syn is not None:
             z, soft = unit(syn[0]) @ W.T + b, (unit(syn[0]) @ W0.T / T).softmax(1)
-            loss = loss + sl * -(soft * z.log_softmax(1)).sum(1).mean() + (1 - sl) * F.cross_entropy(z, syn[1])
+            sce = sl * -(soft * z.log_softmax(1)).sum(1).mean() + (1 - sl) * F.cross_entropy(z, syn[1])
+            loss = loss + weights[1] * sce
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_([W, b], 1.0)
@@ -707,8 +881,10 @@ def plain_tuning(W0, parts, lr, wd=0.1, sl=0.5, T=2.0):
 def test_a_row_is_trained_as_plain_lines_say(row, problem, tmp_path):
     W0, x, y, x_real, y_real = problem
     data = head_data(W0, x, y, None)
-    data.real = lambda m: (np.arange(12), x_real, y_real)
+    data.real = lambda m: {3: (np.arange(12), x_real, y_real)}[m]
     flags = dict(head_epochs=2, head_batch=16, head_batch_real=5, head_lr=0.05, phase_lr=0.08, rg_images=15)
+    if row == "rg":  # flags that are not the published ones
+        flags |= dict(head_wd=0.3, sl=0.3, sl_temperature=3.0, real_weight=0.7, syn_weight=1.3)
     ours, about = trained_alone(tmp_path, row, 3, 7, data, **flags)
     cosine = lambda s, n, lr: lr * (1 + math.cos(math.pi * s / n)) / 2  # noqa: E731
     mixed = step_pairs(12, 60, 5, 16, 2, 7)
@@ -728,7 +904,8 @@ def test_a_row_is_trained_as_plain_lines_say(row, problem, tmp_path):
             W, b = continued(W, b, W0, phase)
         parts = sum(phases, [])
     else:
-        W, b = plain_tuning(W0, parts, 0.05, sl=0.0 if row == "le-ce" else 0.5)
+        own = dict(rg=dict(wd=0.3, sl=0.3, T=3.0, weights=(0.7, 1.3)), real={})
+        W, b = plain_tuning(W0, parts, 0.05, **own.get(row, dict(sl=0.0)))
     close(ours["weight"], W, 1e-4)
     close(ours["bias"], b, 1e-4)
     assert about["updates"] == len(parts) and about["images"] == (0 if row == "real" else 60)
@@ -788,6 +965,302 @@ def test_filter_set_keeps_rows_of_every_class_and_counts_the_readmitted():
     kept, about = sr.filter_set(sr.Args(filter_keep=2), "le", confidence, 2)
     assert len(kept) == 4 and set(kept[:2]) <= {0, 2, 3} and kept[2:] == [5, 6]
     assert [row["readmitted"] for row in about] == [0, 1] and [row["above"] for row in about] == [3, 1]
+
+
+# ---- the stages use what the tests above look at -------------------------------------------------
+
+
+def run_in(folder):
+    """As much of a run as a stage needs"""
+    still = dict(
+        timed=lambda *_, **__: contextlib.nullcontext(), done=lambda *_, **__: None, under=lambda *names: names
+    )
+    return SimpleNamespace(path=lambda *parts: folder.joinpath(*map(str, parts)), **still, **QUIET)
+
+
+def test_rows_are_those_of_the_tables():
+    # Set, filtered by CLIP, how real shots take part, with the soft term, begins with real weights
+    tables = {
+        "zero-shot": ("", False, "", True, False),
+        "basic-ce": ("basic", False, "", False, False), "basic-sce": ("basic", False, "", True, False),
+        "le-ce": ("le", False, "", False, False), "le-sce": ("le", False, "", True, False),
+        "le+cf-ce": ("le", True, "", False, False), "le+cf-sce": ("le", True, "", True, False),
+        "real": ("", False, "alone", True, False), "basic": ("le", True, "mix", True, False),
+        "rf": ("le", True, "mix", True, False), "rg": ("rg", False, "mix", True, False),
+        "syn-real": ("rg", False, "after", True, False), "real-syn": ("rg", False, "before", True, False),
+        "scratch": ("", False, "", True, False), "synthetic": ("le", False, "", True, False),
+        "real-init": ("", False, "", True, True), "real-init+synthetic": ("le", False, "", True, True),
+    }  # fmt: skip
+    assert {row: (x.data, x.cf, x.real, x.sce, x.init) for row, x in sr.ROWS.items()} == tables
+
+
+def test_shots_are_nested_and_of_the_training_split():
+    data, args = load_dataset("digits"), sr.Args(dataset="digits", setting="few-shot", shot_counts=(4, 1), seed=5)
+    shots, picks = sr.choose_shots(args, data)
+    for m in (1, 4):
+        assert [shots.keys[i] for i in picks[m]] == [
+            data.train.keys[i] for i in few_shot(data.train, "digits", m, 5, 10)
+        ]
+        assert shots.labels[picks[m]].tolist() == [c for c in range(10) for _ in range(m)]
+    assert set(picks[1]) < set(picks[4]) and len(shots) == 40
+    first = data.train.keys.tolist().index(shots.keys[0])
+    assert np.array_equal(np.array(shots[0]), np.array(data.train[first]))
+    assert sr.choose_shots(sr.Args(dataset="digits"), data) == (None, {})
+
+
+class Easel:
+    """A generator that notes what it is to paint, and paints the seed"""
+
+    side = 16
+
+    def __init__(self):
+        self.calls = []
+
+    def latent(self, x):
+        return x
+
+    def paint(self, texts, seeds, kept, start, begin):
+        self.calls.append((texts, seeds, kept.tolist(), start, list(begin)))
+        return [torch.full((3, 16, 16), seed % 256, dtype=torch.uint8) for seed in seeds]
+
+
+@pytest.mark.parametrize("steps", [20, 100])
+def test_the_generator_is_given_what_each_set_asks_for(steps, tmp_path, monkeypatch):
+    easel, made = Easel(), []
+    monkeypatch.setattr(painters, "load_painter", lambda *what, **how: (made.append((what[0], how)), easel)[1])
+    flags = dict(dataset="eurosat", ladder=("rf", "rg"), shot_counts=(2,), gen_images_per_class=3, rg_images=4)
+    flags |= dict(gen_micro_batch=3, gen_steps=steps, gen_guidance=2.5, gen_seed=9, gen_save_size=8, gen_format="webp")
+    flags |= dict(gen_resolution=16, precision="bf16", rg_steps=10 if steps == 100 else 0)
+    args = sr.Args(**{**sr.PRESETS["digits-few-shot"], **flags})
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 30, 20, 3), dtype=np.uint8)
+    shots = Images([0, 1, 0, 1, 1, 0], map(str, range(6)), ["a", "b"], pixels=pixels)
+    said = [["a red a", "one a"], ["a b"]]
+    (tmp_path / "sentences.json").write_text(json.dumps([dict(sentences=lines) for lines in said]))
+    sr.generate(args, run_in(tmp_path), ONE, ["a", "b"], shots, {2: [5, 0, 3, 4]}, {})
+    how = dict(precision="bf16", size=16, guidance=2.5, micro_batch=3, compile=False, ancestral=steps == 100)
+    assert made == [("tiny", how)]
+
+    place = "a centered satellite photo of"
+    wanted = [(f"{place} {said[c][k % len(said[c])]}", seed_of(9, "le", c, k), None) for c in (0, 1) for k in range(3)]
+    wanted += [
+        (f"{place} a {'ab'[c]}", seed_of(9, "rg2", c, k), [5, 0, 3, 4][2 * c + k % 2]) for c in (0, 1) for k in range(4)
+    ]
+    for i, (texts, seeds, kept, start, begin) in enumerate(easel.calls):
+        guided = i >= 2
+        r = (10 if steps == 100 else 40) if guided else 100
+        assert kept == sorted(round(999 * k / 99) for k in range(r - 1, -1, -(100 // steps)))
+        assert len(begin) == (len(texts) if guided else 0) and (start is not None) == guided
+        for text, seed, x in zip(texts, seeds, begin or [None] * len(texts), strict=True):
+            expected = wanted.pop(0)
+            assert (text, seed) == expected[:2]
+            if guided:  # 20 x 30 pixels: 16 x 24, of which the middle
+                image = shots[expected[2]].resize((16, 24), Image.Resampling.BICUBIC).crop((0, 4, 16, 20))
+                assert torch.equal(x, torch.from_numpy(np.array(image)).permute(2, 0, 1))
+                ref, noise = torch.tensor(2.0), torch.tensor(5.0)
+                assert start(ref, noise, torch.tensor(0.36)).item() == pytest.approx(0.6 * 2 + 0.8 * 5)
+    assert not wanted
+    for name, folder, n in (("le", "images", 3), ("rg2", "rg2", 4)):
+        for c in range(2):
+            for k in range(n):
+                picture = Image.open(tmp_path / folder / f"{c:02}_{'ab'[c]}" / f"{k}.webp")
+                assert picture.size == (8, 8) and picture.getpixel((3, 3))[0] == seed_of(9, name, c, k) % 256
+        assert len((tmp_path / folder / "metadata.jsonl").read_text().splitlines()) == 2 * n
+
+
+NAMES = ["zero", "one", "seven"]
+TEXTURE = "{} texture."  # DTD's: whoever takes another data set's prompt is found out
+
+
+def seen_by(clip, pictures):
+    """Features [N, D] by open_clip's own transform and tower"""
+    with torch.no_grad():
+        return clip.model.encode_image(torch.stack([clip.preprocess(picture) for picture in pictures]))
+
+
+def stock_head(clip):
+    """open_clip's own zero-shot classifier, with the temperature in it. [C, D]"""
+    W = open_clip.build_zero_shot_classifier(clip.model, clip.tokenize, NAMES, [TEXTURE])
+    return clip.model.logit_scale.exp().item() * W.T
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory):
+    """A run folder after stage 4, with another CLIP for the filter than for the head"""
+    folder, digits = tmp_path_factory.mktemp("filtered"), load_dataset("digits").train
+    flags = dict(dataset="dtd", ladder=("zero-shot", "real", "basic", "rf", "rg"), shot_counts=(1, 2), filter_keep=3)
+    flags |= dict(gen_images_per_class=6, rg_images=4, gen_micro_batch=5, head_epochs=2, head_batch=7, clf_seeds=2)
+    args = sr.Args(**{**sr.PRESETS["digits-few-shot"], **flags, "head_batch_real": 4, "seed": 3, "head_wd": 0.2})
+    head, judge = load_clip("tiny"), load_clip("tiny")
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in judge.model.parameters():
+            p += 0.1 * p.std(correction=0) * torch.randn(p.shape, generator=g)
+        judge.model.logit_scale += 0.3
+    picture = lambda c, k: digits[int(digits.of_class((0, 1, 7)[c])[k])]  # noqa: E731
+    # The last images of a class show another one: for the filters.
+    sets, sizes = {}, (("le", 6, 0), ("rg1", 4, 10), ("rg2", 4, 20), ("shots", 2, 30), ("test", 9, 40))
+    for name, n, at in sizes:
+        shown = [(c if k < 3 + c % 2 else (c + 1) % 3, at + k, c) for c in range(3) for k in range(n)]
+        sets[name] = [(picture(what, k), c) for what, k, c in shown]
+    for name, pictures in sets.items():
+        for i, (image, c) in enumerate(pictures if name not in ("shots", "test") else ()):
+            k = i % (len(pictures) // 3)
+            file = folder / ("images" if name == "le" else name) / class_folders(NAMES)[c] / f"{k}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+    lists = {}
+    for name in ("shots", "test"):
+        pixels = np.stack([np.array(image) for image, _ in sets[name]])
+        lists[name] = Images(
+            [c for _, c in sets[name]], [f"{name}{i}" for i in range(len(pixels))], NAMES, pixels=pixels
+        )
+    (folder / "sentences.json").write_text(json.dumps([dict(sentences=[])] * 3))
+    picks, run = {1: [0, 2, 4], 2: list(range(6))}, run_in(folder)
+    stage = (args, run, ONE, [head, judge], NAMES, lists["shots"], picks, lists["test"])
+    sr.filter_images(*stage)
+    y = {name: torch.tensor([c for _, c in pictures]) for name, pictures in sets.items()}
+    f = {name: seen_by(head, [image for image, _ in pictures]) for name, pictures in sets.items()}
+    return SimpleNamespace(folder=folder, stage=stage, sets=sets, head=head, judge=judge, f=f, y=y)
+
+
+def test_the_filters_clip_judges_by_the_data_sets_prompts_and_the_heads_gives_features(filtered):
+    W, found = stock_head(filtered.judge), json.loads((filtered.folder / "keep.json").read_text())
+    close(saved(filtered.folder / "features" / "head")["weight"], stock_head(filtered.head), 1e-3)
+    readmitted = []
+    for name, pictures in filtered.sets.items():
+        ours, y = saved(filtered.folder / "features" / name / "0"), filtered.y[name]
+        close(ours["features"], filtered.f[name], 1e-4)
+        if name in ("shots", "test"):
+            assert "confidence" not in ours and name not in found["keep"]
+            continue
+        logits = F.normalize(seen_by(filtered.judge, [image for image, _ in pictures]), dim=1) @ W.T
+        p = logits.softmax(1)[range(len(y)), y]
+        close(ours["confidence"], p, 1e-4)
+        folder, kept = filtered.folder / ("images" if name == "le" else name), found["keep"][name]
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        assert [row["clip_confidence"] for row in rows] == pytest.approx(p.tolist(), abs=1e-4)
+        for c in range(3):
+            own = [i for i in range(len(y)) if y[i] == c]
+            above, chosen = {i for i in own if p[i] > 1 / 3}, {i for i in kept if y[i] == c}
+            best = set(sorted(own, key=lambda i: -p[i])[:3])
+            assert len(chosen) == 3 and (chosen <= above if len(above) >= 3 else chosen == best)
+            readmitted.append(len(above) < 3)
+        assert kept == sorted(kept)
+    assert True in readmitted and False in readmitted  # both branches were looked at
+
+
+def nearer_to_its_own(f, y, real, y_real):
+    """Rows that Real Filtering keeps, one comparison after the other"""
+    cos = lambda a, b: float(a @ b / a.norm() / b.norm())  # noqa: E731
+    best = lambda i, own: max(cos(f[i], r) for r, c in zip(real, y_real, strict=True) if (c == y[i]) == own)  # noqa: E731
+    return [i for i in range(len(y)) if best(i, True) >= best(i, False)]
+
+
+@pytest.fixture(scope="module")
+def tuned_heads(filtered):
+    sr.train_heads(*filtered.stage)
+    return filtered
+
+
+def test_every_row_is_tuned_on_what_its_name_says(tuned_heads):
+    args, _, _, _, _, _, picks, _ = tuned_heads.stage
+    f, y, keep = tuned_heads.f, tuned_heads.y, json.loads((tuned_heads.folder / "keep.json").read_text())["keep"]
+    W0, unit = stock_head(tuned_heads.head), lambda x: F.normalize(x, dim=1)
+    at = lambda name, rows: (f[name][rows], y[name][rows])  # noqa: E731
+    le, counts = at("le", keep["le"]), []
+    for row in ("real", "basic", "rf", "rg"):
+        for m in (1, 2):
+            real, good = at("shots", picks[m]), range(9)
+            if row == "rf":
+                good = nearer_to_its_own(*le, *real)
+                counts.append(len(good))
+            syn = at(f"rg{m}", slice(None)) if row == "rg" else (le[0][list(good)], le[1][list(good)])
+            for seed in (3, 4):
+                n_syn = 12 if row == "real" else len(syn[1])
+                pairs = step_pairs(3 * m, n_syn, 4, 7, 2, seed)
+                rates = [args.head_lr * (1 + math.cos(math.pi * s / len(pairs))) / 2 for s in range(len(pairs))]
+                parts = [((real[0][r], real[1][r]), None if row == "real" else (syn[0][s], syn[1][s]), rate)
+                         for (r, s), rate in zip(pairs, rates, strict=True)]  # fmt: skip
+                W, b = plain_tuning(W0, parts, args.head_lr, wd=0.2)
+                folder = tuned_heads.folder / "classifier" / "runs" / f"{row}-{m}-seed{seed}"
+                ours, about = saved(folder / "weights"), json.loads((folder / "metrics.json").read_text())
+                close(ours["weight"], W, 2e-3)
+                close(ours["bias"], b, 2e-3)
+                right = (unit(f["test"]) @ W.T + b).argmax(1) == y["test"]
+                assert about["test"] == pytest.approx(100 * right.float().mean().item())
+                assert (about["real"], about["images"]) == (3 * m, 0 if row == "real" else n_syn)
+    assert 0 < min(counts) and max(counts) < 9, "Real Filtering has something to drop and something to keep"
+    about = json.loads((tuned_heads.folder / "classifier" / "runs" / "zero-shot-seed3" / "metrics.json").read_text())
+    right = (unit(f["test"]) @ W0.T).argmax(1) == y["test"]
+    assert about["test"] == pytest.approx(100 * right.float().mean().item())
+
+
+def test_a_set_is_filtered_where_its_row_says(tuned_heads):
+    data = sr.HeadData(*tuned_heads.stage[:2], ONE.device, *tuned_heads.stage[3:])
+    keep = json.loads((tuned_heads.folder / "keep.json").read_text())["keep"]["le"]
+    for cf, rows in ((True, keep), (False, list(range(18)))):
+        found = data.kept("le", cf)
+        assert found[0].tolist() == rows and torch.equal(found[2], tuned_heads.y["le"][rows])
+        close(found[1], tuned_heads.f["le"][rows], 1e-4)
+    assert data.images("rg2").root == tuned_heads.folder / "rg2" and len(data.images("shots")) == 6
+
+
+def test_the_saved_head_is_the_main_rows_with_its_bias(tuned_heads, tmp_path):
+    run, test = run_in(tmp_path), tuned_heads.stage[-1]
+    shutil.copytree(tuned_heads.folder / "classifier", tmp_path / "classifier")
+    head, of_row = (saved(tmp_path / "classifier" / name) for name in ("head", "runs/rg-2-seed3/weights"))
+    assert all(torch.equal(v, of_row[k]) for k, v in head.items()) and set(head) == {"weight", "bias"}
+    about = json.loads((tmp_path / "classifier" / "classes.json").read_text())
+    assert about == dict(kind="clip-head", class_names=NAMES, row="rg", n=2, seed=3)
+    logits = F.normalize(tuned_heads.f["test"], dim=1) @ head["weight"].T + head["bias"]
+    assert torch.equal(sr.saved_predictions(tuned_heads.stage[0], run, ONE, test), logits.argmax(1))
+    head["bias"][1] += 1e4
+    save_tensors(tmp_path / "classifier" / "head.safetensors", head)
+    assert set(sr.saved_predictions(tuned_heads.stage[0], run, ONE, test).tolist()) == {1}
+
+
+def test_results_are_of_the_last_epoch_of_every_seed(tmp_path, monkeypatch):
+    args, run, told, shown = sr.Args(ladder=("zero-shot", "le-ce"), clf_seeds=2, seed=4), run_in(tmp_path), {}, []
+    run.results, run.manifest = lambda **what: told.update(what), lambda stage: {}
+    monkeypatch.setattr(sr, "conclude", lambda *what: shown.append(what))
+    rows = (("zero-shot-seed4", dict(test=30.0)), ("le-ce-seed4", dict(test=50.0, test_selected=80.0)),
+            ("le-ce-seed5", dict(test=60.0, test_selected=90.0)))  # fmt: skip
+    for folder, about in rows:
+        (place := tmp_path / "classifier" / "runs" / folder).mkdir(parents=True)
+        (place / "metrics.json").write_text(json.dumps(about | dict(updates=7, images=11)))
+    labels = torch.tensor([0, 1, 1])
+    sr.report_results(args, run, ["a", "b"], {}, labels, torch.tensor([0, 1, 0]), 66.0)
+    assert told["metrics"]["le-ce"]["per_seed"] == [50.0, 60.0] and told["baselines"]["zero-shot"]["per_seed"] == [30.0]
+    assert told["metrics"]["saved_classifier"]["top1"] == 66.0
+    ((_, table),) = shown[0][3].values()
+    assert table[1][1].startswith("55.0") and table[1][2].startswith("85.0") and table[1][3:] == [11, 7]
+
+
+def test_stages_get_names_as_they_are_said_and_each_clip_in_its_place(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        for name in ("011.billiards", "eiffel-tower-102"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / "0.png")
+    other, calls = shutil.copytree(models.TINY_WEIGHTS / "clip", tmp_path / "clip"), {}
+    for stage in ("write_sentences", "generate", "filter_images", "train_heads", "evaluate"):
+        monkeypatch.setattr(sr, stage, lambda *what, stage=stage: calls.update({stage: what}))
+    monkeypatch.setattr(sr, "load_clip", lambda name, device: f"loaded {name}")
+    flags = dict(
+        preset="caltech256", dataset="folder", data_dir=str(tmp_path / "data"), output_dir=str(tmp_path / "run")
+    )
+    tiny = dict(
+        sd_model="tiny", sentence_model="tiny", head_clip="tiny", filter_clip=str(other), device="cpu", workers=0
+    )
+    sr.main(sr.Args(**flags, **tiny))
+    names, clips = ["billiards", "eiffel tower"], ["loaded tiny", f"loaded {other}"]
+    assert [calls[s][3] for s in ("write_sentences", "generate")] == [names] * 2
+    assert [calls[s][3:5] for s in ("filter_images", "train_heads")] == [(clips, names)] * 2
+    assert calls["evaluate"][3] == names
+
+
+def test_nothing_is_filtered_for_pretraining(tmp_path):
+    sr.filter_images(sr.Args(setting="pretrain"), run_in(tmp_path), ONE, None, NAMES, None, {}, None)
+    assert not list(tmp_path.iterdir())
 
 
 # The method page, sections 2 and 3, by hand: every setting of the paper.
