@@ -1039,7 +1039,7 @@ def classifiers_to_train(args):
     return [(row, k, seed) for row, ks in copies.items() for k in ks for seed in seeds]
 
 
-def epoch_length(args, row, k):
+def sets_in_epoch(args, row, k):
     """Times the real images that an epoch sees"""
     return 1 if row == "real" else 1 + (k if k and not args.clf_equal_k else max(args.clf_copies))
 
@@ -1057,7 +1057,7 @@ def run_folder(run, row, k, seed):
 def train(args, run, dist, real, val, test, class_names, prompts, weights):
     """Each classifier is one process's work, for BatchNorm sees whole batches."""
     jobs = classifiers_to_train(args)
-    lengths = [epoch_length(args, row, k) for row, k, _ in jobs]
+    lengths = [sets_in_epoch(args, row, k) for row, k, _ in jobs]
     mine = share_out(jobs, 1, 1, dist, "train", "", lengths=lengths)
 
     @lru_cache(1)  # the seeds of a row follow each other
@@ -1069,7 +1069,7 @@ def train(args, run, dist, real, val, test, class_names, prompts, weights):
         for team, (row, k, seed) in mine:
             # A transformation of Table 1 belongs to the row that is named after it, or to all generated rows.
             extra = args.clf_transform if k else row if row in TRANSFORMS else "none"
-            length = len(real) * epoch_length(args, row, k)  # images of an epoch, repeated or not
+            length = len(real) * sets_in_epoch(args, row, k)  # images of an epoch, repeated or not
             sources, folder = [originals, *([copies(row, k)] if k else [])], run_folder(run, row, k, seed)
             recipe = (args.classifier, weights, args.clf_epochs, args.sgd_lr)
             fit(args, run, team, Training(folder, *recipe, sources, length, seed, extra), scored, prompts)
@@ -1246,7 +1246,7 @@ LATER = {
 
 def plan(args):
     rows = [row for row in GENERATED if row in args.rows]
-    return planned.plan(args, rows, classifiers_to_train(args), start_index, epoch_length)
+    return planned.plan(args, rows, classifiers_to_train(args), start_index, sets_in_epoch)
 
 
 def main(args):

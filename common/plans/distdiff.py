@@ -45,7 +45,7 @@ def guidance_tflop(args: Any) -> float:
 
 
 def plan(
-    args: Any, rows: Sequence[str], runs: Sequence[tuple[str, int, int]], start_index: Callable, epoch_length: Callable
+    args: Any, rows: Sequence[str], runs: Sequence[tuple[str, int, int]], start_index: Callable, sets_in_epoch: Callable
 ) -> tuple[list[Work], list[str]]:
     """-> the work of the planned stages, what must be there. rows: generated ones; runs: (row, k, seed) to train."""
     classes, n, n_val, n_test = splits_of(args)
@@ -76,9 +76,9 @@ def plan(
                 work.tflop, work.gpu = work.tflop + tflop * passes, gpu
             works.append(work)
     if "train" in args.stages:
-        lengths = [epoch_length(args, row, k) for row, k, _ in runs]
+        lengths = [sets_in_epoch(args, row, k) for row, k, _ in runs]
         for row, k in dict.fromkeys((row, k) for row, k, _ in runs):
-            seen = args.clf_seeds * args.clf_epochs * n * epoch_length(args, row, k)
+            seen = args.clf_seeds * args.clf_epochs * n * sets_in_epoch(args, row, k)
             name, side = f"{row}, k = {k}" if k else row, args.gen_save_size or args.gen_resolution
             what = f"{name}, {args.clf_seeds} x {args.clf_epochs} epochs"
             works.append(

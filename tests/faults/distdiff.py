@@ -234,8 +234,8 @@ FAULTS = {
         ),
         Fault(
             "originals not repeated",
-            'length = len(real) * (1 if row == "real" else 1 + most)',
-            "length = len(real) * (1 if not k else 1 + most)",
+            "length = len(real) * sets_in_epoch(args, row, k)",
+            "length = len(real) * (sets_in_epoch(args, row, k) if k else 1)",
             ROWS,
         ),
         Fault(

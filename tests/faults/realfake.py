@@ -128,8 +128,8 @@ FAULTS = {
         ),
         Fault(
             "embeddings in the reverse order of their files",
-            '["embeddings"] for file in files])',
-            '["embeddings"] for file in files[::-1]])',
+            'rows = features.read("features")',
+            'rows = features.read("features").flip(0)',
             tests=BOTH,
         ),
         Fault(
