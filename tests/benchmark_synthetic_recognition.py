@@ -70,8 +70,8 @@ def full_size(device, n, workers, peak):
         with FlopCounterMode(display=False) as counter:
             encoded(clip, torch.zeros(1, 3, 224, 224, dtype=torch.uint8, device=device), 1)
         tflop, rows, images = counter.get_total_flops() / 1e12, [], noise(n, 224)
-        for batch in (32, 256):  # the stage's --gen-micro-batch, and a larger one
-            our_way(clip, images.subset(range(min(n, batch))), batch, device, workers)
+        for batch in (min(n, 32), min(n, 256)):  # the stage's --gen-micro-batch, and a larger one
+            our_way(clip, images.subset(range(batch)), batch, device, workers)
             start = time.perf_counter()
             our_way(clip, images, batch, device, workers)
             rate = n / (time.perf_counter() - start)

@@ -1819,3 +1819,12 @@ def test_the_plan_counts_weights_from_real_images_and_the_filter_by_them():
     heads = lambda *rows: next(w for w in sr.plan(sr.Args(**{**few, "ladder": rows}))[0] if w.stage == "train")  # noqa: E731
     # 40 images of a class stay, and are compared with 16 real ones each of ten classes
     assert heads("rf").gpu - heads("basic").gpu == 4 * 1024 * 400 + 10 * 400 * 160
+
+
+def test_a_micro_batch_of_one_image_is_not_mixed():
+    """timm mixes an even number; of one image nothing would be left, and its loss is no number."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 3))
+    x, y, objective = torch.rand(1, 3, 4, 4), torch.tensor([1]), sr.Supervised(net, 3, 0, mix=True)
+    close(objective.loss([x], y, 0)[0], F.cross_entropy(net(x), y), 1e-6)
+    two, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
+    assert not torch.isclose(objective.loss([two], labels, 0)[0], F.cross_entropy(net(two), labels))
