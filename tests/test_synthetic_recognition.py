@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -349,6 +350,10 @@ def test_sentences_are_different_and_hold_the_words_of_the_class_name(capsys):
     assert len(set(one)) == 3 and all("sea lake" in s for s in one)
     assert one == sr.sentences_of(args, speak, 0, "sea-lake", None) != sr.sentences_of(args, speak, 1, "sea-lake", None)
     assert sr.sentences_of(args, lambda words, n: ["a dog"] * n, 0, "sea-lake", None) == []
+    args.sentences, number = 50, lambda words, n: [f"{words} {i}" for i in torch.randint(10**6, (n,)).tolist()]
+    one, other = (set(sr.sentences_of(args, number, c, "sea", None)) for c in (0, 1))
+    assert len(one | other) == 100  # a class is sampled by a seed of its own
+    args.sentences = 3
     sr.tell_short(args, {"sea lake": 0, "river": 2}, 10)
     assert "2 of 10 classes have fewer than 3 sentences (sea lake 0, river 2)" in capsys.readouterr().out
 
@@ -725,6 +730,7 @@ def test_a_backbones_row_begins_and_goes_on_where_the_table_says(tmp_path, monke
                 assert weights == (own or (starts[seed] if row == "real-init" else None))
                 assert n == 2 and number == seed and test is data.test and about["images"] == 3 * amount
                 assert sorted(real.keys) == sorted(train.keys[i] for i in chosen)
+                assert about["updates"] == (60 if amount else 30)  # one step in each of 30 epochs, twice
     assert not moved
     args.real_weights, args.transfer_images = "imagenet", 0
     sr.train_backbones(args, run, ONE, data, ["x", "y", "z"])
@@ -1063,12 +1069,16 @@ def test_the_generator_is_given_what_each_set_asks_for(steps, tmp_path, monkeypa
         for c in range(2):
             for k in range(n):
                 picture = Image.open(tmp_path / folder / f"{c:02}_{'ab'[c]}" / f"{k}.webp")
-                assert picture.size == (8, 8) and picture.getpixel((3, 3))[0] == seed_of(9, name, c, k) % 256
+                assert picture.format == "WEBP" and picture.size == (8, 8)
+                assert picture.getpixel((3, 3))[0] == seed_of(9, name, c, k) % 256
         assert len((tmp_path / folder / "metadata.jsonl").read_text().splitlines()) == 2 * n
 
 
 NAMES = ["zero", "one", "seven"]
-TEXTURE = "{} texture."  # DTD's: whoever takes another data set's prompt is found out
+SEVEN = [  # ImageNet's: whoever takes another data set's prompt is found out
+    "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",
+    "art of the {}.", "a photo of the small {}.",
+]  # fmt: skip
 
 
 def seen_by(clip, pictures):
@@ -1079,7 +1089,7 @@ def seen_by(clip, pictures):
 
 def stock_head(clip):
     """open_clip's own zero-shot classifier, with the temperature in it. [C, D]"""
-    W = open_clip.build_zero_shot_classifier(clip.model, clip.tokenize, NAMES, [TEXTURE])
+    W = open_clip.build_zero_shot_classifier(clip.model, clip.tokenize, NAMES, SEVEN)
     return clip.model.logit_scale.exp().item() * W.T
 
 
@@ -1087,8 +1097,10 @@ def stock_head(clip):
 def filtered(tmp_path_factory):
     """A run folder after stage 4, with another CLIP for the filter than for the head"""
     folder, digits = tmp_path_factory.mktemp("filtered"), load_dataset("digits").train
-    flags = dict(dataset="dtd", ladder=("zero-shot", "real", "basic", "rf", "rg"), shot_counts=(1, 2), filter_keep=3)
-    flags |= dict(gen_images_per_class=6, rg_images=4, gen_micro_batch=5, head_epochs=2, head_batch=7, clf_seeds=2)
+    flags = dict(dataset="imagenet", ladder=("zero-shot", "real", "basic", "rf", "rg"), shot_counts=(1, 2))
+    flags |= dict(
+        filter_keep=3, gen_images_per_class=6, rg_images=4, gen_micro_batch=5, head_epochs=2, head_batch=7, clf_seeds=2
+    )
     args = sr.Args(**{**sr.PRESETS["digits-few-shot"], **flags, "head_batch_real": 4, "seed": 3, "head_wd": 0.2})
     head, judge = load_clip("tiny"), load_clip("tiny")
     g = torch.Generator().manual_seed(0)
@@ -1097,10 +1109,11 @@ def filtered(tmp_path_factory):
             p += 0.1 * p.std(correction=0) * torch.randn(p.shape, generator=g)
         judge.model.logit_scale += 0.3
     picture = lambda c, k: digits[int(digits.of_class((0, 1, 7)[c])[k])]  # noqa: E731
-    # The last images of a class show another one: for the filters.
+    # The last images of a class show another one, and so may its second shot: for the filters.
     sets, sizes = {}, (("le", 6, 0), ("rg1", 4, 10), ("rg2", 4, 20), ("shots", 2, 30), ("test", 9, 40))
     for name, n, at in sizes:
-        shown = [(c if k < 3 + c % 2 else (c + 1) % 3, at + k, c) for c in range(3) for k in range(n)]
+        right = dict(shots=1, test=7).get(name, 3)
+        shown = [(c if k < right + c % 2 else (c + 1) % 3, at + k, c) for c in range(3) for k in range(n)]
         sets[name] = [(picture(what, k), c) for what, k, c in shown]
     for name, pictures in sets.items():
         for i, (image, c) in enumerate(pictures if name not in ("shots", "test") else ()):
@@ -1167,13 +1180,12 @@ def test_every_row_is_tuned_on_what_its_name_says(tuned_heads):
     f, y, keep = tuned_heads.f, tuned_heads.y, json.loads((tuned_heads.folder / "keep.json").read_text())["keep"]
     W0, unit = stock_head(tuned_heads.head), lambda x: F.normalize(x, dim=1)
     at = lambda name, rows: (f[name][rows], y[name][rows])  # noqa: E731
-    le, counts = at("le", keep["le"]), []
+    le, passed = at("le", keep["le"]), {}
     for row in ("real", "basic", "rf", "rg"):
         for m in (1, 2):
             real, good = at("shots", picks[m]), range(9)
             if row == "rf":
-                good = nearer_to_its_own(*le, *real)
-                counts.append(len(good))
+                good = passed[m] = nearer_to_its_own(*le, *real)
             syn = at(f"rg{m}", slice(None)) if row == "rg" else (le[0][list(good)], le[1][list(good)])
             for seed in (3, 4):
                 n_syn = 12 if row == "real" else len(syn[1])
@@ -1189,7 +1201,7 @@ def test_every_row_is_tuned_on_what_its_name_says(tuned_heads):
                 right = (unit(f["test"]) @ W.T + b).argmax(1) == y["test"]
                 assert about["test"] == pytest.approx(100 * right.float().mean().item())
                 assert (about["real"], about["images"]) == (3 * m, 0 if row == "real" else n_syn)
-    assert 0 < min(counts) and max(counts) < 9, "Real Filtering has something to drop and something to keep"
+    assert 0 < len(passed[1]) < 9 and passed[1] != passed[2], "Real Filtering drops some, by the shots of its row"
     about = json.loads((tuned_heads.folder / "classifier" / "runs" / "zero-shot-seed3" / "metrics.json").read_text())
     right = (unit(f["test"]) @ W0.T).argmax(1) == y["test"]
     assert about["test"] == pytest.approx(100 * right.float().mean().item())
@@ -1203,6 +1215,17 @@ def test_a_set_is_filtered_where_its_row_says(tuned_heads):
         assert found[0].tolist() == rows and torch.equal(found[2], tuned_heads.y["le"][rows])
         close(found[1], tuned_heads.f["le"][rows], 1e-4)
     assert data.images("rg2").root == tuned_heads.folder / "rg2" and len(data.images("shots")) == 6
+
+
+@pytest.mark.parametrize("row", ["rf", "rg"])
+def test_a_head_tuned_on_pixels_sees_the_pictures_that_its_features_are_of(row, tuned_heads, tmp_path):
+    args, _, _, clips, *_ = tuned_heads.stage  # this CLIP has no BatchNorm: the same result in another way
+    data = sr.HeadData(args, tuned_heads.stage[1], ONE.device, *tuned_heads.stage[3:])
+    sr.train_head(replace(args, freeze_bn=False), run_in(tmp_path), ONE, clips[0], row, 2, 3, data)
+    folder = f"classifier/runs/{row}-2-seed3/weights"
+    ours, cached = saved(tmp_path / folder), saved(tuned_heads.folder / folder)
+    for key in ("weight", "bias"):
+        close(ours[key], cached[key], 2e-3)
 
 
 def test_the_saved_head_is_the_main_rows_with_its_bias(tuned_heads, tmp_path):
@@ -1236,26 +1259,39 @@ def test_results_are_of_the_last_epoch_of_every_seed(tmp_path, monkeypatch):
     assert table[1][1].startswith("55.0") and table[1][2].startswith("85.0") and table[1][3:] == [11, 7]
 
 
-def test_stages_get_names_as_they_are_said_and_each_clip_in_its_place(tmp_path, monkeypatch):
+def stages_of_main(tmp_path, monkeypatch, **flags):
+    """What main hands to each stage, for a folder of two of Caltech-256's classes; nothing is made"""
+    calls = {}
     for split in ("train", "test"):
         for name in ("011.billiards", "eiffel-tower-102"):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / "data" / split / name / "0.png")
-    other, calls = shutil.copytree(models.TINY_WEIGHTS / "clip", tmp_path / "clip"), {}
-    for stage in ("write_sentences", "generate", "filter_images", "train_heads", "evaluate"):
+    for stage in ("write_sentences", "generate", "filter_images", "train_heads", "train_backbones", "evaluate"):
         monkeypatch.setattr(sr, stage, lambda *what, stage=stage: calls.update({stage: what}))
     monkeypatch.setattr(sr, "load_clip", lambda name, device: f"loaded {name}")
-    flags = dict(
-        preset="caltech256", dataset="folder", data_dir=str(tmp_path / "data"), output_dir=str(tmp_path / "run")
-    )
-    tiny = dict(
-        sd_model="tiny", sentence_model="tiny", head_clip="tiny", filter_clip=str(other), device="cpu", workers=0
-    )
-    sr.main(sr.Args(**flags, **tiny))
+    where = dict(data_dir=str(tmp_path / "data"), output_dir=str(tmp_path / "run"), device="cpu", workers=0)
+    tiny = dict(sd_model="tiny", sentence_model="tiny", head_clip="tiny", filter_clip="tiny")
+    sr.main(sr.Args(**dict(preset="caltech256", dataset="folder") | where | tiny | flags))
+    return calls
+
+
+def test_stages_get_names_as_they_are_said_and_each_clip_in_its_place(tmp_path, monkeypatch):
+    other = str(shutil.copytree(models.TINY_WEIGHTS / "clip", tmp_path / "clip"))
+    calls = stages_of_main(tmp_path, monkeypatch, filter_clip=other)
     names, clips = ["billiards", "eiffel tower"], ["loaded tiny", f"loaded {other}"]
     assert [calls[s][3] for s in ("write_sentences", "generate")] == [names] * 2
     assert [calls[s][3:5] for s in ("filter_images", "train_heads")] == [(clips, names)] * 2
-    assert calls["evaluate"][3] == names
+    assert calls["evaluate"][3] == names and "train_backbones" not in calls
+
+
+def test_a_label_space_is_written_about_drawn_and_learned(tmp_path, monkeypatch):
+    (tmp_path / "names.txt").write_text("a_bird\ncat\nfish\n")
+    flags = dict(setting="pretrain", ladder=("synthetic",), backbone="test_resnet", pre_amounts=(5,))
+    calls = stages_of_main(tmp_path, monkeypatch, label_space=str(tmp_path / "names.txt"), **flags)
+    drawn = ["a bird", "cat", "fish"]
+    assert [calls[s][3] for s in ("write_sentences", "generate")] == [drawn] * 2
+    assert calls["train_backbones"][4] == drawn and len(calls["train_backbones"][3].train) == 2
+    assert calls["evaluate"][3:5] == (["billiards", "eiffel tower"], drawn) and "train_heads" not in calls
 
 
 def test_nothing_is_filtered_for_pretraining(tmp_path):
