@@ -344,8 +344,8 @@ FAULTS = {
         ),
         Fault(
             "threshold of the stage lost",
-            "filter_set(args, name, confidence, len(names))",
-            "filter_set(args, name, confidence, 10**9)",
+            "clip_filter(own, n_classes, args.filter_keep, g)",
+            "clip_filter(own, 10**9, args.filter_keep, g)",
             tests="test_the_filters_clip_judges_by_the_data_sets_prompts_and_the_heads_gives_features",
         ),
         Fault(
@@ -365,12 +365,6 @@ FAULTS = {
             "names = spoken(args.dataset, data.class_names, args.preset)",
             "names = spoken(args.dataset, data.class_names)",
             tests="test_stages_get_names_as_they_are_said_and_each_clip_in_its_place",
-        ),
-        Fault(
-            "pre-training is filtered",
-            '        return run.done("filter")\n',
-            "        pass\n",
-            tests="test_nothing_is_filtered_for_pretraining",
         ),
         # [5] train: heads
         Fault(
