@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,11 +26,17 @@ import torch  # noqa: E402
 from benchmark_scale import ALONE, in_own_process  # noqa: E402
 
 import realfake as rf  # noqa: E402
-from common import datasets, images, models  # noqa: E402
+from common import captions, datasets, images, models  # noqa: E402
 from common import run as runs  # noqa: E402
 from common.diffusion import load_pipeline  # noqa: E402
 from common.files import class_folders, save_tensors, write_json  # noqa: E402
+from common.near_copies import near_copies  # noqa: E402
 
+WIDTH = 64  # of the tiny CLIP's embeddings
+# An epoch of one step: the lists stay whole, the order is drawn over all of them.
+SMALL_NET = dict(
+    net_model="test_resnet", net_size=32, net_micro_batch=64, net_epochs=1, net_milestones=(1,), net_equal_updates=True
+)
 TINY = dict(sd_model="tiny", token_clip="tiny", captioner="tiny", precision="fp32", workers=0, gen_resolution=32)
 
 
@@ -63,16 +70,16 @@ def link_generated(args, run, real, folder):
         os.link(first, run.path("images", *drawn.key(row).split("/")[-2:]))
 
 
-def begin(root):
+def begin(root, folder="run", **more):
     """What `main` does before the first stage."""
-    args = rf.Args(**{**rf.PRESETS["imagenet1k"], **TINY, "data_dir": str(root / "data")})
-    args.output_dir, args.captions_file = str(root / "run"), str(root / "captions.json")
+    args = rf.Args(**{**rf.PRESETS["imagenet1k"], **TINY, **more, "data_dir": str(root / "data")})
+    args.output_dir, args.captions_file = str(root / folder), str(root / "captions.json")
     args.tune_max_images, args.net_batch, args.gen_micro_batch, args.device = 8, 64, 8, "cpu"
     rf.check_args(args)
     data = datasets.load_dataset(args.dataset, args.data_dir)
     real = rf.choose_real(args, data)
     sets = rf.generated_sets(args, len(real))
-    rf.planned_models(args, sets)
+    rf.check_sets(args, rf.planned_models(args, sets), real, sets)
     run = runs.open_run("realfake", args, ALONE, models={"real": rf.keys_hash(real)}, later=rf.LATER)
     return args, run, data, real, rf.prompt_names(args.dataset, data.class_names), sets
 
@@ -99,7 +106,21 @@ def plan(root):
 
 def caption(root):
     args, run, _, real, *_ = begin(root)
-    return timed(lambda: rf.caption(args, run, ALONE, real))
+    ready = partial(captions.read_captions, args.captions_file, real)
+    return timed(lambda: rf.caption(args, run, ALONE, real, ready))
+
+
+def embed(root):
+    """One part of 256 images, then all parts joined: the others are there, links to one."""
+    args, run, _, real, *_ = begin(root)
+    full, rest = divmod(len(real), rf.PART)
+    for n in {rf.PART, rest} - {0}:
+        save_tensors(root / f"{n}.safetensors", {"embeddings": torch.randn(n, WIDTH).half()})
+    run.path("parts").mkdir(exist_ok=True)
+    for j in range(1, full + bool(rest)):
+        n = rf.PART if j < full else rest
+        os.link(root / f"{n}.safetensors", run.path("parts", f"embeddings-{j:05d}.safetensors"))
+    return timed(lambda: rf.embed(args, run, ALONE, real))
 
 
 def tune(root):
@@ -141,12 +162,42 @@ def metadata(root):
 
 def train(root):
     """Real and generated images together, up to the first step of the network."""
-    args, run, _, real, _, sets = begin(root)
-    args.net_model, args.net_size, args.net_micro_batch = "test_resnet", 32, 64
+    args, run, _, real, _, sets = begin(root, **SMALL_NET)
     sources = [real, rf.generated_images(args, run, sets["images"], real, 1)]
-    args.net_epochs, length = 1, 64  # an epoch of one step: the lists stay whole, the order is drawn over all of them
-    args.net_equal_updates = True
-    return timed(lambda: rf.train_net(args, run, ALONE, run.path("x"), "train/x", sources, length, 0))
+    return timed(lambda: rf.train_net(args, run, ALONE, run.path("x"), "train/x", sources, 64, 0))
+
+
+def attack(root):
+    """Ten shadow sets, a step of a shadow network, phi of one batch; the figures of ten models over all images."""
+    args, run, _, real, _, sets = begin(root, "attacked", mia_models=10, **SMALL_NET)
+    v = sets["shadows/0/images"]
+
+    def work():
+        part = real.subset(v.rows)
+        rf.train_net(args, run, ALONE, run.path("shadow"), "shadow/0", [part], 64, 0)
+        net = rf.trained_net(args, run.path("shadow"), 1000, ALONE.device)
+        rf.logits_of(args, net, real.subset(range(64)), ALONE.device, rf.membership_logit)
+        keep = torch.from_numpy(rf.half_split(len(real), args.mia_models))
+        rf.attack_results(torch.randn(args.mia_models, len(real), dtype=torch.float64), keep)
+
+    return timed(work)
+
+
+def few(real):
+    return real.subset(range(0, len(real), max(1, len(real) // 5000)))
+
+
+def evaluate(root):
+    """Three networks and CLIP on a test image of each class, contact sheet and report of the whole run; near-copies of
+    5,000 real images only: to hash all takes 1.5 ms of a core each, on all processes."""
+    args, run, data, real, _, sets = begin(root, clf_seeds=1, **SMALL_NET)
+    rf.near_copies = lambda run, drawn, real, *rest: near_copies(run, drawn, few(real), *rest)
+    data.test = data.test.subset(range(0, len(data.test), 50))
+    for row, seed in rf.training_jobs(args):
+        folder = run.path("classifier", "runs", f"{row}-seed{seed}")
+        save_tensors(folder / "weights.safetensors", rf.make_net(args, 1000, seed).state_dict())
+        write_json(folder / "metrics.json", dict(images=len(real), updates=1))
+    return timed(lambda: rf.evaluate(args, run, ALONE, data, real, sets))
 
 
 def link(root):
@@ -165,22 +216,21 @@ def main():
         print(f"making {n:,} files", flush=True)
         in_own_process(make_tree, root, n)
         (root / "run").mkdir()
-        width = 64
-        features = torch.randn(1000, width).half().repeat(n // 1000, 1)
         print(f"{'':48}   elapsed       CPU   peak of memory")
         for what, work in (
             ("start, up to the first stage", start),
             ("--plan", plan),
             ("[1] captions from a file", caption),
+            ("[2] embeddings: one part, all joined", embed),
             ("[3] tuning: lists, prompts, tokens, one step", tune),
             ("[4] generation: the same, 8 images", draw),
             (None, link),
             ("[4] resume: what is missing", resume),
             ("[4] end: metadata.jsonl", metadata),
             ("[5] training on real + generated: one step", train),
+            ("[6] attack: ten shadow sets, one step, figures", attack),
+            ("[7] evaluation: 1,000 test images, the report", evaluate),
         ):
-            if work is tune:
-                save_tensors(root / "run" / "embeddings.safetensors", {"embeddings": features})
             elapsed, cpu, peak = in_own_process(work, root)
             if what:
                 print(f"{what:48}{elapsed:>8.1f} s{cpu:>8.1f} s{peak:>12.0f} MB", flush=True)
