@@ -186,14 +186,14 @@ from sklearn.cluster import AgglomerativeClustering
 from torch import nn
 from torchvision.transforms import v2
 
-from common import datasets, diffusion, distributed, images, models
+from common import datasets, diffusion, distributed, images, models, openclip
 from common import run as runs
 from common.clip import encode_images, encode_texts, load_clip, save_clip
 from common.compiling import compiled
 from common.datasets import Numbers, in_order
 from common.diffusion import DECODED_PIXELS, autocast, encode_prompts, latent_shape, noise_schedule
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
-from common.inputs import check_order, refuse, take_off
+from common.inputs import check_network, check_order, refuse, take_off
 from common.jobs import share_out
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
@@ -1232,7 +1232,17 @@ def planned_models(args):
     found = models.check_models(wanted)
     if "--sd-model" in found:
         models.check_generator(args.sd_model, found["--sd-model"], ("--gen-resolution", args.gen_resolution))
+    check_networks(args, found)
     return found
+
+
+def check_networks(args, found):
+    """A network that cannot be trained at this size would end a run after its guide, or after days of drawing."""
+    size, batch = args.clf_size, min(2, args.sgd_batch)
+    for flag, name in ((f, n) for f, n in (("--guide", args.guide), ("--classifier", args.classifier)) if f in found):
+        tower = openclip.image_tower(found[flag]) if name.startswith("clip:") else None
+        make = partial(timm.create_model, name, num_classes=2) if tower is None else tower.train
+        check_network(f"{flag} {name} --clf-size {size} --sgd-batch {args.sgd_batch}", make, size, batch)
 
 
 NEEDS = dict(prototypes="guide", encode="select", expand="prototypes encode", train="expand", evaluate="train")

@@ -86,15 +86,23 @@ def take_off(args: Any, needless: Collection[str], flag: str) -> None:
 
 
 def check_network(flags: str, make: "Callable[[], torch.nn.Module]", size: int, batch: int) -> None:
-    """UserError unless the network of make() can be trained on so many pictures of size x size pixels at a time. It is
-    tried on the device meta, where nothing is computed. flags: those that chose it, with their values."""
+    """UserError unless the network of make() can be trained on so many pictures of size x size pixels at a time; see
+    tried."""
+    import torch
+
+    tried(flags, lambda: make().to("meta").train()(torch.empty(batch, 3, size, size)))
+
+
+def tried(flags: str, step: Callable[[], Any]) -> None:
+    """step() on the device meta, where only shapes are worked out; UserError when it fails. flags: those that chose
+    network, size and batch, with their values."""
     import torch
 
     try:
         with torch.device("meta"):
-            make().train()(torch.empty(batch, 3, size, size))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            step()
+    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{flags}: these do not go together, a training step ends with: {why}") from error
 
 

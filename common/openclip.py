@@ -89,6 +89,12 @@ def build(arch: str, preprocess: dict[str, Any], file: Path, device: str = "cpu"
     return model
 
 
+def image_tower(where: str) -> Any:
+    """The image tower of a resolved CLIP, on the device meta."""
+    arch, _, preprocess, file = files(where)
+    return build(arch, preprocess, file, "meta").visual
+
+
 def tokenizer(arch: str, config: dict[str, Any]) -> Callable[[list[str]], Any]:
     """list of N texts -> LongTensor [N, context]: open_clip's tokenizer for a model, with its folder's own BPE file.
 

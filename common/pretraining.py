@@ -26,7 +26,7 @@ from timm.data.auto_augment import RandAugment
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from common import models
+from common import inputs, models
 from common.diffusion import autocast
 from common.distributed import Dist, Order, generator, seed_global, seed_of
 from common.files import chunks, load_tensors
@@ -73,28 +73,22 @@ def new_backbone(
 
 
 def check_network(name: str, net: nn.Module, size: int, batches: dict[str, int], contrast: bool) -> None:
-    """UserError, which names the flag, unless the network can be trained so; the device meta knows it by the shapes.
+    """UserError, which names the flags, unless the network can be trained so; see inputs.tried.
 
     size: pixels per side. batches: {flag: images of a pass}: alone, an image has no batch statistics where the network
     has shrunk it to one pixel. The network is of no use afterwards.
     """
-    net.to("meta").train()
-
-    def passes(n: int) -> None:
-        F.cross_entropy(net(torch.empty(n, 3, size, size, device="meta")), torch.zeros(n, device="meta").long())
+    chosen = f"--backbone {name} --pre-size {size}"
+    inputs.check_network(chosen, lambda: net, size, 2)
+    for flag, n in batches.items():
+        inputs.check_network(f"{chosen} {flag} {n}", lambda: net, size, min(n, 2))
 
     def contrasts() -> None:
         moco = MoCo(net, F.cross_entropy, 0, "meta", 2)
-        moco.embed(moco.query, torch.empty(2, 3, size, size, device="meta"))
+        moco.embed(moco.query, torch.empty(2, 3, size, size))
 
-    tries: list[tuple[str, Callable]] = [(f"--pre-size {size}", lambda: passes(2))]
-    tries += [(f"{flag} {n}", lambda n=n: passes(min(n, 2))) for flag, n in batches.items()]
-    for flag, forward in tries + [("--recipe moco", contrasts)] * contrast:
-        try:
-            forward()
-        except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError) as error:
-            what = " ".join(str(error).split())[:200]
-            raise UserError(f"{flag}: does not fit --backbone {name}: {what}") from error
+    if contrast:
+        inputs.tried(f"{chosen} --recipe moco", contrasts)
 
 
 # ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from contextlib import nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -812,6 +813,25 @@ def test_models_of_a_run_are_looked_through_before_the_first_stage(tmp_path):
         (tmp_path / "sd" / file).write_text(json.dumps(config | {key: value}))
         with pytest.raises(UserError, match="^--sd-model.*" + value):
             dd.planned_models(dd.Args(**{**digits, "sd_model": str(tmp_path / "sd")}))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(classifier="vit_tiny_patch16_224"), "--classifier vit_tiny.* --clf-size 32 .*: these .*Input height"),
+        (
+            dict(guide="test_resnet", sgd_batch=1),
+            "--guide test_resnet .*--sgd-batch 1: these .*1 value per",
+        ),
+        (dict(classifier="clip:tiny", clf_size=64, clf_resize=64), "--classifier clip:tiny --clf-size 64 .*: these"),
+        (dict(guide="vit_tiny_patch16_224", stages=("train",)), None),
+        (dict(classifier="clip:tiny"), None),
+    ],
+)
+def test_networks_that_cannot_be_trained_are_told_at_the_start(flags, words):
+    args = dd.Args(**{**dd.PRESETS["digits"], **flags})
+    with pytest.raises(UserError, match=words) if words else nullcontext():
+        dd.planned_models(args)
 
 
 def test_prompts_of_the_data_sets():
