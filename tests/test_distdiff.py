@@ -3,7 +3,6 @@
 import json
 import subprocess
 from contextlib import nullcontext
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
