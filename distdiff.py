@@ -1263,7 +1263,7 @@ def main(args):
     check_args(args)
     if args.plan:
         return print_plan(*plan(args), args)
-    dist = distributed.setup_distributed(args.device)
+    dist = distributed.setup_distributed(args.device, args.deterministic)
     found = planned_models(args)  # before the data: a wrong name is told before anything large is fetched
     data = distributed.on_rank_0(partial(load_real, args), dist)
     names, test = data.class_names, data.test

@@ -1199,7 +1199,7 @@ def main(args):
     check_args(args)
     if args.plan:
         return print_plan(*plan(args), args)
-    dist = distributed.setup_distributed(args.device)
+    dist = distributed.setup_distributed(args.device, args.deterministic)
     data = load_data(args, dist)
     check_data(args, data)
 

@@ -1337,7 +1337,7 @@ def main(args):
     check_args(args)
     if args.plan:
         return print_plan(*plan(args), args)
-    dist, pre = distributed.setup_distributed(args.device), args.setting == "pretrain"
+    dist, pre = distributed.setup_distributed(args.device, args.deterministic), args.setting == "pretrain"
     found = planned_models(args)  # before the data: a wrong name is told before anything large is fetched
     args.gen_resolution, note = painter.drawn_size(args.sd_model, found, args.gen_resolution)
     distributed.say(dist, note)

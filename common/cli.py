@@ -81,9 +81,12 @@ class Frame:
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: mixed precision; trained weights, the sampler's state and what is sensitive stay in float32"""
+    """bf16: a frozen generator is bfloat16, other networks compute under autocast; what is trained, its optimizer, the
+    VAE's weights, losses and the sampler's state stay in float32"""
     compile: bool = False
-    """torch.compile the networks that cost most: minutes of start-up, then faster on a GPU"""
+    """torch.compile the networks that draw (of gafi.py all): minutes of start-up, then faster on a GPU"""
+    deterministic: bool = True
+    """cuDNN's kernels that give equal bits in every run; --no-deterministic: the fastest, found by trial"""
     stages: tuple[str, ...] = ()
     """stages to run, in order; a finished stage is never run again"""
     resume: bool = True
@@ -99,7 +102,7 @@ class Frame:
 
 
 # Flags of the frame that change no result: a run may be continued with other values.
-SPEED_FLAGS = "output_dir device compile stages resume track workers plan plan_processes".split()
+SPEED_FLAGS = "output_dir device compile deterministic stages resume track workers plan plan_processes".split()
 
 
 def flag(field: str) -> str:
@@ -318,18 +321,15 @@ def _explain(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno in THE_DISK and place:
         return f"{place}: {error.strerror}; put that right and run the same command again"
     if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
-        micro = [name for name in _state.batches if name.endswith("micro-batch")]
-        flags = [_state.memory_flag] if _state.memory_flag else micro
-        large = [name for name in flags if _state.batches.get(name) != 1]
-        halve = " or ".join(f"{name} (now {_state.batches.get(name, '?')})" for name in large)
-        halve = f"halve {halve or 'the batch size'}"
-        if flags and not large:  # what holds memory in a stage besides its micro-batch
-            halve = "start more processes, which share a batch, or lower the batch size or the resolution"
+        micro = {name: n for name, n in _state.batches.items() if name.endswith("micro-batch")}
+        values = {_state.memory_flag: _state.batches.get(_state.memory_flag, "?")} if _state.memory_flag else micro
+        advice = "halve " + (" or ".join(f"{k} (now {n})" for k, n in values.items() if n != 1) or "the batch size")
+        if values and set(values.values()) == {1}:
+            advice = "start more processes, which share a batch, or choose a smaller batch, resolution or model"
         where = f" in stage {_state.stage}" if _state.stage else ""
-        if _state.begun:
-            new = f"{halve} in a new --output-dir"
-            return f"out of memory{where}; free some of it and run the same command again, or {new}"
-        return f"out of memory{where}; {halve} and run the same command again"
+        advice += " in a new --output-dir" if _state.begun else " and run the same command again"
+        first = "free some of it and run the same command again, or " if _state.begun else ""
+        return f"out of memory{where}; {first}{advice}"
     if _state.launch.world > 1 and isinstance(error, RuntimeError) and re.search(LOST_CONTACT, text):
         return f"lost contact with another process, whose own message tells why ({text.splitlines()[0]})"
     return None

@@ -56,7 +56,7 @@ class Dist:
         return Dist(0, self.local_rank, 1, self.device)
 
 
-def setup_distributed(device: str = "auto") -> Dist:
+def setup_distributed(device: str = "auto", deterministic: bool = True) -> Dist:
     """Join the other processes (torchrun's, if any) and choose the device.
 
     device: auto (cuda, else mps, else cpu), cpu, cuda, cuda:N (one process only) or mps. Raises UserError for a device
@@ -66,8 +66,8 @@ def setup_distributed(device: str = "auto") -> Dist:
     chosen = _pick_device(device, launch)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = False  # the fastest kernel of the moment may round differently
-        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = not deterministic  # the fastest kernel of the moment may round differently
+        torch.backends.cudnn.deterministic = deterministic
     _set_threads(launch, chosen)
     if launch.world > 1 and not td.is_initialized():
         # gloo beside nccl: objects and barriers then never touch the GPU

@@ -313,6 +313,19 @@ def test_out_of_memory_in_a_stage_that_has_made_something(command, capsys):
     assert "free some of it" in said and "halve --gen-micro-batch (now 8) in a new --output-dir" in said
 
 
+def test_out_of_memory_with_nothing_left_to_halve(command, capsys, monkeypatch):
+    monkeypatch.setattr(cli._state, "batches", {})
+
+    def main(args):
+        cli._state.batches = {"--gen-micro-batch": 1, "--net-batch": 8}
+        cli.set_stage("draw", "--gen-micro-batch")
+        raise MemoryError
+
+    assert command(main) == 2
+    said = capsys.readouterr().err
+    assert "in stage draw; start more processes" in said and "halve" not in said and "(now 1)" not in said
+
+
 def test_out_of_memory_names_the_stage_and_its_flag(command, capsys):
     def main(args):
         cli.set_stage("draw", "--gen-micro-batch")

@@ -153,6 +153,20 @@ def test_devices(environment, monkeypatch):
             pick(name, Launch())
 
 
+def test_kernels_of_cudnn_are_deterministic_unless_told_otherwise(environment, monkeypatch):
+    environment()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    cudnn = torch.backends.cudnn
+    for name in ("benchmark", "deterministic"):
+        monkeypatch.setattr(cudnn, name, False)  # put back at the end
+    D.setup_distributed("cuda")
+    assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+    D.setup_distributed("cuda", deterministic=False)
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+
+
 # ---- collectives ---------------------------------------------------------------------------
 
 

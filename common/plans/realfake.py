@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import costs
-from common.plan import PIXEL_BYTES, Classifier, Generator, Work, dataset_needs, sizes
+from common.jobs import dealt
+from common.plan import PIXEL_BYTES, Classifier, Generator, Work, dataset_needs, processes, sizes
 
 # BLIP-2 OPT-2.7B, an image and 16 tokens: ViT-g 0.52 (224 pixels, 257 tokens, 1.0 G numbers), Q-Former 0.01, OPT
 # 2 x 2.65 G numbers x (32 + 16 tokens) = 0.25. Counted from its config, not on meta tensors.
@@ -58,8 +59,11 @@ def plan(
         steps = [tuning_steps(args, m)[0] for m in adapters.values()]
         seen = sum(steps) * args.sd_batch
         units = args.sd_batch // args.sd_micro_batch
+        deal = dealt(steps, units, processes(args))
+        # The graphs of all its micro-batches of a step stay until the sum of the residuals is known.
+        held = args.sd_batch if any(deal.alone) else math.ceil(units / deal.size) * args.sd_micro_batch
         work = sd.work(
-            "finetune", f"{len(adapters)} x LoRA", args.dm_batch, encoded=seen, tuned=seen, loads=seen,
+            "finetune", f"{len(adapters)} x LoRA", held, encoded=seen, tuned=seen, loads=seen,
             load_size=sd.size, jobs=steps, units=units, flag="--sd-micro-batch", text_tuned=False,
         )  # fmt: skip
         works.append(work)
