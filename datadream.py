@@ -184,6 +184,7 @@ from common.compiling import compiled
 from common.diffusion import Adapter, autocast, decode, encode_prompts, latent_shape, noise_schedule, token_ids
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_order, each_once, refuse, take_off
+from common.jobs import share_out
 from common.launch import UserError
 from common.loader import Loader, normalised, to_unit
 from common.loop import Batches, Loop, gather_units, units_of
@@ -403,9 +404,9 @@ def finetune(args, run, dist, pipe, shots, class_names):
     jobs = jobs if args.mode == "dset" else [(file, shots.of_class(c)) for c, file in enumerate(files)]
     # With dset eight micro-batches of one image keep eight processes busy in each step; with cls a class is one unit.
     batch = min(args.sd_batch, len(jobs[0][1]))
-    team, mine = distributed.deal(jobs, batch, args.sd_micro_batch, dist, "finetune", "--sd-micro-batch")
+    mine = share_out(jobs, batch, args.sd_micro_batch, dist, "finetune", "--sd-micro-batch")
     with run.timed("finetune", "--sd-micro-batch", trains=True):
-        for file, rows in mine:
+        for team, (file, rows) in mine:
             tune_adapter(args, run, team, pipe, shots, file, [int(i) for i in rows], class_names)
     pipe.unload_lora_weights()
     run.done("finetune", run.under("lora"), adapters=len(jobs))
@@ -870,6 +871,12 @@ def training_runs(args):
     return [(arm, args.seed + s) for arm in args.arms if arm != "zero-shot" for s in range(args.clf_seeds)]
 
 
+def epoch_entries(args, arm, n):
+    """Entries that an epoch of a row sees, with n classes: those of its list, or as many as the pooled list has."""
+    g, real = args.gen_images_per_class, repeat_shots(args.gen_images_per_class, args.shots) * args.shots
+    return n * {"pooled": g + real, "real": real}.get("pooled" if args.clf_equal_updates else arm, g)
+
+
 class Split:
     """Images to score, as the classifier sees them: decoded once while they fit, else at each evaluation."""
 
@@ -884,10 +891,11 @@ def train(args, run, dist, shots, val, test, class_names):
     model = load_classifier(args, class_names, dist.device)
     # val chooses the step. test is scored there, and at each look only for the column of the official selection.
     scored = {name: Split(data, model, args, dist.device) for name, data in (("val", val), ("test", test)) if data}
-    jobs = training_runs(args)
-    team, mine = distributed.deal(jobs, args.clf_batch, args.clf_micro_batch, dist, "train", "--clf-micro-batch")
+    jobs, sizes = training_runs(args), (args.clf_batch, args.clf_micro_batch)
+    lengths = [epoch_entries(args, arm, len(class_names)) for arm, _ in jobs]
+    mine = share_out(jobs, *sizes, dist, "train", "--clf-micro-batch", lengths=lengths)
     with run.timed("train", "--clf-micro-batch", trains=True):
-        for arm, seed in mine:
+        for team, (arm, seed) in mine:
             train_one(args, run, team, model, arm, seed, shots, scored)
         if "zero-shot" in args.arms and args.clf_model == "clip":
             zero_shot(args, run, dist, model, scored)
@@ -913,8 +921,7 @@ def train_one(args, run, team, model, arm, seed, shots, scored):
         return
     data, n_synthetic = training_list(args, run, arm, shots)
     labels, n = torch.as_tensor(data.labels).long(), model.n_classes  # [entries of the list]
-    repeats = repeat_shots(args.gen_images_per_class, args.shots)
-    length = args.gen_images_per_class * n + repeats * len(shots) if args.clf_equal_updates else len(data)
+    length = epoch_entries(args, arm, n)
     batches = Batches(len(data), args.clf_batch, seed, length=length)  # rows of equal length see the same order
     total = args.clf_epochs * batches.per_epoch  # updates
     model.reset(seed)
@@ -1186,14 +1193,14 @@ LATER = {
 
 
 def plan(args):
-    return planned.plan(args, training_runs(args), drawn_folders(args), CACHE_BYTES)
+    return planned.plan(args, training_runs(args), drawn_folders(args), epoch_entries, CACHE_BYTES)
 
 
 def main(args):
     check_args(args)
     if args.plan:
         return print_plan(*plan(args), args)
-    dist = distributed.setup_distributed(args.device)
+    dist = distributed.setup_distributed(args.device, args.deterministic)
     found = planned_models(args)  # before the data: a wrong name is told before anything large is fetched
     ids = models.fingerprints(found)
     data, shots, val = distributed.on_rank_0(partial(choose, args), dist)

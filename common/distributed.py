@@ -7,7 +7,6 @@ comes from a generator seeded with what it is for (`generator(seed, "crop", key)
 
 import hashlib
 import json
-import math
 import operator
 import os
 import sys
@@ -229,17 +228,6 @@ def say(dist: Dist, *words: Any) -> None:
 def my_items(items: Sequence[T], dist: Dist) -> Sequence[T]:
     """This process's share of the work: items[rank::world]."""
     return items[dist.rank :: dist.world]
-
-
-def deal(
-    jobs: Sequence[T], batch: int, micro: int, dist: Dist, stage: str, flag: str, least: int = 1
-) -> tuple[Dist, Sequence[T]]:
-    """Jobs that are all shared by all processes, or dealt out one by one, whichever is sooner done; the simple form of
-    `common.jobs.share_out` -> (the processes that share a step, the jobs of this process)."""
-    units, n = math.ceil(batch / micro), len(jobs)
-    if dist.world == 1 or units > 1 and n * math.ceil(units / dist.world) <= units * math.ceil(n / dist.world):
-        return dist, jobs
-    return dist.alone(), my_items(jobs, dist)
 
 
 # ---------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Processes: the same sums, seeds and shares of work for any number of them, started in every way there is."""
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -272,16 +271,6 @@ def test_a_wait_in_a_barrier_obeys_signals(start):
     assert "stopped; continue with" in process.communicate(timeout=25)[1]
 
 
-def test_jobs_are_dealt_or_shared():
-    """The simple way: every job is done by somebody, together or alone, whichever is sooner done."""
-    for world, jobs, units in itertools.product((1, 2, 3, 8), (1, 2, 5, 8, 20), (1, 2, 8)):
-        dealt = [D.deal(list(range(jobs)), units, 1, D.Dist(r, r, world, CPU), "train", "") for r in range(world)]
-        together = {team.world == world for team, _ in dealt}
-        assert len(together) == 1 or world == 1
-        done = [job for _, mine in dealt for job in mine]
-        assert sorted(set(done)) == list(range(jobs)) and len(done) == jobs * (world if together == {True} else 1)
-
-
 def test_order_is_a_function_of_position_and_keeps_two_passes():
     order = D.Order(7, 3, "x")
     stream = [order[p] for p in range(28)]
@@ -297,7 +286,7 @@ def test_the_users_number_of_threads_is_respected(environment, monkeypatch, wish
     if not wish:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
-    D._set_threads()
+    D._set_threads(Launch(), CPU)
     found = torch.get_num_threads()
     torch.set_num_threads(before)
     assert found == (int(wish) if wish else cores())

@@ -127,7 +127,7 @@ def test_hours_are_those_of_the_last_process():
 
 
 def test_processes_without_work_are_named_with_the_flag(capsys):
-    works = [plan.Work("tune", "b", units=3, flag="--x"), plan.Work("draw", "c", jobs=9, gpu=90e9, flag="--y")]
+    works = [plan.Work("tune", "b", units=3, flag="--x"), plan.Work("draw", "c", jobs=16, gpu=90e9, flag="--y")]
     plan.print_plan(works, ["a model", ""], Flags, 8)
     out = capsys.readouterr().out
     assert "note: tune: 8 processes have work for 38% of the time; a smaller --x would use them all" in out
@@ -197,8 +197,8 @@ def test_launchers_quote_the_plan_of_their_own_flags(launcher: Path, capsys):
     plan.print_plan(works, needs, args)
     out = capsys.readouterr().out
     assert "plan: " + quoted == out.splitlines()[-1], "the launcher must quote the program"
-    # One process's work: GaFi's three classifiers F on six processes, DistDiff's one guide, its prototypes.
-    alone = {"gafi": {"real"}, "distdiff": {"guide", "prototypes", "evaluate"}}.get(script, set())
+    # One process's work: each of GaFi's three classifiers F on six processes, of DistDiff's networks, its prototypes.
+    alone = {"gafi": {"real"}, "distdiff": {"guide", "prototypes", "train", "evaluate"}}.get(script, set())
     waiting = set(re.findall(r"note: (\w+): \d+ processes have work for [0-7]\d?% of the time", out))
     assert waiting <= alone, f"no launcher leaves processes idle: {out}"
 
@@ -217,7 +217,7 @@ def test_datadream_counts_the_whole_default_run():
     assert images.images == 18_500 and images.tflop / 18_528 == pytest.approx(84.5, rel=0.01)
     assert images.disk == pytest.approx(7.4e9, rel=0.01) and "generate unadapted/" in by_name
     rows = [w for w in works if w.stage == "train"]
-    assert len(rows) == 4 and all(w.jobs == 12 and w.passes > 3 * 60 * 36_852 for w in rows)
+    assert len(rows) == 4 and all(w.jobs == [36_852] * 12 and w.passes > 3 * 60 * 36_852 for w in rows)
     assert any("stable-diffusion-2-1-base" in n and "5.2 GB" in n for n in needs) and any(
         "pets in data" in n for n in needs
     )

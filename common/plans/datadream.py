@@ -1,14 +1,14 @@
 """The work of datadream.py, stage by stage. Reads no data set and no weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.plan import PIXEL_BYTES, SQUARE, Classifier, Generator, Work, dataset_needs, sizes
 
 
 def plan(
-    args: Any, runs: Sequence[tuple[str, int]], folders: Sequence[str], cache_bytes: float
+    args: Any, runs: Sequence[tuple[str, int]], folders: Sequence[str], epoch_entries: Callable, cache_bytes: float
 ) -> tuple[list[Work], list[str]]:
     """-> the work of the planned stages, what must be there. runs: (row, seed) of each classifier, folders: of the
     images to draw, cache_bytes: the script's bound for a process."""
@@ -44,9 +44,9 @@ def plan(
     more = dict(batch=args.clf_micro_batch, load_size=args.gen_save_size or args.sd_resolution)
     more["load_format"] = args.gen_format
     more |= dict(ram=min(2 * cache_bytes, 3 * clf.pixels() ** 2 * (n_val + n_test)))
+    lengths = [epoch_entries(args, arm, n) for arm, _ in todo]
     for arm in dict.fromkeys(arm for arm, _ in todo) if "train" in args.stages else ():
-        real = (g // args.shots) * shots
-        length = {"pooled": g * n + real, "real": real}.get("pooled" if args.clf_equal_updates else arm, g * n)
+        length = epoch_entries(args, arm, n)
         epochs, looks = seeds * args.clf_epochs, seeds * args.clf_evals
         works.append(clf.work(
             "train", f"{arm}, {seeds} x {args.clf_epochs} epochs", trained=epochs * length,
@@ -54,7 +54,7 @@ def plan(
             texts_trained=epochs * math.ceil(length / args.clf_batch) * n * args.n_templates,
             texts=(2 * looks if tests else looks + 2 * seeds) * n * args.n_templates,
             loads=epochs * length + seeds * (n_val + n_test), flag="--clf-micro-batch",
-            jobs=len(todo), units=math.ceil(args.clf_batch / args.clf_micro_batch), **more,
+            jobs=lengths, units=math.ceil(args.clf_batch / args.clf_micro_batch), **more,
         ))  # fmt: skip
     scored = (n_val + n_test) * (clip and "zero-shot" in args.arms and "train" in args.stages)
     scored += n_test * ("evaluate" in args.stages)

@@ -206,8 +206,8 @@ FAULTS = {
         ),
         Fault(
             "rows of unequal updates",
-            "if args.clf_equal_updates else len(data)",
-            "if False else len(data)",
+            'get("pooled" if args.clf_equal_updates else arm, g)',
+            "get(arm, g)",
             tests="test_classifier_training_equals_plain_lines",
         ),
         Fault(

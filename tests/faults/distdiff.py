@@ -271,8 +271,8 @@ FAULTS = {
         ),
         Fault(
             "v_prediction is let in",
-            '("--gen-resolution", args.gen_resolution))\n    return found',
-            '("--gen-resolution", args.gen_resolution), ("epsilon", "v_prediction"))\n    return found',
+            '("--gen-resolution", args.gen_resolution))',
+            '("--gen-resolution", args.gen_resolution), ("epsilon", "v_prediction"))',
             MODELS,
         ),
         Fault(

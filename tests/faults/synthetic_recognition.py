@@ -186,8 +186,8 @@ FAULTS = {
         ),
         Fault(
             "sentences about the data set's names",
-            "write_sentences(args, run, dist, gen_names, found)",
-            "write_sentences(args, run, dist, names, found)",
+            "write_sentences(args, run, dist, gen_names, found, own)",
+            "write_sentences(args, run, dist, names, found, own)",
             tests="test_a_label_space_is_written_about_drawn_and_learned",
         ),
         # [3] generate
