@@ -879,7 +879,7 @@ def training_rows(args):
     return rows | {name: (f"ablations/{name}", 1, False) for name in args.ablations}
 
 
-def epoch_length(args, versions, with_real):
+def row_length(args, versions, with_real):
     """Times the real images that an epoch of a row sees"""
     return 1 if args.net_equal_updates else versions + with_real
 
@@ -892,7 +892,7 @@ def training_jobs(args):
 def train(args, run, dist, real, sets):
     """A network for each row of the table and each seed."""
     jobs, rows, sizes = training_jobs(args), training_rows(args), (args.net_batch, args.net_micro_batch)
-    lengths = [epoch_length(args, *rows[row][1:]) for row, _ in jobs]
+    lengths = [row_length(args, *rows[row][1:]) for row, _ in jobs]
     mine = share_out(jobs, *sizes, dist, "train", "--net-micro-batch", least=2, lengths=lengths)
     with run.timed("train", "--net-micro-batch", trains=True):
         for team, (row, seed) in mine:
@@ -1254,7 +1254,7 @@ LATER = {
 
 def plan(args):
     n = planned.images_of(args)
-    how = kept_steps, tuning_steps, epoch_length
+    how = kept_steps, tuning_steps, row_length
     return planned.plan(args, n, generated_sets(args, n), training_rows(args), *how)
 
 

@@ -38,7 +38,7 @@ def drawing(args: Any, sd: Generator, name: str, some: Sequence[Any], kept_steps
 
 def plan(
     args: Any, n: int, sets: dict[str, Any], rows: dict[str, tuple], kept_steps: Callable, tuning_steps: Callable,
-    epoch_length: Callable,
+    row_length: Callable,
 ) -> tuple[list[Work], list[str]]:  # fmt: skip
     """-> the work of the planned stages, what must be there. n: real images; sets, rows: of the script."""
     classes, _, _, n_test = sizes(args.dataset, args.data_dir)
@@ -76,7 +76,7 @@ def plan(
     more = dict(batch=args.net_micro_batch, load_size=stored, flag="--net-micro-batch", units=units)
     more["load_format"] = args.gen_format
     if "train" in args.stages:
-        lengths = {row: epoch_length(args, *of[1:]) for row, of in rows.items()}
+        lengths = {row: row_length(args, *of[1:]) for row, of in rows.items()}
         each = [length for length in lengths.values() for _ in range(args.clf_seeds)]
         for row, length in lengths.items():
             seen = args.clf_seeds * args.net_epochs * n * length
