@@ -605,12 +605,6 @@ FAULTS = {
             tests=SCORES,
         ),
         Fault(
-            "names of the folders for CLIP",
-            "prompt_names(args.dataset, test.class_names)",
-            "test.class_names",
-            tests=SCORES,
-        ),
-        Fault(
             "near-copies of test images",
             "near_copies(run, drawn, real, test,",
             "near_copies(run, drawn, test, test,",
