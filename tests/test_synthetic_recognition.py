@@ -1228,6 +1228,19 @@ def test_a_head_tuned_on_pixels_sees_the_pictures_that_its_features_are_of(row, 
         close(ours[key], cached[key], 2e-3)
 
 
+def test_a_tuned_tower_is_scored_and_saved_with_its_head(tuned_heads, tmp_path):
+    args, run = replace(tuned_heads.stage[0], tune_share=0.5), run_in(tmp_path)
+    data = sr.HeadData(args, tuned_heads.stage[1], ONE.device, *tuned_heads.stage[3:])
+    sr.train_head(args, run, ONE, tuned_heads.head, "rg", 2, 3, data)
+    sr.export_head(args, run, tuned_heads.head, NAMES)
+    whole, head = load_clip(str(tmp_path / "classifier")), saved(tmp_path / "classifier" / "head")
+    about = json.loads((tmp_path / "classifier" / "runs" / "rg-2-seed3" / "metrics.json").read_text())
+    found = [seen_by(clip, [image for image, _ in tuned_heads.sets["test"]]) for clip in (whole, tuned_heads.head)]
+    logits = [F.normalize(f, dim=1) @ head["weight"].T + head["bias"] for f in found]
+    scores = [100 * (z.argmax(1) == tuned_heads.y["test"]).float().mean().item() for z in logits]
+    assert about["test"] == pytest.approx(scores[0]) and scores[0] != scores[1]
+
+
 def test_the_saved_head_is_the_main_rows_with_its_bias(tuned_heads, tmp_path):
     run, test = run_in(tmp_path), tuned_heads.stage[-1]
     shutil.copytree(tuned_heads.folder / "classifier", tmp_path / "classifier")

@@ -559,6 +559,18 @@ FAULTS = {
             "else [args.seed for s in range(args.clf_seeds)]\n    return [read_json",
             tests="test_results_are_of_the_last_epoch_of_every_seed",
         ),
+        Fault(
+            "a tuned tower scored by the features of the untouched one",
+            'f = see.again(data.test, data.images("test"))',
+            "f = data.test",
+            tests="test_a_tuned_tower_is_scored_and_saved_with_its_head",
+        ),
+        Fault(
+            "a tuned tower not saved",
+            'clip.model.state_dict() | {k: v for k, v in tensors.items() if k.startswith("visual.")}',
+            "clip.model.state_dict()",
+            tests="test_a_tuned_tower_is_scored_and_saved_with_its_head",
+        ),
         # [5] train: backbones
         Fault(
             "DeiT without drop path",
