@@ -74,10 +74,10 @@ class Launch:
         return [*start, str(ROOT / script), *map(str, flags)]
 
     def env(self, processes: int = 1, **extra) -> dict[str, str]:
-        """The environment: no hub, no user cache, threads as the program chooses them."""
+        """The environment: no hub, no user cache, one thread: other tests run on the other cores."""
         ours = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.hub_home)}
         ours |= {"PYTHONUNBUFFERED": "1", "COLUMNS": "120", "NO_COLOR": "1"}
-        inherited = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        inherited = {**os.environ, "OMP_NUM_THREADS": "1"}
         return {**inherited, **ours, **{k: str(v) for k, v in extra.items()}}
 
     def __call__(self, script, *flags, processes=1, check=True, timeout=540, env=None):

@@ -860,8 +860,8 @@ OTHERS = {
         ckpt_grid=(17, 23, 6), sigma_grid=(1.0, 1.5, 0.25), threshold_grid=(0.0, 0.8, 0.4), search_period=5, attempts=3,
     ),
 }  # fmt: skip
-NO_METHOD = """preset data_dir output_dir device compile stages resume track workers plan plan_processes gan_monitor
-gan_inception gen_micro_batch export_images""".split()
+NO_METHOD = """preset data_dir output_dir device compile deterministic stages resume track workers plan plan_processes
+gan_monitor gan_inception gen_micro_batch export_images""".split()
 
 
 @pytest.mark.parametrize("name", gf.PRESETS)

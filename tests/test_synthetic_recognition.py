@@ -825,7 +825,8 @@ def tune_on_pixels(tmp_path, monkeypatch, **flags):
     """train_head of le-sce on 30 images, in whole batches -> start, weights afterwards, teacher's logits, features"""
     torch.manual_seed(0)
     model, source = WithBatchNorm(), Pixels(30, 3, 4)
-    clip = SimpleNamespace(model=model, preprocess=SimpleNamespace(transforms=[]), mean=(0, 0, 0), std=(1, 1, 1))
+    sees = dict(preprocess=SimpleNamespace(transforms=[]), mean=(0, 0, 0), std=(1, 1, 1), dtype=torch.float32)
+    clip = SimpleNamespace(model=model, **sees)
     start = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         features = model.eval().visual(torch.stack([model.preprocess(source[i]) for i in range(30)]))
