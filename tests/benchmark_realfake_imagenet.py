@@ -28,7 +28,9 @@ from benchmark_scale import ALONE, in_own_process  # noqa: E402
 import realfake as rf  # noqa: E402
 from common import captions, datasets, images, models  # noqa: E402
 from common import run as runs  # noqa: E402
+from common.clip import load_clip  # noqa: E402
 from common.diffusion import load_pipeline  # noqa: E402
+from common.features import Features  # noqa: E402
 from common.files import class_folders, save_tensors, write_json  # noqa: E402
 from common.near_copies import near_copies  # noqa: E402
 
@@ -111,15 +113,14 @@ def caption(root):
 
 
 def embed(root):
-    """One part of 256 images, then all parts joined: the others are there, links to one."""
+    """One part of 1,024 images, then all parts joined: the others are there, links to one."""
     args, run, _, real, *_ = begin(root)
-    full, rest = divmod(len(real), rf.PART)
-    for n in {rf.PART, rest} - {0}:
-        save_tensors(root / f"{n}.safetensors", {"embeddings": torch.randn(n, WIDTH).half()})
-    run.path("parts").mkdir(exist_ok=True)
-    for j in range(1, full + bool(rest)):
-        n = rf.PART if j < full else rest
-        os.link(root / f"{n}.safetensors", run.path("parts", f"embeddings-{j:05d}.safetensors"))
+    features = Features(run.path("parts", "embeddings"), [load_clip("tiny")], real, 64, 0)
+    features.folder.mkdir(parents=True)
+    for n in {len(part) for part in features.parts}:
+        save_tensors(root / f"{n}.safetensors", {"features": torch.randn(n, WIDTH).half()}, features.key)
+    for part in features.parts[1:]:
+        os.link(root / f"{len(part)}.safetensors", features.file(part))
     return timed(lambda: rf.embed(args, run, ALONE, real))
 
 
