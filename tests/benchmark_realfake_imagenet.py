@@ -1,7 +1,7 @@
 """Real-Fake on a data set as large as ImageNet-1K: seconds and memory of the start, of each stage's first step, of a
 resume.
 
-    python tests/benchmark_realfake_imagenet.py              # 1,281,000 images, about 15 minutes on 2 cores
+    python tests/benchmark_realfake_imagenet.py              # 1,281,000 images, 20 minutes on 2 cores
     python tests/benchmark_realfake_imagenet.py --images 20000
 
 Not a test: it asserts no time. The images are hard links to a thousand small JPEGs, in ImageNet's layout; the models
