@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import costs
+from common import captions, costs, features
 from common.jobs import dealt
 from common.plan import PIXEL_BYTES, Classifier, Generator, Work, dataset_needs, processes, sizes
 
@@ -36,41 +36,11 @@ def drawing(args: Any, sd: Generator, name: str, some: Sequence[Any], kept_steps
     )  # fmt: skip
 
 
-def plan(
-    args: Any, n: int, sets: dict[str, Any], rows: dict[str, tuple], kept_steps: Callable, tuning_steps: Callable,
-    row_length: Callable,
-) -> tuple[list[Work], list[str]]:  # fmt: skip
-    """-> the work of the planned stages, what must be there. n: real images; sets, rows: of the script."""
-    classes, _, _, n_test = sizes(args.dataset, args.data_dir)
-    sd, works = Generator(args.sd_model, args.gen_resolution, args.precision), []
-    tokens, drawn = any(v.token != "none" for v in sets.values()), sum(len(v.rows) * v.versions for v in sets.values())
-    written = any(v.caption for v in sets.values()) and args.captions_file is None
-    clip = Classifier(args.token_clip, args.precision)
-
-    if "caption" in args.stages and written and args.captioner != "tiny":
-        works.append(Work(
-            "caption", "BLIP-2", n * CAPTION_TFLOP, n, loads=n, gpu=2 * CAPTIONER_NUMBERS, precision=args.precision,
-            jobs=math.ceil(n / 256),
-        ))  # fmt: skip
-    if "embed" in args.stages and tokens:
-        works.append(clip.work("embed", "CLIP", 64, scored=n, loads=n, jobs=math.ceil(n / 256)))
-    if "finetune" in args.stages:
-        adapters = {v.adapter: len(v.rows) for v in reversed(list(sets.values())) if v.adapter}
-        steps = [tuning_steps(args, m)[0] for m in adapters.values()]
-        seen = sum(steps) * args.sd_batch
-        units = args.sd_batch // args.sd_micro_batch
-        deal = dealt(steps, units, processes(args))
-        # The graphs of all its micro-batches of a step stay until the sum of the residuals is known.
-        held = args.sd_batch if any(deal.alone) else math.ceil(units / deal.size) * args.sd_micro_batch
-        work = sd.work(
-            "finetune", f"{len(adapters)} x LoRA", held, encoded=seen, tuned=seen, loads=seen,
-            load_size=sd.size, jobs=steps, units=units, flag="--sd-micro-batch", text_tuned=False,
-        )  # fmt: skip
-        works.append(work)
-    if "generate" in args.stages:
-        others = [v for v in sets.values() if v.folder != "images"]
-        works.append(drawing(args, sd, "images/", [sets["images"]], kept_steps))
-        works += [drawing(args, sd, "others", others, kept_steps)] if others else []
+def networks(
+    args: Any, n: int, rows: dict[str, tuple], row_length: Callable, classes: int, n_test: int, clip: Classifier
+) -> list[Work]:
+    """Of the table's rows, of the attack, and what is scored. clip: of the row without training."""
+    works = []
     net = Classifier(args.net_model, args.precision, classes, args.net_size)
     units, stored = math.ceil(args.net_batch / args.net_micro_batch), args.gen_save_size or args.gen_resolution
     more = dict(batch=args.net_micro_batch, load_size=stored, flag="--net-micro-batch", units=units)
@@ -96,6 +66,45 @@ def plan(
         more |= dict(units=1, flag="")
         works.append(net.work("evaluate", "test split", scored=n_test * jobs, loads=n_test * jobs, jobs=jobs, **more))
         works.append(clip.work("evaluate", "zero-shot", 256, scored=n_test, loads=n_test, jobs=n_test))
+    return works
+
+
+def plan(
+    args: Any, n: int, sets: dict[str, Any], rows: dict[str, tuple], kept_steps: Callable, tuning_steps: Callable,
+    row_length: Callable,
+) -> tuple[list[Work], list[str]]:  # fmt: skip
+    """-> the work of the planned stages, what must be there. n: real images; sets, rows: of the script."""
+    classes, _, _, n_test = sizes(args.dataset, args.data_dir)
+    sd, works = Generator(args.sd_model, args.gen_resolution, args.precision), []
+    tokens, drawn = any(v.token != "none" for v in sets.values()), sum(len(v.rows) * v.versions for v in sets.values())
+    written = any(v.caption for v in sets.values()) and args.captions_file is None
+    clip = Classifier(args.token_clip, args.precision)
+
+    if "caption" in args.stages and written and args.captioner != "tiny":
+        works.append(Work(
+            "caption", "BLIP-2", n * CAPTION_TFLOP, n, loads=n, gpu=2 * CAPTIONER_NUMBERS, precision=args.precision,
+            jobs=math.ceil(n / captions.PART),
+        ))  # fmt: skip
+    if "embed" in args.stages and tokens:
+        works.append(clip.work("embed", "CLIP", 64, scored=n, loads=n, jobs=math.ceil(n / features.PART)))
+    if "finetune" in args.stages:
+        adapters = {v.adapter: len(v.rows) for v in reversed(list(sets.values())) if v.adapter}
+        steps = [tuning_steps(args, m)[0] for m in adapters.values()]
+        seen = sum(steps) * args.sd_batch
+        units = args.sd_batch // args.sd_micro_batch
+        deal = dealt(steps, units, processes(args))
+        # The graphs of all its micro-batches of a step stay until the sum of the residuals is known.
+        held = args.sd_batch if any(deal.alone) else math.ceil(units / deal.size) * args.sd_micro_batch
+        work = sd.work(
+            "finetune", f"{len(adapters)} x LoRA", held, encoded=seen, tuned=seen, loads=seen,
+            load_size=sd.size, jobs=steps, units=units, flag="--sd-micro-batch", text_tuned=False,
+        )  # fmt: skip
+        works.append(work)
+    if "generate" in args.stages:
+        others = [v for v in sets.values() if v.folder != "images"]
+        works.append(drawing(args, sd, "images/", [sets["images"]], kept_steps))
+        works += [drawing(args, sd, "others", others, kept_steps)] if others else []
+    works += networks(args, n, rows, row_length, classes, n_test, clip)
     needs = [sd.needs(), clip.needs(), dataset_needs(args)]
     if written and not costs.local(args.captioner):
         needs.append(f"{args.captioner}, about 15 GB, downloaded unless it is in the cache")
