@@ -186,11 +186,12 @@ from common.files import chunks, class_folders, load_tensors, read_json, save_te
 from common.inputs import check_order, each_once, refuse, take_off
 from common.jobs import share_out
 from common.launch import UserError
-from common.loader import Loader, normalised, to_unit
-from common.loop import Batches, Loop, gather_units, units_of
+from common.loader import Loader, normalised
+from common.loop import Batches, Loop, gather_units
 from common.near_copies import near_copies
 from common.plan import print_plan
 from common.plans import datadream as planned
+from common.posteriors import Posteriors
 from common.report import compare_saved, conclude, means, over_seeds, per_class, spread
 from common.selection import Best
 
@@ -335,56 +336,28 @@ def sd_pixels(image, size, offset=None):
     return v2.functional.pil_to_tensor(v2.functional.crop(image, *offset, size, size))
 
 
-class Posteriors:
-    """Mean and deviation of the VAE's posterior for images of the shots; a step draws its latents from them.
+def posteriors_of(args, pipe, shots, rows, team):
+    """Posteriors of the VAE for images of the shots, and how many random crops of each are kept; 0: none.
 
-    Cached for `crops` random crops of each image, while they fit; else each step crops and encodes anew, as officially.
-    The VAE is frozen and each shot comes up 200 times; without a cache it would take some 40 % of the stage. A square
-    image has one crop only, itself: there the cache changes nothing.
+    Kept while they fit; else each step crops and encodes anew, as officially. The VAE is frozen and each shot comes up
+    200 times; without this it would take some 40 % of the stage. A square image has one crop only, itself: there
+    nothing changes.
     """
+    size = args.sd_resolution
+    pictures = Loader(shots, partial(sd_pixels, size=size), team.device, args.workers, (args.seed, "crop"))
+    posteriors = Posteriors(pipe.vae, pictures, args.sd_micro_batch, "fp32")
+    square = all(shots.size(i)[0] == shots.size(i)[1] for i in rows)
+    crops = 1 if square else args.sd_cached_crops
+    numbers = 2 * math.prod(latent_shape(pipe, size)) * len(rows) * crops  # float32: 4 bytes each
+    if 4 * numbers > CACHE_BYTES:
+        return posteriors, 0
+    posteriors.keep([view_of(i, crop) for i in rows for crop in range(crops)], team)
+    return posteriors, crops
 
-    def __init__(self, args, pipe, shots, rows, team):
-        self.args, self.pipe, self.device = args, pipe, team.device
-        size, b = args.sd_resolution, args.sd_micro_batch
-        # A crop is a function of (seed, row, number of the crop).
-        view = partial(sd_pixels, size=size)
-        self.pictures = Loader(shots, view, team.device, args.workers, (args.seed, "crop"))
-        self.square = all(shots.size(i)[0] == shots.size(i)[1] for i in rows)
-        self.crops = 1 if self.square else args.sd_cached_crops
-        numbers = 2 * math.prod(latent_shape(pipe, size)) * len(rows) * self.crops  # float32: 4 bytes each
-        self.cached = self.crops > 0 and 4 * numbers <= CACHE_BYTES
-        if self.cached:
-            wanted = chunks([(i, crop) for i in rows for crop in range(self.crops)], b)
-            mine = [wanted[j] for j in units_of(team.rank, len(wanted), team.world)]
-            parts = [stats.cpu() for stats in self.encode(mine)]
-            table = torch.cat(parts) if parts else torch.zeros(0, 2, *latent_shape(pipe, size))
-            table = distributed.gather_rows(table, team)  # neighbouring batches are one process's: in order
-            self.table = table.unflatten(0, (len(rows), self.crops))  # [n, crops, 2, 4, h, w]
-            self.place = {row: n for n, row in enumerate(rows)}
 
-    @torch.no_grad()
-    def encode(self, batches):
-        """Lists of (image, crop) -> [B, 2, 4, h, w] each. The VAE always sees a full batch: bits do not depend on B."""
-        sizes = []
-
-        def full():
-            for batch in batches:
-                sizes.append(len(batch))
-                batch = batch + batch[-1:] * (self.args.sd_micro_batch - len(batch))
-                yield [(i, (i << 32) + crop) for i, crop in batch]
-
-        for n, x in enumerate(self.pictures(full())):
-            posterior = self.pipe.vae.encode(to_unit(x)).latent_dist  # of uint8 [b, 3, H, W], scaled to [-1, 1]
-            yield torch.stack([posterior.mean, posterior.std], 1)[: sizes[n]]
-
-    def stream(self, batches):
-        """Lists of (image, uniform integer) -> [B, 2, 4, h, w] each: that crop, or for a cache crop u mod crops"""
-        if not self.cached:
-            yield from self.encode(batches)
-            return
-        for batch in batches:
-            at = [self.place[i] for i, _ in batch], [u % self.crops for _, u in batch]
-            yield self.table[at].to(self.device, non_blocking=True)
+def view_of(i, crop):
+    """Item of the loader: the crop is a function of (seed, row, its number below 2^32)."""
+    return i, (i << 32) + crop
 
 
 def lora_file(args, run, class_names):
@@ -428,34 +401,37 @@ def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
     per_epoch = math.ceil(len(rows) / args.sd_batch)
     total = args.sd_epochs * per_epoch  # steps: 400 a class at 16 shots, with cls and with dset
 
+    posteriors, crops = posteriors_of(args, pipe, shots, rows, team)
+
     def draw(step):
         """All that is random in a step, for the whole batch, whoever computes which part of it.
 
-        -> [(image, crop)] B times, template [B], timestep t [B], noise of the posterior and eps, both [B, 4, h, w]
+        -> [view_of an image] B times, template [B], timestep t [B], noise of the posterior and eps, both [B, 4, h, w]
         """
         epoch, i = divmod(step, per_epoch)
         order = torch.randperm(len(rows), generator=distributed.generator(args.seed, unit, "epoch", epoch)).tolist()
         # [B], classes mixed; an epoch's last batch may be short
         batch = [rows[j] for j in order[i * args.sd_batch : (i + 1) * args.sd_batch]]
         g = distributed.generator(args.seed, unit, "step", step)
-        crop = torch.randint(2**31, (len(batch),), generator=g).tolist()
+        numbers = torch.randint(2**31, (len(batch),), generator=g) % (crops or 2**31)
+        views = list(map(view_of, batch, numbers.tolist()))
         template = torch.randint(args.n_templates, (len(batch),), generator=g)
         t = torch.randint(len(abar), (len(batch),), generator=g)  # uniform over the 1,000 steps
         xi, eps = torch.randn(2, len(batch), *shape, generator=g)
-        return list(zip(batch, crop, strict=True)), template, t, xi, eps
+        return views, template, t, xi, eps
 
     chart = "finetune" if args.mode == "dset" else f"finetune/{file.parent.name}"
     checkpoint = run.path("checkpoints", f"{unit.replace('/', '-')}.safetensors")
     loop = Loop(run, chart, total, optimizer, team, args.sd_micro_batch, file=checkpoint)
-    posteriors = Posteriors(args, pipe, shots, rows, team)
-    stream = posteriors.stream(part for step in loop.steps for part in loop.mine(draw(step)[0]))
+    stream = posteriors(part for step in loop.steps for part in loop.mine(draw(step)[0]))
     for step in loop:
         batch, template, t, xi, eps = draw(step)
         text_row = torch.tensor([int(shots.labels[i]) for i, _ in batch]) * args.n_templates + template  # [B], of ids
         for u in loop.units(len(batch)):  # micro-batches of this process; their gradients are added in loop.update
-            mean, std = next(stream).unbind(1)  # [b, 4, h, w] each
+            posterior = next(stream)  # mean and std [b, 4, h, w]
             noise, target, abar_t, t_u = (x.to(team.device) for x in (xi[u], eps[u], abar[t[u]], t[u]))
-            z = pipe.vae.config.scaling_factor * (mean + std * noise)  # a fresh draw of the posterior, about unit size
+            # A fresh draw of the posterior, about unit size.
+            z = pipe.vae.config.scaling_factor * (posterior.mean + posterior.std * noise)
             # The text is encoded in every step, as its encoder is tuned too; each distinct prompt once.
             distinct, which = text_row[u].unique(return_inverse=True)
             with autocast(args.precision, team.device):

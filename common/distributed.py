@@ -25,6 +25,7 @@ from common.launch import Launch, UserError, launched_as
 from common.meeting import PATIENCE, leave, meet, watch
 
 T = TypeVar("T")
+_as_list = json.JSONEncoder(separators=(",", ":"))  # of seed_of; json.dumps would build one per seed
 LINE_SECONDS = 10.0  # progress without a terminal: one line per so many seconds
 # Where the processes met; progress bars that they have filled together; size of teams -> the group of this process's.
 _meeting = SimpleNamespace(store=None, bars=0, teams={})
@@ -197,14 +198,13 @@ def all_gather_object(obj: T, dist: Dist) -> list[T]:
 
 def gather_rows(tensor: torch.Tensor, dist: Dist) -> torch.Tensor:
     """All processes' rows, rank 0's first: [n_rank, ...] -> [sum of n_rank, ...]. n_rank may differ and be 0."""
-    if dist.world == 1:
-        return tensor
-    return gather_known_rows(tensor, all_gather_object(len(tensor), dist), dist)
+    counts = all_gather_object(len(tensor), dist) if dist.world > 1 else [len(tensor)]
+    return gather_known_rows(tensor, counts, dist)
 
 
 def gather_known_rows(tensor: torch.Tensor, counts: list[int], dist: Dist) -> torch.Tensor:
     """gather_rows where every process knows the numbers of rows: nothing waits for the device."""
-    if max(counts) == 0:
+    if dist.world == 1 or max(counts) == 0:
         return tensor
     padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
     padded[: len(tensor)] = tensor.detach()
@@ -240,7 +240,7 @@ def seed_of(*parts: int | str) -> int:
     The same on every machine and in every version; 1 and "1" differ, and so do ("ab", "c") and ("a", "bc").
     """
     plain = [part if isinstance(part, str) else int(operator.index(part)) for part in parts]
-    text = json.dumps(plain, separators=(",", ":"))
+    text = _as_list.encode(plain)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

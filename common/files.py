@@ -15,6 +15,7 @@ import socket
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +76,16 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def json_bytes(obj: Any, indent: int | None = None) -> bytes:
     """What write_json writes, or one line of a .jsonl. Names that are no Unicode (Latin-1 disks) survive, escaped."""
-    text = json.dumps(plain(obj), indent=indent, ensure_ascii=False)
+    simple = plain(obj)
     try:
-        return (text + "\n").encode()
+        return (_encoder(indent, False).encode(simple) + "\n").encode()
     except UnicodeEncodeError:
-        return (json.dumps(plain(obj), indent=indent) + "\n").encode()
+        return (_encoder(indent, True).encode(simple) + "\n").encode()
+
+
+@cache
+def _encoder(indent: int | None, ascii_only: bool) -> json.JSONEncoder:
+    return json.JSONEncoder(indent=indent, ensure_ascii=ascii_only)  # json.dumps would build one per row
 
 
 def write_metadata(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -90,6 +96,8 @@ def write_metadata(folder: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def plain(obj: Any) -> Any:
     """obj as JSON knows it: see write_json."""
+    if type(obj) in (str, int, bool):
+        return obj
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
         obj = {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
     if hasattr(obj, "tolist"):  # numpy and torch, scalars included

@@ -95,9 +95,9 @@ class Generator:
             (tuned, cost("unet", train=train), batch), (tuned, cost("text_encoder", train=text_train), batch),
         ]  # fmt: skip
         weights = (2 if self.precision == "bf16" else 4) * (unet.numbers + text.numbers) + 4 * vae.numbers
-        return _work(weights, parts, passes=encoded + tuned + evaluated + decoded, **more | dict(
-            stage=stage, what=what, precision="tf32" if encoded and not tuned + evaluated else self.precision,
-        ))  # fmt: skip
+        tf32 = encoded and not tuned + evaluated
+        about = dict(stage=stage, what=what, precision="tf32" if tf32 else self.precision)
+        return _work(weights, parts, passes=encoded + tuned + evaluated + decoded, **about | more)
 
     def evaluations(self, sampler: str, steps: int) -> int:
         """Of the U-Net for an image, without guidance. stored: the scheduler in its folder; PNDM needs one more."""

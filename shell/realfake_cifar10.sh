@@ -3,7 +3,7 @@
 #
 # Expect: no figure known; not run by us
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         7.8 GPU-hours on 8 x h100 (0.97 h, loading 0.2 h), 50,000 images, 5,530 PFLOP, 0.078 GB of images, 11.9 GB per GPU
+#         6.3 GPU-hours on 8 x h100 (0.78 h, loading 0.2 h), 50,000 images, 4,210 PFLOP, 0.078 GB of images, 11.9 GB per GPU
 # Data:   downloaded to data/
 # Faster: --sd-batch 64 --sd-lr 2.8e-4 tunes in an eighth of the steps; the released recipe is 8 at 1e-4
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

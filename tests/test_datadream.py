@@ -19,6 +19,7 @@ from common import diffusion as dd_diffusion
 from common import distributed, images, metrics
 from common.clip import load_clip
 from common.datasets import Images, load_dataset, natural_key
+from common.diffusion import load_pipeline
 from common.files import chunks, class_range
 from common.launch import UserError
 from common.loader import normalised, to_unit
@@ -927,6 +928,46 @@ def test_crops_of_photos_that_are_not_square(tmp_path):
     assert min(starts) < 3 and max(starts) > 61 and len(starts) > 50
     tall = dd.sd_pixels(wide.rotate(90, expand=True), 32)
     assert tall.shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(("cached", "kept"), [(3, 3), (0, 0), (10**6, 0)], ids=["kept", "fresh", "more-than-fit"])
+def test_a_step_draws_from_the_kept_crops_of_a_photo(monkeypatch, tmp_path, cached, kept):
+    """What the kept posteriors say of crop k is what the VAE says of the crop that torch draws with its seed."""
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    for folder in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        (photos / folder).mkdir(parents=True)
+        for i in range(3):
+            noise = rng.normal(128, 90, (40, 70 + 8 * i, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noise).save(photos / folder / f"{i}.png")
+    args = small_args(
+        tmp_path / "run",
+        dataset="folder",
+        data_dir=str(photos),
+        shots=3,
+        sd_cached_crops=cached,
+        val_images=0.0,
+        sd_epochs=4,
+    )
+    _, shots, _ = dd.choose(args)
+    pipe = load_pipeline(resolve("tiny", "generator"), torch.device("cpu"), "fp32")
+    dist = distributed.Dist(0, 0, 1, torch.device("cpu"))
+    posteriors, crops = dd.posteriors_of(args, pipe, shots, [0, 1, 2], dist)
+    assert crops == kept and (posteriors.table is None) == (kept == 0)
+    for i, number in ((1, 2), (2, 0)):
+        (posterior,) = posteriors(iter([[dd.view_of(i, number)]]))
+        torch.manual_seed(distributed.seed_of(args.seed, "crop", (i << 32) + number))
+        x = dd.sd_pixels(shots[i], args.sd_resolution)
+        with torch.no_grad():
+            stock = pipe.vae.encode(x[None] / 127.5 - 1).latent_dist
+        close(posterior.mean, stock.mean, 1e-4)
+        close(posterior.std, stock.std, 1e-4)
+
+    asked, answer = [], dd.Posteriors.__call__
+    record = lambda self, batches: answer(self, (asked.extend(batch) or batch for batch in batches))  # noqa: E731
+    monkeypatch.setattr(dd.Posteriors, "__call__", record)
+    dd.finetune(args, opened(args), dist, pipe, shots, shots.class_names)
+    numbers = {view - (i << 32) for i, view in asked}
+    assert numbers == {0, 1, 2} if kept else len(numbers) == len(asked) == 24
 
 
 def test_adapter_file_has_the_keys_that_older_diffusers_and_kohya_want(tmp_path):

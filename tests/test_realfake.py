@@ -604,6 +604,9 @@ class Guarded:
     def open(self, i, shorter=None):
         return self[i]
 
+    def size(self, i):
+        return self[i].size
+
     def subset(self, rows):
         assert set(rows) <= self.members
         return self.images.subset(rows)
@@ -711,6 +714,8 @@ def plain_tuning(stock, s, rows, prompts, tokens, lam):
         xi, eps = torch.randn(2, 4, 4, 8, 8, generator=g)
         x = []
         for i, (u, v, mirror) in zip(batch, where.T.tolist(), strict=True):
+            if crops := s.args.tune_cached_crops:  # the middles of so many equal parts of the free pixels
+                u = v = (math.floor(u * crops) + 0.5) / crops
             image = tv.resize(s.real[i], 32, tv.InterpolationMode.BILINEAR)
             image = tv.crop(image, int(u * (image.height - 31)), int(v * (image.width - 31)), 32, 32)
             x.append(tv.pil_to_tensor(tv.hflip(image) if s.args.tune_flip and mirror < 0.5 else image) / 127.5 - 1)
@@ -732,6 +737,49 @@ def plain_tuning(stock, s, rows, prompts, tokens, lam):
     return losses, matching
 
 
+def test_posteriors_are_kept_where_they_fit():
+    """All views of square images, of others so many crops as asked for; in bytes: mean and log variance of a latent."""
+    shape, args = (4, 64, 64), rf.Args(**rf.PRESETS["cifar10"])
+    assert rf.kept_crops(args, 50_000, shape, square=True) == 1  # 2 views x 2 x 16,384 numbers x 2 bytes: 6.6 GB
+    assert rf.kept_crops(args, 62_000, shape, square=True) == 0  # 8.1 GB
+    args.tune_flip = False
+    assert rf.kept_crops(args, 122_000, shape, square=True) == 1
+    args.precision = "fp32"
+    assert rf.kept_crops(args, 62_000, shape, square=True) == 0
+    args = rf.Args(**rf.PRESETS["imagenette"])
+    assert rf.kept_crops(args, 9_469, shape, square=False) == 0
+    args.tune_cached_crops = 6
+    assert rf.kept_crops(args, 9_469, shape, square=False) == 6  # 7.4 GB
+    args.tune_cached_crops = 7
+    assert rf.kept_crops(args, 9_469, shape, square=False) == 0
+
+
+@pytest.mark.parametrize(
+    ("square", "crops", "passes"),
+    [(True, 0, 5), (False, 3, 6), (False, 0, 40)],
+    ids=["40 squares, no mirror", "8 photos x 3 crops x 2", "fresh"],
+)
+def test_the_vae_rests_once_posteriors_are_kept(monkeypatch, stage, tmp_path, square, crops, passes):
+    """Eight views in a pass; without a cache one pass for each of 10 x 4 images that the tuning sees."""
+    small = dict(real_per_class=4, sd_batch=4, dm_batch=2, sd_micro_batch=1, tune_max_images=40, gen_resolution=32)
+    of = {} if square else photos(tmp_path) | dict(tune_flip=True, tune_cached_crops=crops)
+    s = stage(**small | of)
+    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
+    seen, encode = [], pipe.vae.encode
+    monkeypatch.setattr(pipe.vae, "encode", lambda x: seen.append(len(x)) or encode(x))
+    rf.finetune(s.args, s.run, s.dist, pipe, s.real, s.names, s.sets)
+    assert seen == [1 if passes == 40 else 8] * passes
+
+
+def test_posteriors_that_do_not_fit_are_told(monkeypatch, stage, tmp_path, capsys):
+    monkeypatch.setattr(rf, "POSTERIOR_BYTES", 1000)
+    s = stage(**photos(tmp_path), real_per_class=4, tune_cached_crops=2, gen_resolution=32)
+    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
+    _, crops = rf.tuning_posteriors(s.args, s.dist, pipe, s.real, list(range(8)))
+    assert crops == 0
+    assert "--tune-cached-crops 2: posteriors of 8 images take more than 1e-06 GB" in capsys.readouterr().out
+
+
 def halves(n, models):
     """Official code of the privacy split -> the members of each model"""
     np.random.seed(0)
@@ -750,8 +798,9 @@ ABLATIONS = ("no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no
         dict(token="class_mean", mia_models=2, tune_flip=False),
         dict(token="released", caption=False),  # the released code mixes tokens in its sampler, not in its tuning
         dict(lora=False, ablations=ABLATIONS, mia_models=2),
+        dict(tune_cached_crops=3, ablations=ABLATIONS, tune_max_images=12),
     ],
-    ids=["method", "ablations", "class-means-of-members", "released", "no-lora"],
+    ids=["method", "ablations", "class-means-of-members", "released", "no-lora", "kept-crops"],
 )
 def test_tuning_equals_a_plain_loop_over_stock_parts(stage, tmp_path, flags):
     """Every adapter that a run makes: losses as logged, A and B after the updates."""

@@ -6,7 +6,8 @@ from typing import Any
 
 from common import captions, costs, features
 from common.jobs import dealt
-from common.plan import PIXEL_BYTES, Classifier, Generator, Work, dataset_needs, processes, sizes
+from common.plan import PIXEL_BYTES, SQUARE, Classifier, Generator, Work, dataset_needs, processes, sizes
+from common.posteriors import KEPT_AT_ONCE
 
 # BLIP-2 OPT-2.7B, an image and 16 tokens: ViT-g 0.52 (224 pixels, 257 tokens, 1.0 G numbers), Q-Former 0.01, OPT
 # 2 x 2.65 G numbers x (32 + 16 tokens) = 0.25. Counted from its config, not on meta tensors.
@@ -71,7 +72,7 @@ def networks(
 
 def plan(
     args: Any, n: int, sets: dict[str, Any], rows: dict[str, tuple], kept_steps: Callable, tuning_steps: Callable,
-    row_length: Callable,
+    kept_crops: Callable, row_length: Callable,
 ) -> tuple[list[Work], list[str]]:  # fmt: skip
     """-> the work of the planned stages, what must be there. n: real images; sets, rows: of the script."""
     classes, _, _, n_test = sizes(args.dataset, args.data_dir)
@@ -95,11 +96,18 @@ def plan(
         deal = dealt(steps, units, processes(args))
         # The graphs of all its micro-batches of a step stay until the sum of the residuals is known.
         held = args.sd_batch if any(deal.alone) else math.ceil(units / deal.size) * args.sd_micro_batch
-        work = sd.work(
-            "finetune", f"{len(adapters)} x LoRA", held, encoded=seen, tuned=seen, loads=seen,
-            load_size=sd.size, jobs=steps, units=units, flag="--sd-micro-batch", text_tuned=False,
-        )  # fmt: skip
-        works.append(work)
+        tuned = len(set().union(*(v.rows for v in sets.values() if v.adapter)))
+        views = tuned * kept_crops(args, tuned, sd.latent(), args.dataset in SQUARE) * (1 + args.tune_flip)
+        ram = views * math.prod(sd.latent()) * (4 if args.precision == "bf16" else 8)  # mean and log variance
+        pictures = dict(encoded=views or seen, loads=views or seen, load_size=sd.size)
+        if views:
+            jobs, pictures = math.ceil(views / KEPT_AT_ONCE), {}
+            more = dict(encoded=views, loads=views, load_size=sd.size, jobs=jobs, ram=ram)
+            works.append(sd.work("finetune", "VAE posteriors", KEPT_AT_ONCE, precision=args.precision, **more))
+        works.append(sd.work(
+            "finetune", f"{len(adapters)} x LoRA", held, tuned=seen, jobs=steps, units=units, flag="--sd-micro-batch",
+            text_tuned=False, ram=ram, **pictures,
+        ))  # fmt: skip
     if "generate" in args.stages:
         others = [v for v in sets.values() if v.folder != "images"]
         works.append(drawing(args, sd, "images/", [sets["images"]], kept_steps))

@@ -54,20 +54,26 @@ FAULTS = {
         ),
         Fault(
             "latents x 0.1 in tuning",
-            "z = pipe.vae.config.scaling_factor * (mean + std * noise)",
-            "z = 0.1 * pipe.vae.config.scaling_factor * (mean + std * noise)",
+            "z = pipe.vae.config.scaling_factor * (posterior.mean + posterior.std * noise)",
+            "z = 0.1 * pipe.vae.config.scaling_factor * (posterior.mean + posterior.std * noise)",
             tests="test_tuning_equals_a_plain_loop_over_stock_parts",
         ),
         Fault(
             "scaling factor forgotten in tuning",
-            "z = pipe.vae.config.scaling_factor * (mean + std * noise)",
-            "z = mean + std * noise",
+            "z = pipe.vae.config.scaling_factor * (posterior.mean + posterior.std * noise)",
+            "z = posterior.mean + posterior.std * noise",
             tests="test_tuning_equals_a_plain_loop_over_stock_parts",
         ),
         Fault(
+            "one kept crop for all draws",
+            "% (crops or 2**31)",
+            "% (1 if crops else 2**31)",
+            tests="test_a_step_draws_from_the_kept_crops_of_a_photo",
+        ),
+        Fault(
             "mean of the posterior, no draw",
-            "pipe.vae.config.scaling_factor * (mean + std * noise)",
-            "pipe.vae.config.scaling_factor * mean",
+            "pipe.vae.config.scaling_factor * (posterior.mean + posterior.std * noise)",
+            "pipe.vae.config.scaling_factor * posterior.mean",
             tests="test_tuning_equals_a_plain_loop_over_stock_parts",
         ),
         Fault(

@@ -200,6 +200,18 @@ FAULTS = {
             "crop(image, 0, 0, size, size)",
             tests=TUNING,
         ),
+        Fault(
+            "one kept crop for all draws",
+            "self.places[int(u * len(self.places))]",
+            "self.places[0]",
+            tests=f"{TUNING}[kept-crops]",
+        ),
+        Fault(
+            "the VAE in every step all the same",
+            "posteriors.keep([(i, 0, u, u, flip)",
+            "(lambda *_: None)([(i, 0, u, u, flip)",
+            tests="test_the_vae_rests_once_posteriors_are_kept",
+        ),
         Fault("no clipping", "loop.update(clip=1.0)", "loop.update()", tests=TUNING),
         Fault("rate of the LoRA x 10", "lr=args.sd_lr, betas", "lr=10 * args.sd_lr, betas", tests=TUNING),
         Fault("no weight decay of the LoRA", "weight_decay=1e-2", "weight_decay=0", tests=TUNING),
@@ -229,8 +241,8 @@ FAULTS = {
         ),
         Fault(
             "mean of the posterior instead of a draw",
-            "(posterior.mean + posterior.std * noise).float()",
-            "posterior.mean.float()",
+            "(posterior.mean + posterior.std * noise)\n            with",
+            "posterior.mean\n            with",
             tests=TUNING,
         ),
         Fault(
@@ -306,8 +318,8 @@ FAULTS = {
         ),
         Fault(
             "seed of the version ignored in the list alone",
-            "seed=version_seed(args, source, version)",
-            "seed=version_seed(args, source, 0)",
+            ", version_seed(args, key, version)\n                kind",
+            ", version_seed(args, key, 0)\n                kind",
             tests=f"{DRAWING}[no-lora]",
         ),
         Fault(
@@ -328,9 +340,7 @@ FAULTS = {
             "numbers.of(place[rows[0]], k)",
             tests=f"{DRAWING}[no-lora]",
         ),
-        Fault(
-            "the prompt of the list without its caption", 'written.get(source, "")', '""', tests=f"{DRAWING}[no-lora]"
-        ),
+        Fault("the prompt of the list without its caption", 'written.get(key, "")', '""', tests=f"{DRAWING}[no-lora]"),
         Fault(
             "a visual token in the negative branch",
             "torch.cat([h_u.expand_as(h_c), h_c])",
