@@ -190,9 +190,10 @@ from common import datasets, diffusion, distributed, images, models, openclip
 from common import run as runs
 from common.clip import encode_images, encode_texts, load_clip, save_clip
 from common.compiling import compiled
-from common.datasets import Numbers, in_order
+from common.copies import Copies
+from common.datasets import in_order
 from common.diffusion import DECODED_PIXELS, autocast, encode_prompts, latent_shape, noise_schedule
-from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, write_json
+from common.files import chunks, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_network, check_order, refuse, take_off
 from common.jobs import share_out
 from common.launch import UserError
@@ -945,43 +946,31 @@ def stored(image, side):
     return squashed(images.to_pil(image), side) if side else images.to_pil(image)
 
 
-def expand(args, run, dist, pipe, real, class_names, prompts):
+def expand(args, run, dist, pipe, real, prompts):
     """Every copy that is not there yet, for each generated row; then the list of what each file is."""
-    rows, folders = [row for row in GENERATED if row in args.rows], class_folders(class_names)
-    todo = distributed.on_rank_0(partial(missing_copies, args, run, real, rows), dist)
-    numbers = Numbers(real.labels, len(class_names))
+    copies = {row: copies_of(args, run, folder, real) for row, folder in GENERATED.items() if row in args.rows}
+    todo = distributed.on_rank_0(lambda: {row: files.missing() for row, files in copies.items()}, dist)
     with run.timed("expand", "--gen-micro-batch"), images.ImageWriter() as writer:
         guide = trained(args.guide, prompts, run.path("guide"), dist.device)
         sampler = Sampler(args, pipe, guide, load_tensors(run.path("prototypes.safetensors")), prompts)
         file = safe_open(run.path("latents.safetensors"), "pt")  # mapped: the processes of a host share its pages
         latents = file.get_slice("latents")
-        for row in rows:
-            bar = distributed.progress(len(todo[row]), f"expand {row}", dist, together=True)
-            for batch in distributed.my_items(chunks(todo[row], args.gen_micro_batch), dist):
+        for row, files in copies.items():
+            left = [(i, j) for j in range(args.gen_copies) for i in todo[row] if j in todo[row][i]]
+            bar = distributed.progress(len(left), f"expand {row}", dist, together=True)
+            for batch in distributed.my_items(chunks(left, args.gen_micro_batch), dist):
                 drawn = sampler.draw(row, *inputs_of(args, real, latents, batch))  # uint8 [B, 3, H, W]
                 for (i, j), image in zip(batch, drawn, strict=True):
-                    name = run.path(GENERATED[row], folders[real.labels[i]], f"{numbers.of(i, j)}.png")
-                    writer.save(name, stored(image, args.gen_save_size))
+                    writer.save(files.file(i, j), stored(image, args.gen_save_size))
                 bar.update(len(batch))
             bar.close()
-        if args.energy_probe and "distdiff" in rows:
+        if args.energy_probe and "distdiff" in copies:
             probe_energy(args, run, dist, sampler, real, latents)
     distributed.barrier(dist)
-    for row in rows if dist.main else []:
-        list_copies(args, run, GENERATED[row], real, class_names, prompts)
-    drawn = run.under("energy.json", *(GENERATED[row] for row in rows))
-    run.done("expand", drawn, images={GENERATED[row]: args.gen_copies * len(real) for row in rows})
-
-
-def missing_copies(args, run, real, rows):
-    """{row: [(real image, copy)]} of the files that are not there"""
-    numbers, todo = Numbers(real.labels, len(real.class_names)), {}
-    for row in rows:
-        names = [run.path(GENERATED[row], folder) for folder in class_folders(real.class_names)]
-        there = [images.existing(f, args.gen_copies * n) for f, n in zip(names, numbers.counts, strict=True)]
-        pairs = ((i, j) for j in range(args.gen_copies) for i in range(len(real)))
-        todo[row] = [(i, j) for i, j in pairs if not there[real.labels[i]][numbers.of(i, j)]]
-    return todo
+    for files in copies.values() if dist.main else []:
+        list_copies(args, files, prompts)
+    drawn = run.under("energy.json", *(GENERATED[row] for row in copies))
+    run.done("expand", drawn, images={GENERATED[row]: args.gen_copies * len(real) for row in copies})
 
 
 def inputs_of(args, real, latents, batch):
@@ -1011,17 +1000,15 @@ def probe_energy(args, run, dist, sampler, real, latents):
     distributed.say(dist, f"energy fell on {fell['free']:.0f} % of {n} images, projected on {fell['projected']:.0f} %")
 
 
-def list_copies(args, run, folder, real, class_names, prompts):
+def list_copies(args, copies, prompts):
     """metadata.jsonl: from which real image a file is, which copy of it, and the seed that draws it again."""
-    numbers, folders = Numbers(real.labels, len(class_names)), class_folders(class_names)
-    images.check_all_there(run.path(folder), folders, args.gen_copies * numbers.counts)
 
-    def about(copy, i):
-        c, source = int(real.labels[i]), real.keys[i]
-        what = dict(file_name=f"{folders[c]}/{numbers.of(i, copy)}.png", label=c, class_name=class_names[c])
-        return what | dict(prompt=prompts[c], source=source, copy=copy, seed=copy_seed(args, source, copy))
+    def about(i, j):
+        source = copies.real.keys[i]
+        what = dict(prompt=prompts[copies.real.labels[i]], source=source)
+        return what | dict(copy=j, seed=copy_seed(args, source, j))
 
-    runs.write_metadata(run.path(folder), (about(k, i) for k in range(args.gen_copies) for i in range(len(real))))
+    copies.write_list(about)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1044,10 +1031,8 @@ def sets_in_epoch(args, row, k):
     return 1 if row == "real" else 1 + (k if k and not args.clf_equal_k else max(args.clf_copies))
 
 
-def copies_in(args, run, folder, real, k=None):
-    """The first k copies of each real image (default: all), class by class."""
-    counts = np.bincount(real.labels, minlength=len(real.class_names))  # [C]
-    return datasets.Generated(run.path(folder), real.class_names, (k or args.gen_copies) * counts)
+def copies_of(args, run, folder, real):
+    return Copies(run.path(folder), real, range(len(real)), args.gen_copies)
 
 
 def run_folder(run, row, k, seed):
@@ -1062,7 +1047,7 @@ def train(args, run, dist, real, val, test, class_names, prompts, weights):
 
     @lru_cache(1)  # the seeds of a row follow each other
     def copies(row, k):
-        return held(args, copies_in(args, run, GENERATED[row], real, k), args.clf_resize)
+        return held(args, copies_of(args, run, GENERATED[row], real).images(k), args.clf_resize)
 
     with run.timed("train", "--sgd-batch", trains=True):
         scored, originals = scored_splits(args, val, test), held(args, real, args.clf_resize)
@@ -1128,7 +1113,9 @@ ROW_NAMES = {
 def evaluate_saved(args, run, dist, real, test):
     """Top-1 of classifier/ on the test split, as a user would load it, and of all rows."""
     with run.timed("evaluate"):
-        drawn = {folder: copies_in(args, run, folder, real) for folder in run.manifest("expand").get("images", {})}
+        drawn = {
+            folder: copies_of(args, run, folder, real).images() for folder in run.manifest("expand").get("images", {})
+        }
         near = near_copies(run, drawn, real, test, args.workers, dist)
         if dist.main:
             net = Net.load(run.path("classifier")).to(dist.device, memory_format=torch.channels_last)
@@ -1182,13 +1169,12 @@ def write_table(args, run, real, test, predicted, saved, near):
 
 def contact_sheet(args, run, real, class_names):
     """samples.png: a real image of each class and three copies of it in each row, with the same noise in all rows"""
-    first, numbers = [int(real.of_class(c)[0]) for c in range(len(class_names))], Numbers(real.labels, len(class_names))
+    first = [int(real.of_class(c)[0]) for c in range(len(class_names))]
     rows = {"real": [partial(real.open, i) for i in first]}
     for row in (row for row in ("sd", "rho0", "direct", "distdiff") if row in args.rows):
-        drawn = copies_in(args, run, GENERATED[row], real)
-        for copy in range(min(3, args.gen_copies)):
-            files = [int(drawn.of_class(c)[numbers.of(i, copy)]) for c, i in enumerate(first)]
-            rows[f"{row} {copy}"] = [partial(drawn.open, file) for file in files]
+        copies = copies_of(args, run, GENERATED[row], real)
+        for j in range(min(3, args.gen_copies)):
+            rows[f"{row} {j}"] = [partial(images.open_rgb, copies.file(i, j)) for i in first]
     size = min(max(args.gen_resolution, 64), 128)
     images.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), class_names, size=size)
 
@@ -1287,7 +1273,7 @@ def main(args):
     if "encode" in todo:
         encode(args, run, dist, pipe(), real)
     if "expand" in todo:
-        expand(args, run, dist, pipe(), real, names, prompts)
+        expand(args, run, dist, pipe(), real, prompts)
     pipe.cache_clear()  # the classifiers get its memory
     if "train" in todo:
         train(args, run, dist, real, val, test, names, prompts, weights)

@@ -28,7 +28,7 @@ Differs:
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from common.cli import Count, Fraction, Frame, Natural, NonNegative, Positive, Range, Share, check, parse, start
+from common.cli import Count, Fraction, Frame, Natural, NonNegative, Positive, Range, check, parse, start
 
 Stage = Literal["caption", "embed", "finetune", "generate", "train", "attack", "evaluate"]
 Token = Literal["image", "released", "class_mean", "none"]
@@ -46,6 +46,8 @@ class Args(Frame):
     """stages to run, in order; a finished stage is never run again"""
     real_per_class: Count | None = None
     """real images drawn from each class of the training split; None: all"""
+    flip: bool = True
+    """mirror half of the images in tuning and training; not for digits and signs"""
 
     # ---- models --------------------------------------------------------------------------------
     sd_model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -89,8 +91,6 @@ class Args(Frame):
     """passes over the real images"""
     tune_max_images: Count = 1_280_000
     """the tuning sees no more images than this: 160,000 steps of 8; the paper's budget for ImageNet is not published"""
-    tune_flip: bool = True
-    """mirror half of the images while tuning; not for digits and signs"""
     tune_cached_crops: Natural = 0
     """crops of an image, evenly along its longer side, whose VAE posteriors are computed once and kept where they fit
     into 8 GB of a process; saves up to a third of the tuning. 0, as released: a fresh crop and VAE pass each time,
@@ -115,8 +115,6 @@ class Args(Frame):
     """start from the noised latent of the real image, or from noise (text-to-image, all steps)"""
     gen_negative: str = "distorted, unrealistic, blurry, out of frame, cropped, deformed"
     """negative prompt; it never gets a visual token"""
-    gen_split: Literal["strided", "official"] = "strided"
-    """batches of a process; official: contiguous ranges, where the last process takes the whole remainder"""
     gen_micro_batch: Count = 24
     """images per forward pass on one process; speed and memory only"""
     gen_format: Literal["png", "jpeg", "webp"] = "png"
@@ -134,7 +132,7 @@ class Args(Frame):
     net_stem: Literal["imagenet", "cifar"] = "imagenet"
     """cifar: 3x3 stem of stride 1 without pooling, for a timm ResNet on small images"""
     net_augment: Literal["imagenet", "cifar"] = "imagenet"
-    """imagenet: crops of net_crop and more, colour jitter; cifar: 4 pixels of padding and a crop; both mirror"""
+    """imagenet: crops of 8 % and more, colour jitter; cifar: 4 pixels of padding and a crop"""
     net_versions: tuple[Count, ...] = (1,)
     """the scaling curve: versions in the training set, each at most gen_versions; the last is added to real images"""
     clf_seeds: Count = 3
@@ -161,20 +159,10 @@ class Args(Frame):
     """images that share BatchNorm statistics, as on each of the official four GPUs; running statistics are averaged"""
     net_size: Count = 224
     """pixels per side that the network sees"""
-    net_crop: Annotated[float, Range(0, 1, "(]")] = 0.08
-    """smallest area of the random resized crop"""
-    net_flip: Share = 0.5
-    """probability of mirroring"""
-    net_jitter: NonNegative = 0.4
-    """strength of brightness, contrast and saturation jitter"""
-    net_crop_pct: Annotated[float, Range(0, 1, "(]")] = 0.95
-    """share of the resized test image that the centre crop keeps: 224 of 235"""
 
     # ---- [6] attack, [7] evaluate ----------------------------------------------------------------
     mia_models: Natural = 0
     """shadow models of the membership inference (even, 6 or more; the official split has 10); 0: no attack"""
-    mia_versions: Count = 1
-    """versions that each shadow model generates from its members"""
     ood: tuple[str, ...] = ()
     """further test sets NAME=DIR with folders by WordNet id or by ImageNet number (V2, Sketch, R, A)"""
 
@@ -184,11 +172,11 @@ RELEASED = dict(gen_format="jpeg", gen_quality=75)  # the files of the released 
 PRESETS = {
     "digits": dict(  # 12 real images per class, tiny models; our measured table stands in docs/realfake.md
         dataset="digits", sd_model="tiny", token_clip="tiny", captioner="tiny", precision="fp32", workers=0, seed=0,
-        real_per_class=12, tune_epochs=10, tune_flip=False, sd_lr=1e-3, sd_micro_batch=8,
+        real_per_class=12, tune_epochs=10, flip=False, sd_lr=1e-3, sd_micro_batch=8,
         gen_versions=4, gen_resolution=32, gen_micro_batch=30,
         ablations=("no-lora", "no-matching", "no-token", "no-prior", "no-caption"),
         net_model="test_resnet", net_versions=(1, 2, 4), net_epochs=16, net_milestones=(8, 12, 15), net_warmup=1,
-        net_batch=32, net_micro_batch=32, net_size=32, net_augment="cifar", net_flip=0.0, net_crop_pct=1.0,
+        net_batch=32, net_micro_batch=32, net_size=32, net_augment="cifar",
         mia_models=6,
     ),
     "imagenette": dict(data_dir="data", **RELEASED),
@@ -199,7 +187,7 @@ PRESETS = {
     ),
     "cifar10": dict(  # our extension: the paper's code has no trace of CIFAR. 32 -> 512 -> 32 pixels
         dataset="cifar10", data_dir="data", gen_save_size=32,
-        net_model="resnet18", net_stem="cifar", net_augment="cifar", net_size=32, net_crop_pct=1.0,
+        net_model="resnet18", net_stem="cifar", net_augment="cifar", net_size=32,
     ),
 }  # fmt: skip
 
@@ -208,7 +196,6 @@ if __name__ == "__main__":
 
 import math
 import random
-import shutil
 from functools import cache, lru_cache, partial
 
 import numpy as np
@@ -225,10 +212,11 @@ from common import captions, datasets, diffusion, distributed, images, models
 from common import run as runs
 from common.clip import encode_images, load_clip, zero_shot_weights
 from common.compiling import compiled
-from common.datasets import Numbers, in_order
+from common.copies import Copies
+from common.datasets import in_order
 from common.diffusion import Adapter, autocast, decode, latent_shape, noise_schedule, sent, token_ids
 from common.features import Features
-from common.files import chunks, class_folders, class_range, load_tensors, read_json, save_tensors, write_json
+from common.files import chunks, load_tensors, read_json, save_tensors, write_json
 from common.inputs import check_network, check_order, refuse
 from common.jobs import share_out
 from common.launch import UserError
@@ -240,7 +228,7 @@ from common.ood import ood_sets, restricted_top1
 from common.plan import print_plan
 from common.plans import realfake as planned
 from common.posteriors import Posteriors
-from common.report import conclude, over_seeds, per_class, roc_chart, spread
+from common.report import compared, conclude, over_seeds, per_class, roc_chart, spread
 
 # In shapes: N real images, C classes, k versions, M shadow models; B images of a batch, b of a micro-batch; pixels
 # [3, H, W], latents [4, h, w] with h = H / 8, text states [77, W]; D is the width of CLIP's embedding, here equal to W.
@@ -311,19 +299,15 @@ def generated_sets(args, n):
         sets[other.folder] = other
     for m, keep in enumerate(half_split(n, args.mia_models) if args.mia_models else []):
         rows = np.flatnonzero(keep).tolist()  # its members; adapter, images and network see no others
-        shadow = replace(full, folder=f"shadows/{m}/images", rows=rows, versions=args.mia_versions)
+        shadow = replace(full, folder=f"shadows/{m}/images", rows=rows, versions=1)
         shadow.adapter = full.adapter and f"shadow-{m}"
         sets[shadow.folder] = shadow
     return sets
 
 
-def generated_images(args, run, v, real, versions):
-    """The first versions of a set, class by class; nothing is listed.
-
-    <class>/<j>.png is version j // n_c of image j mod n_c of the class, so fewer versions are the first files.
-    """
-    counts = versions * np.bincount(real.labels[v.rows], minlength=len(real.class_names))  # [C], images of each
-    return datasets.Generated(run.path(v.folder), real.class_names, counts, images.SUFFIX[args.gen_format])
+def versions_of(args, run, v, real):
+    """The files of a set: `versions` copies of each of its real images."""
+    return Copies(run.path(v.folder), real, v.rows, v.versions, images.SUFFIX[args.gen_format])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -563,7 +547,7 @@ def tuning_steps(args, n):
 def kept_crops(args, n, shape, square):
     """Crops of each of n images that fit into memory as posteriors: 1 of square ones, which have no other; 0: none"""
     crops = 1 if square else args.tune_cached_crops
-    views, size = n * crops * (1 + args.tune_flip), 2 * math.prod(shape) * (2 if args.precision == "bf16" else 4)
+    views, size = n * crops * (1 + args.flip), 2 * math.prod(shape) * (2 if args.precision == "bf16" else 4)
     return crops if views * size <= POSTERIOR_BYTES else 0
 
 
@@ -585,7 +569,7 @@ def tuning_posteriors(args, dist, pipe, real, rows):
     if args.tune_cached_crops and not crops:
         what = f"note: --tune-cached-crops {args.tune_cached_crops}: posteriors of {len(rows):,} images"
         distributed.say(dist, f"{what} take more than {POSTERIOR_BYTES / 1e9:g} GB; none are kept")
-    flips = (False, True) if args.tune_flip else (False,)
+    flips = (False, True) if args.flip else (False,)
     posteriors.keep([(i, 0, u, u, flip) for i in rows for u in crop_places(crops) for flip in flips], dist)
     return posteriors, crops
 
@@ -616,7 +600,7 @@ class TuningBatches:
         rows, columns, mirror = where.tolist()
         if self.places:  # the kept crops; only one of row and column is free
             rows = columns = [self.places[int(u * len(self.places))] for u in rows]
-        flips = [self.args.tune_flip and m < 0.5 for m in mirror]
+        flips = [self.args.flip and m < 0.5 for m in mirror]
         return [(i, 0, *view) for i, *view in zip(batch, rows, columns, flips, strict=True)]
 
 
@@ -724,13 +708,6 @@ def version_seed(args, key, version):
     return distributed.seed_of(args.gen_seed, version, key)
 
 
-def my_batches(args, dist, batches):
-    """The batches of this process."""
-    if args.gen_split == "official":
-        return [batches[i] for i in class_range(len(batches), dist.world, dist.rank)]
-    return distributed.my_items(batches, dist)
-
-
 def generate(args, run, dist, pipe, real, names, sets):
     """Every image of every set that is not there yet; then the list of what each one is."""
     todo = distributed.on_rank_0(partial(missing_versions, args, run, real, sets), dist)
@@ -754,35 +731,17 @@ def generate(args, run, dist, pipe, real, names, sets):
 
 def missing_versions(args, run, real, sets):
     """{folder of a set: {image: versions that are not there yet}}. Stops when the images will not fit on the disk."""
-    todo, suffix = {}, images.SUFFIX[args.gen_format]
-    for v in sets.values():
-        numbers = Numbers(real.labels[v.rows], len(real.class_names))
-        there = np.concatenate([  # class by class
-            images.existing(run.path(v.folder, name), v.versions * n, suffix)
-            for name, n in zip(class_folders(real.class_names), numbers.counts, strict=True)
-        ])  # fmt: skip
-        first = v.versions * (np.cumsum(numbers.counts) - numbers.counts)[numbers.labels]
-        every = np.arange(len(v.rows))
-        gone = np.stack([~there[first + numbers.of(every, k)] for k in range(v.versions)], 1)  # [image, version]
-        missing = np.flatnonzero(gone.any(1)).tolist()
-        todo[v.folder] = {v.rows[m]: np.flatnonzero(gone[m]).tolist() for m in missing}
+    todo = {v.folder: versions_of(args, run, v, real).missing() for v in sets.values()}
     left = sum(len(ks) for of in todo.values() for ks in of.values())
-    n = sum(len(v.rows) * v.versions for v in sets.values())
-    # A PNG of a photo takes about 1.5 bytes per pixel, a JPEG 0.2.
-    need = planned.PIXEL_BYTES[args.gen_format] * left * (args.gen_save_size or args.gen_resolution) ** 2
-    free = shutil.disk_usage(run.dir).free
-    print(f"generate: {left:,} of {n:,} images to draw, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
-    if need > free:
-        what = f"the images need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-        raise UserError(f"{run.dir}: {what}; free some space, lower --gen-versions or choose another --output-dir")
+    n, side = sum(len(v.rows) * v.versions for v in sets.values()), args.gen_save_size or args.gen_resolution
+    images.check_space(run.dir, left, n, planned.PIXEL_BYTES[args.gen_format] * side**2, "lower --gen-versions")
     return todo
 
 
 def draw_versions(args, run, dist, pipe, unet, writer, v, real, condition, todo):
     """All missing images of one set. Posterior and text of an image are computed once for all of its versions."""
-    mine = my_batches(args, dist, chunks(list(todo), args.gen_micro_batch))
-    numbers, place = Numbers(real.labels[v.rows], len(real.class_names)), {i: m for m, i in enumerate(v.rows)}
-    folders, suffix = class_folders(real.class_names), images.SUFFIX[args.gen_format]
+    mine = distributed.my_items(chunks(list(todo), args.gen_micro_batch), dist)
+    versions = versions_of(args, run, v, real)
     # Both sides forced to the size; Pillow's default is bicubic. The proportions are not kept.
     view = lambda image: v2.functional.pil_to_tensor(image.resize((args.gen_resolution,) * 2))  # noqa: E731
     stream = Loader(real, view, dist.device, args.workers)(mine if v.prior == "image" else [])
@@ -794,8 +753,7 @@ def draw_versions(args, run, dist, pipe, unet, writer, v, real, condition, todo)
             seeds = [version_seed(args, real.keys[i], k) for i in rows]
             for i, image in zip(rows, sample_versions(args, pipe, unet, posterior, h, seeds), strict=True):
                 if k in todo[i]:
-                    file = run.path(v.folder, folders[real.labels[i]], f"{numbers.of(place[i], k)}{suffix}")
-                    writer.save(file, image)
+                    writer.save(versions.file(i, k), image)
                     bar.update(1)
     bar.close()
 
@@ -833,21 +791,14 @@ def sample_versions(args, pipe, unet, posterior, h, seeds):
 
 def list_versions(args, run, v, real, names):
     """metadata.jsonl of a set: what each image is, from which real image, and its seed. Fails if one is missing."""
-    numbers, suffix = Numbers(real.labels[v.rows], len(real.class_names)), images.SUFFIX[args.gen_format]
-    folders = class_folders(real.class_names)
-    images.check_all_there(run.path(v.folder), folders, v.versions * numbers.counts, suffix)
     written = read_json(run.path("captions.json")) if v.caption else {}
 
-    def about():
-        for version in range(v.versions):
-            at = numbers.of(np.arange(len(v.rows)), version).tolist()
-            for i, c, number in zip(v.rows, numbers.labels.tolist(), at, strict=True):
-                name, key = f"{folders[c]}/{number}{suffix}", real.keys[i]
-                prompt, seed = sampling_prompt(names[c], written.get(key, "")), version_seed(args, key, version)
-                kind, drawn = dict(label=c, class_name=real.class_names[c]), dict(prompt=prompt, seed=seed)
-                yield dict(file_name=name, **kind, **drawn, version=version, source=key)
+    def about(i, k):
+        key = real.keys[i]
+        prompt = sampling_prompt(names[real.labels[i]], written.get(key, ""))
+        return dict(prompt=prompt, seed=version_seed(args, key, k), version=k, source=key)
 
-    runs.write_metadata(run.path(v.folder), about())
+    versions_of(args, run, v, real).write_list(about)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -900,14 +851,16 @@ def transforms(args, training):
     released data set class defines."""
     size, stats = args.net_size, dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)  # the training loop normalises
     if training and args.net_augment == "cifar":
-        steps = [v2.Resize((size, size)), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(args.net_flip)]
+        steps = [v2.Resize((size, size)), v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(0.5 * args.flip)]
         return v2.Compose([*steps, v2.PILToTensor()])
     whole = dict(use_prefetcher=True, **stats)  # timm then leaves the numbers as bytes
     if not training:
-        view = timm.data.create_transform(size, interpolation="bicubic", crop_pct=args.net_crop_pct, **whole)
+        view = timm.data.create_transform(
+            size, interpolation="bicubic", crop_pct=0.95 if args.net_augment == "imagenet" else 1.0, **whole
+        )
     else:
-        crop = dict(scale=(args.net_crop, 1.0), ratio=(3 / 4, 4 / 3), interpolation="random")
-        change = dict(hflip=args.net_flip, color_jitter=args.net_jitter or None, auto_augment=None, re_prob=0.0)
+        crop = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="random")
+        change = dict(hflip=0.5 * args.flip, color_jitter=0.4, auto_augment=None, re_prob=0.0)
         view = timm.data.create_transform(size, is_training=True, **crop, **change, **whole)
     return lambda image: torch.as_tensor(view(image))
 
@@ -939,7 +892,7 @@ def train(args, run, dist, real, sets):
         for team, (row, seed) in mine:
             folder, versions, with_real = rows[row]
             sources = [real] * with_real
-            sources += [generated_images(args, run, sets[folder], real, versions)] if folder else []
+            sources += [versions_of(args, run, sets[folder], real).images(versions)] if folder else []
             place = run.path("classifier", "runs", f"{row}-seed{seed}")
             train_net(args, run, team, place, f"train/{row}-seed{seed}", sources, len(real), seed)
     run.done("train", run.under("classifier/runs"), classifiers=len(jobs))
@@ -1065,14 +1018,12 @@ def attack(args, run, dist, real, sets):
     n_classes, keep = len(real.class_names), torch.from_numpy(half_split(len(real), args.mia_models))
     kinds = ("synthetic", "real")  # what the networks are trained on
     jobs = [(kind, m) for kind in kinds for m in range(args.mia_models)]
-    lengths = [args.mia_versions if kind == "synthetic" else 1 for kind, _ in jobs]
-    sizes = args.net_batch, args.net_micro_batch
-    mine = share_out(jobs, *sizes, dist, "attack", "--net-micro-batch", least=2, lengths=lengths)
+    mine = share_out(jobs, args.net_batch, args.net_micro_batch, dist, "attack", "--net-micro-batch", least=2)
     with run.timed("attack", "--net-micro-batch", trains=True):
         for team, (kind, m) in mine:
             v, folder = sets[f"shadows/{m}/images"], run.path("shadows", str(m), kind)
             members = real.subset(v.rows)
-            sources = [generated_images(args, run, v, real, v.versions) if kind == "synthetic" else members]
+            sources = [versions_of(args, run, v, real).images() if kind == "synthetic" else members]
             train_net(args, run, team, folder, f"shadow-{kind}/{m}", sources, len(members), args.seed + m)
         distributed.barrier(dist)
         scores = {}
@@ -1131,7 +1082,7 @@ def evaluate(args, run, dist, data, real, sets):
                     mine[row, seed] = top1, logits.argmax(1)
         found = {k: v for part in distributed.all_gather_object(mine, dist) for k, v in part.items()}
         clip_top1 = zero_shot_top1(args, test, dist)
-        drawn = {"images": generated_images(args, run, sets["images"], real, args.gen_versions)}
+        drawn = {"images": versions_of(args, run, sets["images"], real).images()}
         near = near_copies(run, drawn, real, test, args.workers, dist)
         if dist.main:
             write_report(args, run, data, real, sets, found, list(scored), clip_top1, near)
@@ -1159,19 +1110,9 @@ ORDERINGS = {  # the paper's claims, each as (better row, worse row); k: the lar
 }
 
 
-def compared(metrics, k):
-    """Rows [claim, difference, verdict]. shows: the difference exceeds twice its standard error; not: the reverse."""
-    table = []
-    for claim, pair in ORDERINGS.items():
-        a, b = (metrics.get(name.format(k=k)) for name in pair)
-        if not a or not b or a is b:
-            table.append([claim, "", "not run"])
-            continue
-        n, gap = len(a["per_seed"]), a["mean"] - b["mean"]
-        error = math.sqrt((a["std"] ** 2 + b["std"] ** 2) / n)  # standard error of the difference of two means of n
-        verdict = "within noise" if n < 2 or abs(gap) <= 2 * error else "shows" if gap > 0 else "the reverse"
-        table.append([claim, f"{gap:+.1f}" + (f" ± {error:.1f}" if n > 1 else ""), verdict])
-    return table
+def claimed(metrics, k):
+    """Rows [claim, difference, verdict] for these rows of the table and this largest number of versions"""
+    return compared(metrics, {claim: [row.format(k=k) for row in rows] for claim, rows in ORDERINGS.items()})
 
 
 def write_report(args, run, data, real, sets, found, splits, clip_top1, near):
@@ -1185,7 +1126,7 @@ def write_report(args, run, data, real, sets, found, splits, clip_top1, near):
         metrics[row] |= {f"ood/{s}": over_seeds(per_seed[s]) for s in splits[1:]}
         table.append([row, *(spread(per_seed[s]) for s in splits), about["images"], about["updates"]])
     header = ["training set", *("test top-1" if s == "test" else s for s in splits), "images", "updates"]
-    claims = compared(metrics, args.net_versions[-1])
+    claims = claimed(metrics, args.net_versions[-1])
     tables = {"Top-1, last epoch": (header, table)}
     tables["Which of the paper's orderings show here"] = (["claim", "difference", "verdict"], claims)
     pictures = {"Real and generated samples": "samples.png"}
@@ -1215,11 +1156,10 @@ def samples(args, run, real, sets):
     first = [int(real.of_class(c)[0]) for c in range(len(real.class_names))]
     rows = {"real": [partial(real.open, i) for i in first]}
     for v in (v for v in sets.values() if not v.folder.startswith("shadows")):
-        drawn = generated_images(args, run, v, real, v.versions)
-        n = np.bincount(real.labels[v.rows], minlength=len(first))
+        versions = versions_of(args, run, v, real)
         for k in range(min(v.versions, 4)):
             name = f"{v.folder.rpartition('/')[2]} {k}"
-            rows[name] = [partial(drawn.open, int(drawn.of_class(c)[k * n[c]])) for c in range(len(first))]
+            rows[name] = [partial(images.open_rgb, versions.file(i, k)) for i in first]
     size = min(max(args.gen_resolution, 64), 128)
     images.samples_grid(run.path("samples.png"), list(rows.values()), list(rows), real.class_names, size=size)
 
@@ -1287,7 +1227,7 @@ NEEDS = dict(
 )
 # Flags that no stage before this one reads: they may change while it has not begun.
 LATER = {
-    "finetune": "sd_ dm_ tune_",
+    "finetune": "sd_ dm_ tune_ flip",
     "generate": "gen_steps gen_guidance gen_lora_scale gen_negative gen_format gen_quality gen_save_size gen_seed i2i_",
     "train": "net_ clf_", "attack": "", "evaluate": "ood",
 }  # fmt: skip
@@ -1320,7 +1260,7 @@ def main(args):
     check_sets(args, found, real, sets)
     ids = models.fingerprints(found) | {"real": keys_hash(real)}
 
-    free, read = ["gen_micro_batch", "gen_split"], dict(real=real, test=data.test)
+    free, read = ["gen_micro_batch"], dict(real=real, test=data.test)
     run = runs.open_run("realfake", args, dist, free, models=ids, later=LATER, pictures=read)
     todo = [stage for stage in args.stages if run.todo(stage)]
     check_order(run, todo, NEEDS)

@@ -419,23 +419,6 @@ def in_order(images: Images) -> Images:
     ])  # fmt: skip
 
 
-class Numbers:
-    """Which file is which: copy k of the set's m-th image is number k n_c + its place among the n_c of its class.
-
-    A set of fewer copies is then a part of each set of more.
-    """
-
-    def __init__(self, labels: Sequence[int], n_classes: int):
-        self.labels = np.asarray(labels)
-        self.counts = np.bincount(self.labels, minlength=n_classes)
-        firsts = np.cumsum(self.counts) - self.counts  # the images lie class by class
-        self.places = np.arange(len(self.labels)) - firsts[self.labels]
-
-    def of(self, m: Any, copy: Any) -> Any:
-        """m, copy: numbers or arrays of them"""
-        return copy * self.counts[self.labels[m]] + self.places[m]
-
-
 def few_shot(
     images: Images, dataset_name: str, shots: int, seed: int, class_count: int, held: Images | None = None,
     flag: str = "",

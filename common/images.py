@@ -3,6 +3,7 @@
 import math
 import os
 import queue
+import shutil
 import stat
 import threading
 from collections.abc import Callable, Sequence
@@ -236,6 +237,15 @@ def check_all_there(root: Path, folders: Sequence[str], counts: Sequence[int], s
     for folder, n in zip(folders, counts, strict=True):
         if not existing(root / folder, n, suffix).all():
             raise UserError(f"{root / folder}: images are missing; run the same command again")
+
+
+def check_space(folder: Path, left: int, n: int, size: float, advice: str) -> None:
+    """Print how many of n images are left to draw and what they take, of `size` bytes each. UserError: too much."""
+    need, free = left * size, shutil.disk_usage(folder).free
+    print(f"generate: {left:,} of {n:,} images to draw, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
+    if need > free:
+        what = f"the images need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+        raise UserError(f"{folder}: {what}; free some space, {advice} or choose another --output-dir")
 
 
 # ---------------------------------------------------------------------------------------

@@ -57,6 +57,24 @@ def per_class(predicted: Any, labels: Any, class_names: Sequence[str]) -> dict[s
     return {name: 100 * right[labels == c].mean().item() for c, name in enumerate(class_names)}
 
 
+def compared(metrics: dict[str, dict[str, Any]], claims: dict[str, Sequence[str]]) -> list[list[str]]:
+    """Rows [claim, difference, verdict] of {claim: (better row, worse row)}. metrics: over_seeds of each row there is.
+
+    shows: the difference of the means exceeds twice its standard error; the reverse; or within noise, as of one seed.
+    """
+    table = []
+    for claim, pair in claims.items():
+        a, b = (metrics.get(row) for row in pair)
+        if not a or not b or a is b:
+            table.append([claim, "", "not run"])
+            continue
+        n, gap = len(a["per_seed"]), a["mean"] - b["mean"]
+        error = math.sqrt((a["std"] ** 2 + b["std"] ** 2) / n)  # standard error of the difference of two means of n
+        verdict = "within noise" if n < 2 or abs(gap) <= 2 * error else "shows" if gap > 0 else "the reverse"
+        table.append([claim, f"{gap:+.1f}" + (f" ± {error:.1f}" if n > 1 else ""), verdict])
+    return table
+
+
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns under each other, a rule under the header."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]

@@ -62,7 +62,7 @@ def make_tree(root, n, classes=1000):
 
 def link_generated(args, run, real, folder):
     """A finished generated set: every file a link to the same image of its class."""
-    drawn = rf.generated_images(args, run, rf.generated_sets(args, len(real))["images"], real, args.gen_versions)
+    drawn = rf.versions_of(args, run, rf.generated_sets(args, len(real))["images"], real).images()
     for row in range(len(drawn)):
         c = int(drawn.labels[row])
         first = folder / f"{c}.jpg"
@@ -164,7 +164,7 @@ def metadata(root):
 def train(root):
     """Real and generated images together, up to the first step of the network."""
     args, run, _, real, _, sets = begin(root, **SMALL_NET)
-    sources = [real, rf.generated_images(args, run, sets["images"], real, 1)]
+    sources = [real, rf.versions_of(args, run, sets["images"], real).images(1)]
     return timed(lambda: rf.train_net(args, run, ALONE, run.path("x"), "train/x", sources, 64, 0))
 
 

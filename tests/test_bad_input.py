@@ -266,7 +266,7 @@ OTHERS = [
     ("realfake", "--net-versions 0", r"--net-versions"),
     ("realfake", "--net-model resnet5000", r"resnet5000"),
     ("realfake", "--net-decay nan", r"--net-decay"),
-    ("realfake", "--net-crop-pct 0", r"--net-crop-pct"),
+    ("realfake", "--i2i-strength 0", r"--i2i-strength"),
     ("realfake", "--mia-models 3", r"--mia-models 3"),
     ("realfake", "--i2i-strength 0.001", r"--i2i-strength"),
     ("realfake", "--captioner {clip}", r"--captioner"),

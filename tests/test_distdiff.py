@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 import distdiff as dd
 from common import distributed, models
 from common.datasets import Images, load_dataset
+from common.files import class_folders
 from common.launch import UserError
 from common.loader import normalised
 
@@ -412,11 +413,19 @@ def test_guidance_that_would_never_happen_is_refused():
 
 def test_places_of_the_copies_are_unique_and_nested():
     """The map from the authors' names: <stem>_expand_<j> is number j n_c + place of the image in its class."""
-    numbers = dd.Numbers([0, 0, 1, 1, 1], 2)
-    assert [numbers.of(i, 0) for i in range(5)] == [0, 1, 0, 1, 2] and [numbers.of(i, 2) for i in (1, 3)] == [5, 7]
+    real = Images([0, 0, 1, 1, 1], list("abcde"), ["x", "y"])
+    copies = dd.Copies(Path("run"), real, range(5), 5)
+    assert [copies.key(i, 0) for i in range(5)] == [
+        "00_x/0.png",
+        "00_x/1.png",
+        "01_y/0.png",
+        "01_y/1.png",
+        "01_y/2.png",
+    ]
+    assert [copies.key(i, 2) for i in (1, 3)] == ["00_x/5.png", "01_y/7.png"]
     for k in (1, 2, 5):
-        names = {(numbers.labels[i], numbers.of(i, j)) for i in range(5) for j in range(k)}
-        assert names == {(0, n) for n in range(2 * k)} | {(1, n) for n in range(3 * k)}
+        names = {copies.key(i, j) for i in range(5) for j in range(k)}
+        assert names == {f"00_x/{n}.png" for n in range(2 * k)} | {f"01_y/{n}.png" for n in range(3 * k)}
 
 
 def test_real_images_lie_class_by_class_in_natural_order():
@@ -524,7 +533,7 @@ def test_rows_are_trained_on_what_they_say(monkeypatch, tmp_path):
     data, n = load_dataset("digits"), 10
     args = dd.Args(**{**dd.PRESETS["digits"], "clf_seeds": 1, "rows": ("real", "real-repeated", "cutout", "sd")})
     real = dd.in_order(data.train.subset([int(data.train.of_class(c)[0]) for c in range(n)]))
-    for c, folder in enumerate(dd.class_folders(data.class_names)):
+    for c, folder in enumerate(class_folders(data.class_names)):
         (tmp_path / "sd" / folder).mkdir(parents=True)
         for k in range(5):
             Image.new("RGB", (32, 32), (20 * c, 50 * k, 0)).save(tmp_path / "sd" / folder / f"{k}.png")

@@ -57,10 +57,10 @@ def networks(
             )  # fmt: skip
             works.append(work)
     if "attack" in args.stages and args.mia_models:
-        seen = args.mia_models * args.net_epochs * (n // 2) * (1 + args.mia_versions)
+        seen = args.mia_models * args.net_epochs * (n // 2) * 2
         scored = 2 * args.mia_models * n
-        jobs = [args.mia_versions] * args.mia_models + [1] * args.mia_models
-        what = f"{len(jobs)} networks"
+        jobs = 2 * args.mia_models
+        what = f"{jobs} networks"
         works.append(net.work("attack", what, trained=seen, scored=scored, loads=seen, jobs=jobs, **more))
     if "evaluate" in args.stages:
         jobs = len(rows) * args.clf_seeds
@@ -97,7 +97,7 @@ def plan(
         # The graphs of all its micro-batches of a step stay until the sum of the residuals is known.
         held = args.sd_batch if any(deal.alone) else math.ceil(units / deal.size) * args.sd_micro_batch
         tuned = len(set().union(*(v.rows for v in sets.values() if v.adapter)))
-        views = tuned * kept_crops(args, tuned, sd.latent(), args.dataset in SQUARE) * (1 + args.tune_flip)
+        views = tuned * kept_crops(args, tuned, sd.latent(), args.dataset in SQUARE) * (1 + args.flip)
         ram = views * math.prod(sd.latent()) * (4 if args.precision == "bf16" else 8)  # mean and log variance
         pictures = dict(encoded=views or seen, loads=views or seen, load_size=sd.size)
         if views:

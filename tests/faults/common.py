@@ -2,6 +2,7 @@ from faults.fault import Fault
 
 CHOSEN = "test_the_epoch_is_chosen_on_validation_and_the_saved_weights_are_its"
 CHOSEN_OR_LAST = "test_the_epoch_is_chosen_on_validation_images_else_the_last"
+CLAIMS = "tests/test_realfake.py::test_claims_are_judged_by_twice_the_standard_error"
 
 FAULTS = {
     "common/jobs.py": [
@@ -25,11 +26,29 @@ FAULTS = {
             'rows = np.argsort(-images.labels, kind="stable").tolist()',
             "tests/test_distdiff.py::test_real_images_lie_class_by_class_in_natural_order",
         ),
+    ],
+    "common/copies.py": [
         Fault(
             "copies that are not nested",
-            "return copy * self.counts[self.labels[m]] + self.places[m]",
-            "return self.places[m] * 5 + copy",
+            "{copy * self.counts[c] + place}",
+            "{place * 5 + copy}",
             "tests/test_distdiff.py::test_places_of_the_copies_are_unique_and_nested",
+        ),
+        Fault(
+            "the copies of another image are missing",
+            "~there[first + copy * n + place]",
+            "~there[first + copy + place]",
+            "tests/test_common_copies.py::test_what_is_missing_is_missing",
+        ),
+    ],
+    "common/report.py": [
+        Fault("claims upside down", 'a["mean"] - b["mean"]', 'b["mean"] - a["mean"]', CLAIMS),
+        Fault("claims judged by one standard error", "abs(gap) <= 2 * error", "abs(gap) <= error", CLAIMS),
+        Fault(
+            "deviation for the standard error",
+            '(a["std"] ** 2 + b["std"] ** 2) / n)',
+            '(a["std"] ** 2 + b["std"] ** 2))',
+            CLAIMS,
         ),
     ],
     "common/diffusion.py": [

@@ -240,8 +240,8 @@ FAULTS = {
         ),
         Fault(
             "all copies for every k",
-            "real, k), args.clf_resize)",
-            "real, 5), args.clf_resize)",
+            "real).images(k), args.clf_resize)",
+            "real).images(5), args.clf_resize)",
             ROWS,
         ),
         # Presets
