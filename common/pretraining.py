@@ -12,6 +12,7 @@ together in one order, so any number of processes gives the same bits.
 import copy
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -140,20 +141,20 @@ class DecodedOnce:
 # What is minimised
 
 
-class Objective:
+class Objective(ABC):
     """modules: trained, or with BatchNorm that counts; state: what else training changes, {name: tensor}."""
 
     modules: Sequence[nn.Module] = ()
     state: dict[str, Tensor] = {}
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> None:  # noqa: B027 - may be left out
         """Called before a step."""
 
+    @abstractmethod
     def loss(self, views: list[Tensor], y: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Views of normalised pixels [B, 3, S, S], labels [B] -> mean loss, rows [B, D] for `end` or None."""
-        raise NotImplementedError
 
-    def end(self, rows: Tensor | None) -> None:
+    def end(self, rows: Tensor | None) -> None:  # noqa: B027 - may be left out
         """Called after a step. rows: those of the whole step, of all processes."""
 
 
@@ -180,7 +181,7 @@ class MoCo(Objective):
         self.state = {"queue": self.queue} | follow
 
     @torch.no_grad()
-    def begin(self, step: int) -> None:
+    def begin(self, step: int) -> None:  # noqa: B027 - may be left out
         for old, new in zip(self.key, self.query, strict=True):
             for p, q in zip(old.parameters(), new.parameters(), strict=True):
                 p.mul_(self.momentum).add_(q, alpha=1 - self.momentum)
