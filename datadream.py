@@ -520,8 +520,9 @@ def generate(args, run, dist, pipe, class_names):
     with run.timed("generate", "--gen-micro-batch"), images.ImageWriter(
         format=args.gen_format, size=args.gen_save_size
     ) as writer:  # fmt: skip
+        todo = distributed.on_rank_0(partial(missing_images, args, run, sets, class_names), dist)
         for folder, files in sets.items():
-            draw_set(args, run, dist, pipe, unet, adapter, writer, folder, files, class_names)
+            draw_set(args, run, dist, pipe, unet, adapter, writer, folder, files, todo[folder], class_names)
     distributed.barrier(dist)
     if dist.main:
         for folder in sets:
@@ -531,13 +532,20 @@ def generate(args, run, dist, pipe, class_names):
     run.done("generate", run.under(*sets), images=dict.fromkeys(sets, n))
 
 
-def draw_set(args, run, dist, pipe, unet, adapter, writer, folder, files, class_names):
-    """All missing images of one folder: files[c] is the adapter of class c, None for none."""
-    prompts, suffix, n = all_prompts(args, class_names), images.SUFFIX[args.gen_format], args.gen_images_per_class
-    places = [run.path(folder, name) for name in class_folders(class_names)]
+def missing_images(args, run, sets, class_names):
+    """{folder: numbers of each class's images that are not there}. Stops when they will not fit on the disk."""
+    suffix, n = images.SUFFIX[args.gen_format], args.gen_images_per_class
+    names = class_folders(class_names)
+    todo = {folder: [images.missing(run.path(folder, name), n, suffix) for name in names] for folder in sets}
+    left, side = sum(len(ks) for of in todo.values() for ks in of), args.gen_save_size or args.sd_resolution
+    images.check_space(run.dir, left, len(sets) * len(names) * n, side, args.gen_format, "--gen-images-per-class")
+    return todo
 
-    # Missing images of each class; one listing, so that all processes cut the same lists.
-    todo = distributed.on_rank_0(lambda: [images.missing(place, n, suffix) for place in places], dist)
+
+def draw_set(args, run, dist, pipe, unet, adapter, writer, folder, files, todo, class_names):
+    """All missing images of one folder, todo[c] of class c; files[c] is its adapter, None for none."""
+    prompts, suffix = all_prompts(args, class_names), images.SUFFIX[args.gen_format]
+    places = [run.path(folder, name) for name in class_folders(class_names)]
     jobs = []  # (adapter, micro-batch), dealt out one by one: a change of adapters costs less than a process that waits
     for file in dict.fromkeys(files):
         items = [(c, k) for c in range(len(files)) if files[c] == file for k in todo[c]]

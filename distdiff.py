@@ -949,7 +949,7 @@ def stored(image, side):
 def expand(args, run, dist, pipe, real, prompts):
     """Every copy that is not there yet, for each generated row; then the list of what each file is."""
     copies = {row: copies_of(args, run, folder, real) for row, folder in GENERATED.items() if row in args.rows}
-    todo = distributed.on_rank_0(lambda: {row: files.missing() for row, files in copies.items()}, dist)
+    todo = distributed.on_rank_0(partial(missing_copies, args, run, copies), dist)
     with run.timed("expand", "--gen-micro-batch"), images.ImageWriter() as writer:
         guide = trained(args.guide, prompts, run.path("guide"), dist.device)
         sampler = Sampler(args, pipe, guide, load_tensors(run.path("prototypes.safetensors")), prompts)
@@ -971,6 +971,14 @@ def expand(args, run, dist, pipe, real, prompts):
         list_copies(args, files, prompts)
     drawn = run.under("energy.json", *(GENERATED[row] for row in copies))
     run.done("expand", drawn, images={GENERATED[row]: args.gen_copies * len(real) for row in copies})
+
+
+def missing_copies(args, run, copies):
+    """{row: {real image: its copies that are not there}}. Stops when they will not fit on the disk."""
+    todo = {row: files.missing() for row, files in copies.items()}
+    left, n = sum(len(js) for of in todo.values() for js in of.values()), sum(len(f.images()) for f in copies.values())
+    images.check_space(run.dir, left, n, args.gen_save_size or args.gen_resolution, "png", "--gen-copies")
+    return todo
 
 
 def inputs_of(args, real, latents, batch):

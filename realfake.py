@@ -734,7 +734,7 @@ def missing_versions(args, run, real, sets):
     todo = {v.folder: versions_of(args, run, v, real).missing() for v in sets.values()}
     left = sum(len(ks) for of in todo.values() for ks in of.values())
     n, side = sum(len(v.rows) * v.versions for v in sets.values()), args.gen_save_size or args.gen_resolution
-    images.check_space(run.dir, left, n, planned.PIXEL_BYTES[args.gen_format] * side**2, "lower --gen-versions")
+    images.check_space(run.dir, left, n, side, args.gen_format, "--gen-versions")
     return todo
 
 

@@ -22,6 +22,7 @@ from common.launch import UserError
 
 IMAGE_SUFFIXES = set(".jpg .jpeg .jpe .jfif .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
 SUFFIX = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}  # of ImageWriter's formats
+PIXEL_BYTES = {"png": 1.53, "jpeg": 0.2, "webp": 1.1}  # of generated photos on the disk
 PER_BAND, MOST_COLUMNS = 12, 96  # of a contact sheet
 MOST_PIXELS = 89_478_485  # Pillow's own limit; ours counts what is decoded, not what stands in the header
 Image.MAX_IMAGE_PIXELS = None
@@ -239,13 +240,16 @@ def check_all_there(root: Path, folders: Sequence[str], counts: Sequence[int], s
             raise UserError(f"{root / folder}: images are missing; run the same command again")
 
 
-def check_space(folder: Path, left: int, n: int, size: float, advice: str) -> None:
-    """Print how many of n images are left to draw and what they take, of `size` bytes each. UserError: too much."""
-    need, free = left * size, shutil.disk_usage(folder).free
-    print(f"generate: {left:,} of {n:,} images to draw, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free")
+def check_space(folder: Path, left: int, n: int, side: int, format: str, flag: str) -> None:
+    """Print how many of n images of side x side pixels are left to draw and what they take. UserError: more than is
+    free; lowering flag would help. Of no images nothing is said."""
+    if not n:
+        return
+    need, free = left * PIXEL_BYTES[format] * side**2, shutil.disk_usage(folder).free
+    print(f"{left:,} of {n:,} images to draw, about {need / 1e9:.2f} GB; {free / 1e9:.1f} GB are free", flush=True)
     if need > free:
         what = f"the images need about {need / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
-        raise UserError(f"{folder}: {what}; free some space, {advice} or choose another --output-dir")
+        raise UserError(f"{folder}: {what}; free some space, lower {flag} or choose another --output-dir")
 
 
 # ---------------------------------------------------------------------------------------

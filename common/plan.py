@@ -28,7 +28,6 @@ ACCELERATORS = {
     "cpu": (dict(bf16=0.1, tf32=0.1, fp32=0.1), 16e9, 0.3),  # two cores
 }
 DECODE_PIXEL = {"png": 4e-8, "jpeg": 1e-8, "webp": 3e-8}  # seconds of a core (measured), see load_seconds
-PIXEL_BYTES = {"png": 1.53, "jpeg": 0.2, "webp": 1.1}  # of generated photos on the disk
 PROCESS_RAM, WORKER_RAM, PROCESS_GPU = 2.5e9, 0.25e9, 1.5e9  # libraries and buffers, before any model; assumed
 SQUARE = {"digits", "eurosat", "cinic10", *datasets.IN_MEMORY, *datasets.MEDMNIST}  # data sets of square pictures
 TEXT_TOKENS = 20  # of the longest class prompt; assumed, for the classes are not read

@@ -483,3 +483,16 @@ def test_a_row_of_a_sheet_has_a_picture_of_each_class():
     assert shown(of_each_class(pictures)) == [1, 0]
     assert shown(of_each_class(pictures, 1)) == [3, 2]
     assert shown(of_each_class(pictures, [0, 3])) == [1, 5]
+
+
+def test_images_that_do_not_fit_on_the_disk_are_told(tmp_path, monkeypatch, capsys):
+    """JPEGs of 512 pixels take 0.2 bytes a pixel: 52 kB each."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=53e9))
+    images.check_space(tmp_path, 1_000_000, 1_281_167, 512, "jpeg", "--gen-versions")
+    assert capsys.readouterr().out == "1,000,000 of 1,281,167 images to draw, about 52.43 GB; 53.0 GB are free\n"
+    wanted = "the images need about 401 GB, 53 GB are free; free some space, lower --gen-versions or choose another"
+    with pytest.raises(UserError, match=wanted):
+        images.check_space(tmp_path, 1_000_000, 1_281_167, 512, "png", "--gen-versions")
+    capsys.readouterr()
+    images.check_space(tmp_path, 0, 0, 512, "png", "--gen-versions")
+    assert capsys.readouterr().out == ""

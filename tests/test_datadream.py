@@ -5,6 +5,7 @@ import math
 import random
 import re
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -968,6 +969,20 @@ def test_a_step_draws_from_the_kept_crops_of_a_photo(monkeypatch, tmp_path, cach
     dd.finetune(args, opened(args), dist, pipe, shots, shots.class_names)
     numbers = {view - (i << 32) for i, view in asked}
     assert numbers == {0, 1, 2} if kept else len(numbers) == len(asked) == 24
+
+
+def test_too_little_disk_is_told_before_the_first_image(tmp_path, monkeypatch):
+    args = small_args(tmp_path / "run", gen_images_per_class=500, gen_save_size=128, sd_resolution=512)
+    run, sets = opened(args), {"images": [None] * 2, "unadapted": [None] * 2}
+    run.path("images", "01_b", "7.png").parent.mkdir(parents=True)
+    run.path("images", "01_b", "7.png").touch()
+    need = 1999 * 128 * 128 * 1.53
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need + 1))
+    todo = dd.missing_images(args, run, sets, ["a", "b"])
+    assert todo["unadapted"] == [list(range(500))] * 2 and todo["images"][1] == [k for k in range(500) if k != 7]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    with pytest.raises(UserError, match="lower --gen-images-per-class"):
+        dd.missing_images(args, run, sets, ["a", "b"])
 
 
 def test_adapter_file_has_the_keys_that_older_diffusers_and_kohya_want(tmp_path):

@@ -428,6 +428,18 @@ def test_places_of_the_copies_are_unique_and_nested():
         assert names == {f"00_x/{n}.png" for n in range(2 * k)} | {f"01_y/{n}.png" for n in range(3 * k)}
 
 
+def test_too_little_disk_is_told_before_the_first_copy(tmp_path, monkeypatch):
+    args = dd.Args(gen_copies=5, gen_resolution=512, gen_save_size=256)
+    real = Images([0, 0, 1, 1, 1], list("abcde"), ["x", "y"])
+    copies = {row: dd.Copies(tmp_path / row, real, range(5), 5) for row in ("sd", "distdiff")}
+    need, run = 50 * 256 * 256 * 1.53, SimpleNamespace(dir=tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need + 1))
+    assert dd.missing_copies(args, run, copies) == {row: {i: [0, 1, 2, 3, 4] for i in range(5)} for row in copies}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    with pytest.raises(UserError, match="lower --gen-copies"):
+        dd.missing_copies(args, run, copies)
+
+
 def test_real_images_lie_class_by_class_in_natural_order():
     some = Images([1, 0, 1, 0, 0], ["b/10", "a/3", "b/9", "a/20", "a/1"], ["a", "b"], root=Path("."))
     ours = dd.in_order(some)

@@ -317,6 +317,19 @@ def test_guidance_one_ignores_the_negative_prompt():
     assert abs(start.std() - 1) < 0.02
 
 
+def test_too_little_disk_is_told_before_the_first_image(tmp_path, monkeypatch):
+    args = rf.Args(gen_versions=3, mia_models=0, gen_format="jpeg", ablations=("no-prior",), gen_save_size=256)
+    real = datasets.Images([0, 0, 1], list("abc"), ["x", "y"])
+    sets, run = rf.generated_sets(args, 3), SimpleNamespace(dir=tmp_path, path=tmp_path.joinpath)
+    need = 12 * 256 * 256 * 0.2
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need + 1))
+    todo = rf.missing_versions(args, run, real, sets)
+    assert todo == {"images": {i: [0, 1, 2] for i in range(3)}, "ablations/no-prior": {i: [0] for i in range(3)}}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    with pytest.raises(UserError, match="lower --gen-versions"):
+        rf.missing_versions(args, run, real, sets)
+
+
 def test_sets_have_one_image_per_real_image_and_version():
     labels = [0, 0, 0, 1, 1, 2, 2, 2]
     real = datasets.Images(labels, [f"c{c}/{i}" for i, c in enumerate(labels)], ["a", "b", "c"])

@@ -982,7 +982,21 @@ def run_in(folder):
     still = dict(
         timed=lambda *_, **__: contextlib.nullcontext(), done=lambda *_, **__: None, under=lambda *names: names
     )
-    return SimpleNamespace(path=lambda *parts: folder.joinpath(*map(str, parts)), **still, **QUIET)
+    return SimpleNamespace(dir=folder, path=lambda *parts: folder.joinpath(*map(str, parts)), **still, **QUIET)
+
+
+def test_too_little_disk_is_told_before_the_first_image(tmp_path, monkeypatch):
+    flags = dict(ladder=("basic-ce", "le-ce"), gen_images_per_class=1000, gen_resolution=512, gen_save_size=256)
+    args = sr.Args(**{**sr.PRESETS["digits"], **flags})
+    (tmp_path / "sentences.json").write_text("[]")
+    sets = {name: sr.Drawing(args, run_in(tmp_path), name, ["a", "b"], {}) for name in sr.image_sets(args)}
+    need = 4000 * 256 * 256 * 1.53  # two sets, two classes
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need + 1))
+    found = sr.missing_images(args, run_in(tmp_path), sets)
+    assert {name: rows.tolist() for name, rows in found.items()} == {name: list(range(2000)) for name in sets}
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - 1))
+    with pytest.raises(UserError, match="lower --gen-images-per-class"):
+        sr.missing_images(args, run_in(tmp_path), sets)
 
 
 def test_rows_are_those_of_the_tables():

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.plan import PIXEL_BYTES, SQUARE, Classifier, Generator, Work, dataset_needs, sizes
+from common.images import PIXEL_BYTES
+from common.plan import SQUARE, Classifier, Generator, Work, dataset_needs, sizes
 
 
 def plan(

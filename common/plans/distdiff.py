@@ -6,7 +6,8 @@ from typing import Any
 
 from common import costs
 from common.costs import FROZEN, TRAINED
-from common.plan import PIXEL_BYTES, Classifier, Generator, Work, dataset_needs, sizes
+from common.images import PIXEL_BYTES
+from common.plan import Classifier, Generator, Work, dataset_needs, sizes
 
 # Classes, training, validation and test images where the script takes another split than common.datasets.SIZES counts.
 OFFICIAL = {

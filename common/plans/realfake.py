@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import captions, costs, features
+from common.images import PIXEL_BYTES
 from common.jobs import dealt
-from common.plan import PIXEL_BYTES, SQUARE, Classifier, Generator, Work, dataset_needs, processes, sizes
+from common.plan import SQUARE, Classifier, Generator, Work, dataset_needs, processes, sizes
 from common.posteriors import KEPT_AT_ONCE
 
 # BLIP-2 OPT-2.7B, an image and 16 tokens: ViT-g 0.52 (224 pixels, 257 tokens, 1.0 G numbers), Q-Former 0.01, OPT

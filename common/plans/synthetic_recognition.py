@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from common import costs
-from common.plan import PIXEL_BYTES, Classifier, Generator, Work, dataset_needs, sizes
+from common.images import PIXEL_BYTES
+from common.plan import Classifier, Generator, Work, dataset_needs, sizes
 
 # GLIDE, counted on its networks: a pass of the base without guidance, and the upsampler's 27; numbers of both.
 GLIDE_BASE, GLIDE_UPSAMPLER, GLIDE_NUMBERS = 0.238, 27 * 1.281, 783e6

@@ -109,8 +109,8 @@ FAULTS = {
         # [3] generate
         Fault(
             "next class's prompt in drawing",
-            "prompts, suffix, n = all_prompts(args, class_names), images",
-            "prompts, suffix, n = all_prompts(args, [*class_names[1:], class_names[0]]), images",
+            "prompts, suffix = all_prompts(args, class_names), images",
+            "prompts, suffix = all_prompts(args, [*class_names[1:], class_names[0]]), images",
             tests="test_drawn_images_equal_those_of_a_stock_pipeline",
         ),
         Fault(
