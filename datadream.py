@@ -98,7 +98,7 @@ class Args(Frame):
     gen_sampler: Literal["stored", "pndm", "ddim", "dpm++"] = "stored"
     """stored: the scheduler saved with the generator (SD 2.1-base: PNDM, 51 network evaluations for 50 steps)"""
     gen_micro_batch: Count = 32
-    """images per forward pass on one process; speed and memory only"""
+    """images per forward pass on one process; speed, memory, and rounding: some pixels by a grey level"""
     gen_format: Literal["png", "jpeg", "webp"] = "png"
     """png: lossless; jpeg: quality 95, an eighth of the disk; webp: lossless, smaller and slower than png"""
     gen_save_size: Count | None = None

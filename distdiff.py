@@ -108,7 +108,7 @@ class Args(Frame):
     gen_guide_input: Literal["pm1", "normalized"] = "pm1"
     """pm1: the guide sees the decoder's [-1, 1], as officially; normalized: what it was trained on"""
     gen_micro_batch: Count = 16
-    """images per forward pass on one process; speed and memory only"""
+    """images per forward pass on one process; speed, memory, and rounding: some pixels by a grey level"""
     grad_checkpoint: bool = True
     """recompute activations of U-Net and decoder in the gradient step: 2.5 instead of 8.5 GiB per image, same bits"""
     energy_probe: Natural = 64

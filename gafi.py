@@ -125,7 +125,7 @@ class Args(Frame):
     gen_seed: Natural = 0
     """sample i of class c in set k has the latents of (gen_seed, classifier's seed, GAN's seed, n_c, k, c, i)"""
     gen_micro_batch: Annotated[int, Range(1, 10**6)] = 1024
-    """images per forward pass on one process; speed and memory only"""
+    """images per forward pass on one process; speed, memory, and rounding: some pixels by a grey level"""
     class_samples: Annotated[int, Range(0, 10**6)] = 0
     """n_c, images per class of a synthetic set; 0: size of the real training split / number of classes"""
     attempts: Annotated[int, Range(-1, 10**6)] = 50

@@ -41,7 +41,7 @@ class Args(Frame):
     dataset: str = "imagenette"
     """real data set; `folder`: your own images in data_dir"""
     seed: Natural = 42
-    """seed of the trainings; what is drawn has gen_seed"""
+    """seed of the trainings, and of the choice of real_per_class; what is drawn has gen_seed"""
     stages: tuple[Stage, ...] = ("caption", "embed", "finetune", "generate", "train", "attack", "evaluate")
     """stages to run, in order; a finished stage is never run again"""
     real_per_class: Count | None = None
@@ -116,7 +116,7 @@ class Args(Frame):
     gen_negative: str = "distorted, unrealistic, blurry, out of frame, cropped, deformed"
     """negative prompt; it never gets a visual token"""
     gen_micro_batch: Count = 24
-    """images per forward pass on one process; speed and memory only"""
+    """images per forward pass on one process; speed, memory, and rounding: some pixels by a grey level"""
     gen_format: Literal["png", "jpeg", "webp"] = "png"
     """png and webp: lossless; jpeg: of gen_quality. The released files are JPEG of quality 75, an eighth of the disk"""
     gen_quality: Annotated[int, Range(1, 95)] = 95
@@ -529,8 +529,7 @@ def finetune(args, run, dist, pipe, real, names, sets):
     with run.timed("finetune", "--sd-micro-batch", trains=True):
         missing = [not adapter_file(run, v.adapter).exists() for v in jobs]
         left = [v for v, gone in zip(jobs, distributed.on_rank_0(lambda: missing, dist), strict=True) if gone]
-        rows = sorted(set().union(*(v.rows for v in left)))
-        posteriors, crops = tuning_posteriors(args, dist, pipe, real, rows)
+        posteriors, crops = tuning_posteriors(args, dist, pipe, real, jobs, left)
         for team, v in mine:
             tune_lora(args, run, team, pipe, v, real, names, posteriors, crops)
     distributed.barrier(dist)
@@ -544,11 +543,12 @@ def tuning_steps(args, n):
     return min(args.tune_epochs * per_epoch, max(1, args.tune_max_images // args.sd_batch)), per_epoch
 
 
-def kept_crops(args, n, shape, square):
-    """Crops of each of n images that fit into memory as posteriors: 1 of square ones, which have no other; 0: none"""
+def kept_crops(args, n, seen, shape, square):
+    """Crops of each of n images that are kept as posteriors: 1 of square ones, which have no other; 0: none, as they do
+    not fit into memory, or are more views than the tuning of all adapters sees"""
     crops = 1 if square else args.tune_cached_crops
     views, size = n * crops * (1 + args.flip), 2 * math.prod(shape) * (2 if args.precision == "bf16" else 4)
-    return crops if views * size <= POSTERIOR_BYTES else 0
+    return crops if views * size <= POSTERIOR_BYTES and views <= seen else 0
 
 
 def crop_places(crops):
@@ -556,19 +556,22 @@ def crop_places(crops):
     return [(k + 0.5) / crops for k in range(crops)]
 
 
-def tuning_posteriors(args, dist, pipe, real, rows):
-    """Posteriors of these images for all adapters, and how many crops of each are kept; 0: a step encodes its own.
+def tuning_posteriors(args, dist, pipe, real, jobs, left):
+    """Posteriors for the adapters that are left, and how many crops of each image are kept; 0: a step encodes its own.
 
-    The VAE is frozen: what it says of a view it says each time. Of square images nothing changes by asking once.
+    The VAE is frozen: what it says of a view it says each time. Of square images nothing changes by asking once. What
+    is kept is decided for all adapters of the run, so that a resume goes on in the same way.
     """
     view, shape = partial(tuning_pixels, size=args.gen_resolution), latent_shape(pipe, args.gen_resolution)
     pictures = Loader(real, view, dist.device, args.workers, ("tune",))
     posteriors = Posteriors(pipe.vae, pictures, args.sd_micro_batch, args.precision)
-    square = kept_crops(args, len(rows), shape, True) and all(w == h for w, h in map(real.size, rows))
-    crops = kept_crops(args, len(rows), shape, square)
-    if args.tune_cached_crops and not crops:
-        what = f"note: --tune-cached-crops {args.tune_cached_crops}: posteriors of {len(rows):,} images"
-        distributed.say(dist, f"{what} take more than {POSTERIOR_BYTES / 1e9:g} GB; none are kept")
+    every, rows = (sorted(set().union(*(v.rows for v in some))) for some in (jobs, left))
+    seen = sum(tuning_steps(args, len(v.rows))[0] for v in jobs) * args.sd_batch
+    fits = partial(kept_crops, args, len(every), seen, shape)
+    crops = fits(bool(fits(True)) and all(w == h for w, h in map(real.size, every)))
+    if args.tune_cached_crops and left and not crops:
+        what = f"note: --tune-cached-crops {args.tune_cached_crops}: posteriors of {len(every):,} images"
+        distributed.say(dist, f"{what} take more than {POSTERIOR_BYTES / 1e9:g} GB or are too many; none are kept")
     flips = (False, True) if args.flip else (False,)
     posteriors.keep([(i, 0, u, u, flip) for i in rows for u in crop_places(crops) for flip in flips], dist)
     return posteriors, crops
@@ -1183,10 +1186,18 @@ def check_args(args):
     fine = versions and max(versions) <= args.gen_versions and list(versions) == sorted(set(versions))
     refuse(batch % group, f"--sd-batch {batch}: it must be a multiple of --dm-batch {group}")
     refuse(group % part, f"--dm-batch {group}: it must be a multiple of --sd-micro-batch {part}")
-    refuse(not kept_steps(strength, steps), f"--i2i-strength {strength}: it keeps none of --gen-steps {steps}")
+    none = args.gen_prior == "image" and not kept_steps(strength, steps)
+    refuse(none, f"--i2i-strength {strength}: it keeps none of --gen-steps {steps}")
     refuse(not fine, f"--net-versions {versions}: ascending numbers, at most --gen-versions")
     # From 6 on every target has two shadows on each side.
     refuse(m % 2 or 0 < m < 6, f"--mia-models {m}: an even number from 6 on, or 0 for no attack")
+    refuse(len(set(args.ablations)) < len(args.ablations), f"--ablations {' '.join(args.ablations)}: each once")
+    there = {
+        "no-lora": args.lora, "no-matching": args.lora and args.dm_lambda, "no-token": args.token != "none",
+        "class-mean": args.token != "class_mean", "no-prior": args.gen_prior == "image", "no-caption": args.caption,
+    }  # fmt: skip
+    for name in args.ablations:
+        refuse(not there[name], f"--ablations {name}: that part is off already; leave the row out")
     ood_sets(args.ood, args.dataset)  # a wrong folder is told now, not after days
 
 
@@ -1246,9 +1257,9 @@ def main(args):
     dist = distributed.setup_distributed(args.device, args.deterministic)
     data = distributed.on_rank_0(partial(datasets.load_dataset, args.dataset, args.data_dir), dist)
     distributed.say(dist, data.note)
-    if args.dm_batch != 8:
+    if args.dm_batch != 8 and args.lora:
         lam = matching_weight(args.dm_lambda, args.dm_batch)
-        distributed.say(dist, f"note: --dm-batch {args.dm_batch}: lambda becomes {lam:g}, which is 0.003 at 8")
+        distributed.say(dist, f"note: --dm-batch {args.dm_batch}: lambda becomes {lam:g}, {args.dm_lambda:g} at 8")
     real = distributed.on_rank_0(partial(choose_real, args, data), dist)
     names, sets = prompt_names(args.dataset, data.class_names), generated_sets(args, len(real))
     ready = None

@@ -138,7 +138,7 @@ class Args(Frame):
     rg_steps: Annotated[int, Range(0, 99)] = 0
     """r, of the 100 reverse steps those that Real Guidance runs; 0: 15, 20, 35, 40, 50 for 16, 8, 4, 2, 1 shots"""
     gen_micro_batch: Count = 32
-    """images per forward pass on one process; speed and memory only"""
+    """images per forward pass on one process; speed, memory, and rounding: some pixels by a grey level"""
 
     # ---- [4] filter ------------------------------------------------------------------------------
     filter_keep: Natural = 800
@@ -189,7 +189,7 @@ class Args(Frame):
     pre_batch: Count = 512
     """images per step, over all processes"""
     pre_micro_batch: Count = 64
-    """images per forward pass, which BatchNorm sees; bits equal for any number of processes"""
+    """images per forward pass, which BatchNorm sees, with moco half by half; bits equal for any number of processes"""
     pre_lr: Positive = 1e-4
     """learning rate of pre-training from random weights (sgd 0.2; deit 1e-3 at batch 1024; moco 0.03)"""
     pre_lr_real: Positive = 1e-5
@@ -282,7 +282,7 @@ PRESETS = {
     # Pre-training of Tables 10 and 11; the paper judges it by detection, not here
     "cifar100-agnostic": paper("cifar100", **AGNOSTIC, recipe="sgd", pre_lr=0.2),
     "cifar100-moco": paper(
-        "cifar100", **AGNOSTIC | dict(pre_lr_real=3e-3), recipe="moco", pre_lr=0.03, pre_batch=256, pre_micro_batch=32,
+        "cifar100", **AGNOSTIC | dict(pre_lr_real=3e-3), recipe="moco", pre_lr=0.03, pre_batch=256,
         pre_epochs=200,
     ),
 }  # fmt: skip
@@ -312,6 +312,7 @@ from common.files import chunks, class_folders, load_tensors, read_json, save_te
 from common.inputs import check_order, each_once, refuse
 from common.jobs import share_out
 from common.launch import UserError
+from common.listing import quick_hash
 from common.loader import Loader
 from common.loop import Loop
 from common.names import imagenet_names, listed, spoken
@@ -892,8 +893,7 @@ class HeadData:
         self.keep = {name: np.array(rows, dtype=int) for name, rows in read_json(run.path("keep.json"))["keep"].items()}
         self.W0 = load_tensors(run.path("features", "head.safetensors"))["weight"].to(device)
         _, self.test, self.y_test = self.of("test")  # features [N, D], labels [N]
-        # Rows of the table that train on one set follow one another: it is read once.
-        self.kept = lru_cache(1)(lambda name, cf: self.of(name, self.keep[name] if cf else None))
+        self.kept = None, None  # the set of the last row, and what was read of it: rows of one set follow one another
 
     def of(self, name, rows=None):
         """These rows of a set, ascending; None: all"""
@@ -912,7 +912,11 @@ class HeadData:
 
     def synthetic(self, row, m):
         """What a row of the table draws on"""
-        rows, f, y = self.kept(set_of(row, m), ROWS[row].cf)
+        which = name, cf = set_of(row, m), ROWS[row].cf
+        if self.kept[0] != which:
+            self.kept = None, None  # before the next is read: of ImageNet each takes 8 GB
+            self.kept = which, self.of(name, self.keep[name] if cf else None)
+        rows, f, y = self.kept[1]
         if row == "rf":
             good = real_filter(f, y, *self.real(m)[1:])  # by the shots of this row alone
             rows, f, y = rows[good.cpu().numpy()], f[good], y[good]
@@ -1019,6 +1023,11 @@ class Supervised(Objective):
         return F.cross_entropy(self.net(x).float(), y), None
 
 
+def deit_rate(e, epochs, base):
+    """DeiT: from 1e-6 to base in five epochs, then on half a cosine, over all epochs, down to 1e-5"""
+    return 1e-6 + (base - 1e-6) * e / 5 if e < 5 else cosine(e / epochs, base, 1e-5)
+
+
 def pre_recipe(args, net, n_classes, base, seed):
     """-> objective, Recipe: adamw and sgd are those of Sec. C.5.3, the others the published ones of DeiT and MoCo v2.
 
@@ -1039,7 +1048,7 @@ def pre_recipe(args, net, n_classes, base, seed):
     rates = {  # learning rate at epoch e, a float
         "adamw": lambda e: cosine(e / epochs, base),
         "sgd": lambda e: base * 0.1 ** (e // 30),  # a tenth every 30 epochs
-        "deit": lambda e: 1e-6 + (base - 1e-6) * e / 5 if e < 5 else cosine(e / epochs, base, 1e-5),  # warm-up first
+        "deit": lambda e: deit_rate(e, epochs, base),
         "moco": lambda e: cosine(e / epochs, base),
     }
     view = augmentation(args.recipe if deit or moco else "plain", args.pre_size, args.pre_flip)
@@ -1067,16 +1076,19 @@ def pretrain(args, run, team, folder, source, n_classes, seed, weights=None):
 
 def transfer(args, run, team, folder, about, real, test, n_classes, weights, seed):
     """Fine-tune everything on the real images, below a new head, and score the test split in the end: Table 8's SGD, or
-    with DeiT its authors' transfer recipe (Table 9). about: what metrics.json says besides"""
+    for DeiT its authors' recipe, that of ImageNet with SGD and without random erasing and stochastic depth (Table 9).
+    about: what metrics.json says besides"""
     if (folder / "metrics.json").exists():
         return
     net = new_backbone(args.backbone, n_classes, seed, team.device, weights)
     deit, base, epochs = args.recipe == "deit", args.transfer_lr, args.transfer_epochs
-    wd, drops = 1e-4 if deit else 5e-4, [share * epochs for share in (0.3, 0.6, 0.8)]  # 60, 120, 160 of 200
-    optimizer = torch.optim.SGD(net.parameters(), lr=base, momentum=0.9, weight_decay=wd)
-    rate = lambda e: cosine(e / epochs, base) if deit else base * 0.2 ** sum(e >= d for d in drops)  # noqa: E731
+    # timm's "momentum" is plain SGD, its "sgd" Nesterov's, as DeiT's authors have it, without decay on vectors.
+    how = dict(lr=base, momentum=0.9, weight_decay=1e-4 if deit else 5e-4, filter_bias_and_bn=deit)
+    optimizer = create_optimizer_v2(net, "sgd" if deit else "momentum", **how)
+    drops = [share * epochs for share in (0.3, 0.6, 0.8)]  # 60, 120, 160 of 200
+    rate = lambda e: deit_rate(e, epochs, base) if deit else base * 0.2 ** sum(e >= d for d in drops)  # noqa: E731
     view = augmentation("deit" if deit else "plain", args.pre_size, args.pre_flip)
-    recipe = Recipe(optimizer, rate, view, args.transfer_batch, epochs)
+    recipe = Recipe(optimizer, rate, view, args.transfer_batch, epochs, repeats=3 if deit else 1)
     objective = Supervised(net, n_classes, seed, mix=deit)
     chart, file = f"transfer/{folder.name}", folder / "transfer.safetensors"  # the checkpoint while it lasts
     loop = backbone_loop(args, run, team, chart, file, objective, real, recipe, seed)
@@ -1118,6 +1130,8 @@ def train_backbones(args, run, dist, data, gen_names):
             weights = folder / "pretrained.safetensors" if ROWS[row].data else start_of(row, seed)
             updates = args.transfer_epochs * pretraining.steps_per_epoch(len(real), args.transfer_batch)
             updates += args.pre_epochs * pretraining.steps_per_epoch(drawn, args.pre_batch) if drawn else 0
+            if made_here and ROWS[row].init:  # those of the real weights; ImageNet's are not counted
+                updates += args.pre_epochs * pretraining.steps_per_epoch(len(rest), args.pre_batch)
             about = dict(row=row, n=n, images=drawn, updates=updates)
             transfer(args, run, team, folder, about, real, data.test, len(names), weights, seed)
         if dist.main:
@@ -1309,11 +1323,13 @@ def planned_models(args):
     return models.check_models(wanted) | (painter.look_into(args.sd_model, args.upsampler) if sets else {})
 
 
-def fingerprints(args, found, own=None):
-    """{field: hash of the weights, or your own sentences, that it names}"""
-    painted = {"sd_model": painter.fingerprint(args.sd_model, found["--sd-model"])} if "--sd-model" in found else {}
-    painted |= {"sentence_model": f"{seed_of(*map(str, own)):016x}"} if own else {}
-    return painted | models.fingerprints({flag: where for flag, where in found.items() if flag != "--sd-model"})
+def fingerprints(args, found, gen_names, own=None):
+    """{field: hash of the weights, your own sentences or the names that it stands for}"""
+    ids = {"sd_model": painter.fingerprint(args.sd_model, found["--sd-model"])} if "--sd-model" in found else {}
+    ids |= {"sentence_model": f"{seed_of(*map(str, own)):016x}"} if own else {}
+    ids |= {"label_space": f"{seed_of(*gen_names):016x}"} if args.label_space != "dataset" else {}
+    ids |= {"real_weights": quick_hash(own_weights(args))} if own_weights(args) else {}
+    return ids | models.fingerprints({flag: where for flag, where in found.items() if flag != "--sd-model"})
 
 
 NEEDS = dict(sentences="select", generate="sentences", filter="generate", train="filter", evaluate="train")
@@ -1358,12 +1374,12 @@ def main(args):
     own = own_sentences(args, gen_names)
     shots, picks = choose_shots(args, data)
 
-    ids, read = fingerprints(args, found, own), dict(train=data.train if pre else shots, test=data.test)
+    ids, read = fingerprints(args, found, gen_names, own), dict(train=data.train if pre else shots, test=data.test)
     more = dict(models=ids, later=LATER, pictures=read)
     run = runs.open_run("synthetic_recognition", args, dist, ["gen_micro_batch"], **more)
     todo = [stage for stage in args.stages if run.todo(stage)]
     select(run, shots)
-    check_order(run, todo, NEEDS)
+    check_order(run, todo, NEEDS, {"filter"} if pre else ())
     if "sentences" in todo:
         write_sentences(args, run, dist, gen_names, found, own)
     if "generate" in todo:

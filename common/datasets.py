@@ -38,6 +38,7 @@ from PIL import Image
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, tensors_metadata
 from common.images import IMAGE_SUFFIXES, image_size, open_rgb, shown, verify  # noqa: F401
 from common.launch import UserError
+from common.names import Given
 
 PROBE_SECONDS = 8  # to reach a server before a download
 STALL_SECONDS = 60  # without a byte during a download
@@ -860,7 +861,7 @@ def _human_names(file: Path, folders: list[str]) -> list[str]:
     names = read_json(file, "mend or remove it") if os.path.isfile(file) else {}
     if not isinstance(names, dict) or not all(isinstance(n, str) and n.strip(" .") for n in names.values()):
         raise UserError(f'{shown(file)}: should be {{"folder": "human name", ...}}')
-    names = {_nfc(folder): name for folder, name in names.items()}
+    names = {_nfc(folder): Given(name) for folder, name in names.items()}
     unknown = sorted(set(names) - set(folders))
     if unknown:
         raise UserError(f"{shown(file)}: {_few(unknown)} is no class folder")

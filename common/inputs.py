@@ -103,6 +103,8 @@ def tried(flags: str, step: Callable[[], Any]) -> None:
             step()
     except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError) as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
+        if "more than 1 value per channel" in why:
+            why = "BatchNorm needs two images or more in a pass"
         raise UserError(f"{flags}: these do not go together, a training step ends with: {why}") from error
 
 

@@ -171,6 +171,8 @@ def dataset_needs(args: Any) -> str:
     imagenet = args.dataset in datasets.IMAGENET_SUBSETS and args.dataset != "imagenette"  # fast.ai has that one
     dead = "address is dead" in datasets.BY_HAND.get(args.dataset, "") or imagenet
     how = "put there by hand" if dead else "downloaded unless it is there"
+    if args.dataset == "imagenette":
+        how = "cut from ImageNet if that is there, else fast.ai's, 9,469 images, downloaded"
     return f"{args.dataset} in {args.data_dir or 'data'}, {how}"
 
 

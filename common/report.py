@@ -68,9 +68,11 @@ def compared(metrics: dict[str, dict[str, Any]], claims: dict[str, Sequence[str]
         if not a or not b or a is b:
             table.append([claim, "", "not run"])
             continue
-        n, gap = len(a["per_seed"]), a["mean"] - b["mean"]
-        error = math.sqrt((a["std"] ** 2 + b["std"] ** 2) / n)  # standard error of the difference of two means of n
-        verdict = "within noise" if n < 2 or abs(gap) <= 2 * error else "shows" if gap > 0 else "the reverse"
+        n, gap = min(len(a["per_seed"]), len(b["per_seed"])), a["mean"] - b["mean"]
+        # Standard error of the difference of two means. Less than is printed is nothing, however equal the seeds are.
+        error = math.sqrt(sum(row["std"] ** 2 / len(row["per_seed"]) for row in (a, b)))
+        noise = n < 2 or abs(gap) <= max(2 * error, 0.05)
+        verdict = "within noise" if noise else "shows" if gap > 0 else "the reverse"
         table.append([claim, f"{gap:+.1f}" + (f" ± {error:.1f}" if n > 1 else ""), verdict])
     return table
 

@@ -723,7 +723,7 @@ def plain_tuning(stock, s, rows, prompts, tokens, lam):
             h = token_states(stock, [prompts[i] for i in batch], None if tokens is None else tokens[batch])
         r = stock.unet(scheduler.add_noise(z, eps, t), t, h).sample - eps
         snr = compute_snr(scheduler, t)
-        w = torch.minimum(snr, torch.full_like(snr, 5.0)) / snr
+        w = torch.minimum(snr, torch.full_like(snr, 5.0)) / snr if s.args.dm_gamma else torch.ones(4)
         parts = [rf.matching_loss(r[k : k + 2], torch.zeros(2, 4, 8, 8), w[k : k + 2], lam * 8 / 2) for k in (0, 2)]
         loss = sum(total for total, _, _ in parts) / 2
         optimizer.zero_grad()
@@ -737,25 +737,53 @@ def plain_tuning(stock, s, rows, prompts, tokens, lam):
 
 def test_posteriors_are_kept_where_they_fit():
     """All views of square images, of others so many crops as asked for; in bytes: mean and log variance of a latent."""
-    shape, args = (4, 64, 64), rf.Args(**rf.PRESETS["cifar10"])
-    assert rf.kept_crops(args, 50_000, shape, square=True) == 1  # 2 views x 2 x 16,384 numbers x 2 bytes: 6.6 GB
-    assert rf.kept_crops(args, 62_000, shape, square=True) == 0  # 8.1 GB
+    shape, args, seen = (4, 64, 64), rf.Args(**rf.PRESETS["cifar10"]), 1_280_000
+    assert rf.kept_crops(args, 50_000, seen, shape, square=True) == 1  # 2 views x 2 x 16,384 numbers x 2 bytes: 6.6 GB
+    assert rf.kept_crops(args, 62_000, seen, shape, square=True) == 0  # 8.1 GB
+    assert rf.kept_crops(args, 50_000, 100_000, shape, square=True) == 1
+    assert rf.kept_crops(args, 50_000, 99_999, shape, square=True) == 0, "more views than the tuning sees"
     args.flip = False
-    assert rf.kept_crops(args, 122_000, shape, square=True) == 1
+    assert rf.kept_crops(args, 122_000, seen, shape, square=True) == 1
     args.precision = "fp32"
-    assert rf.kept_crops(args, 62_000, shape, square=True) == 0
+    assert rf.kept_crops(args, 62_000, seen, shape, square=True) == 0
     args = rf.Args(**rf.PRESETS["imagenette"])
-    assert rf.kept_crops(args, 9_469, shape, square=False) == 0
-    args.tune_cached_crops = 6
-    assert rf.kept_crops(args, 9_469, shape, square=False) == 6  # 7.4 GB
-    args.tune_cached_crops = 7
-    assert rf.kept_crops(args, 9_469, shape, square=False) == 0
+    assert rf.kept_crops(args, 12_894, seen, shape, square=False) == 0
+    args.tune_cached_crops = 4
+    assert rf.kept_crops(args, 12_894, seen, shape, square=False) == 4  # 6.8 GB
+    args.tune_cached_crops = 5
+    assert rf.kept_crops(args, 12_894, seen, shape, square=False) == 0
+
+
+def test_one_square_photo_makes_no_square_folder(stage, tmp_path):
+    where = photos(tmp_path)
+    Image.effect_noise((60, 60), 90).save(tmp_path / "photos" / "train" / "seven" / "0.png")
+    s = stage(**where, real_per_class=4, gen_resolution=32, tune_max_images=400, tune_epochs=99)
+    pipe, jobs = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32"), [s.sets["images"]]
+    assert s.real.size(4)[0] == s.real.size(4)[1] or s.real.size(0)[0] == s.real.size(0)[1]
+    _, crops = rf.tuning_posteriors(s.args, s.dist, pipe, s.real, jobs, jobs)
+    assert crops == 0
+
+
+def test_what_is_kept_does_not_hang_on_what_is_left(monkeypatch, stage, tmp_path):
+    """A resume after the first adapter: what is left would fit, all that the run tunes does not."""
+    flags = dict(tune_cached_crops=2, mia_models=2, gen_resolution=32, real_per_class=4, sd_batch=4, dm_batch=2)
+    s = stage(**photos(tmp_path), **flags, tune_max_images=400, tune_epochs=99)
+    pipe, (full, *shadows) = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32"), s.sets.values()
+    views = 2 * len(shadows[0].rows) * 2 * 4 * 8 * 8 * 4  # bytes of a shadow's
+    for room, kept in ((views, 0), (10 * views, 2)):
+        monkeypatch.setattr(rf, "POSTERIOR_BYTES", room)
+        for left in ([full, *shadows], shadows, shadows[1:]):
+            posteriors, crops = rf.tuning_posteriors(s.args, s.dist, pipe, s.real, [full, *shadows], left)
+            rows = set().union(*(v.rows for v in left))
+            assert crops == kept and len(posteriors.place) == kept * len(rows)
+    _, crops = rf.tuning_posteriors(s.args, s.dist, pipe, s.real, [full, *shadows], [])
+    assert crops == 2
 
 
 @pytest.mark.parametrize(
     ("square", "crops", "passes"),
-    [(True, 0, 5), (False, 3, 6), (False, 0, 40)],
-    ids=["40 squares, no mirror", "8 photos x 3 crops x 2", "fresh"],
+    [(True, 0, 5), (False, 2, 4), (False, 0, 40)],
+    ids=["40 squares, no mirror", "8 photos x 2 crops x 2", "fresh"],
 )
 def test_the_vae_rests_once_posteriors_are_kept(monkeypatch, stage, tmp_path, square, crops, passes):
     """Eight views in a pass; without a cache one pass for each of 10 x 4 images that the tuning sees."""
@@ -772,8 +800,8 @@ def test_the_vae_rests_once_posteriors_are_kept(monkeypatch, stage, tmp_path, sq
 def test_posteriors_that_do_not_fit_are_told(monkeypatch, stage, tmp_path, capsys):
     monkeypatch.setattr(rf, "POSTERIOR_BYTES", 1000)
     s = stage(**photos(tmp_path), real_per_class=4, tune_cached_crops=2, gen_resolution=32)
-    pipe = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32")
-    _, crops = rf.tuning_posteriors(s.args, s.dist, pipe, s.real, list(range(8)))
+    pipe, jobs = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32"), [s.sets["images"]]
+    _, crops = rf.tuning_posteriors(s.args, s.dist, pipe, s.real, jobs, jobs)
     assert crops == 0
     assert "--tune-cached-crops 2: posteriors of 8 images take more than 1e-06 GB" in capsys.readouterr().out
 
@@ -791,10 +819,12 @@ ABLATIONS = ("no-lora", "no-matching", "no-token", "class-mean", "no-prior", "no
 @pytest.mark.parametrize(
     "flags",
     [
-        dict(tune_max_images=12),  # three steps, the last of which begins a new pass
+        dict(tune_max_images=12, seed=5),  # three steps, the last of which begins a new pass
         dict(ablations=ABLATIONS),
         dict(token="class_mean", mia_models=2, flip=False),
-        dict(token="released", caption=False),  # the released code mixes tokens in its sampler, not in its tuning
+        dict(
+            token="released", caption=False, dm_gamma=None
+        ),  # the released code mixes tokens in its sampler, not in its tuning
         dict(lora=False, ablations=ABLATIONS, mia_models=2),
         dict(tune_cached_crops=3, ablations=ABLATIONS, tune_max_images=12),
     ],
@@ -1046,8 +1076,8 @@ def plain_training(args, images, labels, n_classes, seed, per_epoch=None):
     )
     stats = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     transform = create_transform(
-        64, is_training=True, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5, color_jitter=0.4, auto_augment=None,
-        interpolation="random", re_prob=0.0, **stats,
+        64, is_training=True, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), hflip=0.5 * args.flip, color_jitter=0.4,
+        auto_augment=None, interpolation="random", re_prob=0.0, **stats,
     )  # fmt: skip
     running, n = [b for name, b in net.named_buffers() if "running" in name], len(images)
     for epoch in range(args.net_epochs):
@@ -1086,9 +1116,10 @@ def same_weights(file, expected):
         assert torch.allclose(found[name], tensor, atol=1e-5), (file, name)
 
 
-def test_training_equals_a_plain_loop_over_timm(stage):
+@pytest.mark.parametrize("flip", [True, False])
+def test_training_equals_a_plain_loop_over_timm(stage, flip):
     """Six epochs of two steps, over warm-up and both milestones."""
-    s = stage(**RECIPE, net_epochs=6, net_warmup=1)
+    s = stage(**RECIPE | dict(flip=flip), net_epochs=6, net_warmup=1)
     folder, images = s.run.path("classifier", "runs", "x"), [s.real[i] for i in range(20)]
     rf.train_net(s.args, s.run, s.dist, folder, "train/x", [s.real], len(s.real), 3)
     same_weights(folder / "weights.safetensors", plain_training(s.args, images, s.real.labels, 10, 3))
@@ -1302,6 +1333,19 @@ def test_evaluation_equals_plain_lines_for_every_row(stage, tmp_path):
     assert found["zero-shot"]["mean"] == pytest.approx(100 * (alike.argmax(1).numpy() == test.labels).mean())
 
 
+def test_an_ablation_of_what_is_off_is_refused():
+    for name, flags in {
+        "no-lora": dict(lora=False), "no-matching": dict(dm_lambda=0.0), "no-token": dict(token="none"),
+        "class-mean": dict(token="class_mean"), "no-prior": dict(gen_prior="noise"), "no-caption": dict(caption=False),
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=f"--ablations {name}: that part is off already"):
+            rf.check_args(rf.Args(ablations=(name,), **flags))
+    with pytest.raises(UserError, match="--ablations"):
+        rf.check_args(rf.Args(ablations=("no-lora", "no-lora")))
+    rf.check_args(rf.Args(ablations=ABLATIONS))
+    rf.check_args(rf.Args(gen_prior="noise", i2i_strength=0.001))  # nothing reads the strength
+
+
 def test_claims_are_judged_by_twice_the_standard_error():
     """Each claim alone: its better row 4 points above its worse one, with a standard error of 1, 2.1 and none."""
     better = {
@@ -1326,6 +1370,14 @@ def test_claims_are_judged_by_twice_the_standard_error():
         once = dict(std=0.0, per_seed=[0])
         table = rf.claimed({row: dict(mean=54, **once), worse: dict(mean=50, **once)}, 4)
         assert [claim, "+4.0", "within noise"] in table, "one seed shows nothing"
+    equal = dict(std=0.0, per_seed=[50] * 3)  # seeds that coincide: a difference of one test image is none
+    table = rf.claimed({"synthetic-1x": dict(mean=50.01, **equal), "no-lora": dict(mean=50.0, **equal)}, 4)
+    assert ["LoRA beats the stock generator", "+0.0 ± 0.0", "within noise"] in table
+    few = {
+        "synthetic-1x": dict(mean=54, std=2.0, per_seed=[0] * 4),
+        "no-lora": dict(mean=50, std=2.0, per_seed=[0] * 2),
+    }
+    assert ["LoRA beats the stock generator", "+4.0 ± 1.7", "shows"] in rf.claimed(few, 4), "each row's own seeds"
     same = {"synthetic-1x": dict(mean=54, std=0.0, per_seed=[54] * 3)}
     assert ["more versions are better", "", "not run"] in rf.claimed(same, 1)
 
@@ -1355,6 +1407,9 @@ def test_what_is_replaced_are_training_images(stage):
     s = stage()
     assert set(s.real.keys) <= set(s.data.train.keys) and not set(s.real.keys) & set(s.data.test.keys)
     assert np.bincount(s.real.labels).tolist() == [2] * 10
+    other = rf.choose_real(replace(s.args, seed=5), s.data)
+    rows = datasets.few_shot(s.data.train, "digits", 2, 5, 10)
+    assert set(other.keys) == {s.data.train.keys[i] for i in rows} != set(s.real.keys)
 
 
 def test_stages_that_nobody_reads_are_not_run(launch, tmp_path):
@@ -1431,14 +1486,16 @@ def test_presets_are_the_method_pages(preset):
     rf.check_args(args)
 
 
-def test_cifar_augmentation_is_padding_and_a_mirror():
-    args = rf.Args(**rf.PRESETS["cifar10"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_cifar_augmentation_is_padding_and_a_mirror(flip):
+    args = rf.Args(**rf.PRESETS["cifar10"] | dict(flip=flip))
     image = Image.effect_noise((32, 32), 90).convert("RGB")
     seen = {hash(rf.transforms(args, True)(image).numpy().tobytes()) for _ in range(300)}
     x = np.pad(np.asarray(image).transpose(2, 0, 1), ((0, 0), (4, 4), (4, 4)))
     crops = [x[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
     allowed = {hash(np.ascontiguousarray(c).tobytes()) for crop in crops for c in (crop, crop[:, :, ::-1])}
-    assert len(seen) > 60 and seen <= allowed
+    straight = {hash(np.ascontiguousarray(crop).tobytes()) for crop in crops}
+    assert len(seen) > 60 and seen <= (allowed if flip else straight) and (seen <= straight) == (not flip)
     assert torch.equal(rf.transforms(args, False)(image), torch.from_numpy(np.asarray(image)).permute(2, 0, 1))
 
 
@@ -1751,7 +1808,7 @@ def start_of(tmp_path, **flags):
         (dict(real_per_class=1, lora=False, mia_models=10), None),
         (dict(net_model="vit_tiny_patch16_224"), "--net-model vit_tiny.* --net-size 32 .*height .32. doesn't match"),
         (dict(net_model="vgg11", net_size=16), "--net-model vgg11 --net-size 16"),
-        (dict(net_micro_batch=1), "--net-micro-batch 1: .*Expected more than 1 value per channel"),
+        (dict(net_micro_batch=1), "--net-micro-batch 1: .*BatchNorm needs two images or more in a pass"),
         (dict(net_micro_batch=1, net_size=64), None),
         (dict(net_model="vgg11", net_size=16, stages=("caption", "embed")), None),
     ],

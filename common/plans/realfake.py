@@ -98,7 +98,7 @@ def plan(
         # The graphs of all its micro-batches of a step stay until the sum of the residuals is known.
         held = args.sd_batch if any(deal.alone) else math.ceil(units / deal.size) * args.sd_micro_batch
         tuned = len(set().union(*(v.rows for v in sets.values() if v.adapter)))
-        views = tuned * kept_crops(args, tuned, sd.latent(), args.dataset in SQUARE) * (1 + args.flip)
+        views = tuned * kept_crops(args, tuned, seen, sd.latent(), args.dataset in SQUARE) * (1 + args.flip)
         ram = views * math.prod(sd.latent()) * (4 if args.precision == "bf16" else 8)  # mean and log variance
         pictures = dict(encoded=views or seen, loads=views or seen, load_size=sd.size)
         if views:

@@ -201,6 +201,44 @@ FAULTS = {
             tests=TUNING,
         ),
         Fault(
+            "shots that ignore the seed",
+            "args.real_per_class, args.seed, n)",
+            "args.real_per_class, 0, n)",
+            tests="test_what_is_replaced_are_training_images",
+        ),
+        Fault(
+            "a start of the LoRA that ignores the seed", 'args.seed, "lora")', '0, "lora")', tests=f"{TUNING}[method]"
+        ),
+        Fault(
+            "steps that ignore the seed", 'self.args.seed, "step", step)', '0, "step", step)', tests=f"{TUNING}[method]"
+        ),
+        Fault("passes that ignore the seed", 'self.args.seed, "epoch"', '0, "epoch"', tests=f"{TUNING}[method]"),
+        Fault(
+            "gamma of 5 for None",
+            "snr_of(abar_t), args.dm_gamma) if args.dm_gamma else",
+            "snr_of(abar_t), 5.0) if True else",
+            tests=f"{TUNING}[released]",
+        ),
+        Fault("timm's mirror in spite of --no-flip", "hflip=0.5 * args.flip", "hflip=0.5", tests=f"{TRAINING}"),
+        Fault(
+            "the mirror of small images in spite of --no-flip",
+            "RandomHorizontalFlip(0.5 * args.flip)",
+            "RandomHorizontalFlip(0.5)",
+            tests="test_cifar_augmentation_is_padding_and_a_mirror",
+        ),
+        Fault(
+            "a folder as square as its first photo",
+            "map(real.size, every))",
+            "map(real.size, every[4:5]))",
+            tests="test_one_square_photo_makes_no_square_folder",
+        ),
+        Fault(
+            "what is kept hangs on what is left",
+            "fits = partial(kept_crops, args, len(every)",
+            "fits = partial(kept_crops, args, len(rows)",
+            tests="test_what_is_kept_does_not_hang_on_what_is_left",
+        ),
+        Fault(
             "one kept crop for all draws",
             "self.places[int(u * len(self.places))]",
             "self.places[0]",

@@ -628,8 +628,8 @@ FAULTS = {
         ),
         Fault(
             "AdamW spares the biases",
-            "filter_bias_and_bn=deit",
-            "filter_bias_and_bn=True",
+            "weight_decay=args.pre_wd, filter_bias_and_bn=deit",
+            "weight_decay=args.pre_wd, filter_bias_and_bn=True",
             tests="test_recipes_are_those_of_the_paper",
         ),
         Fault(
@@ -664,8 +664,8 @@ FAULTS = {
         ),
         Fault(
             "DeiT's transfer with Table 8's decay",
-            "wd, drops = 1e-4 if deit else 5e-4",
-            "wd, drops = 5e-4",
+            "weight_decay=1e-4 if deit else 5e-4",
+            "weight_decay=5e-4",
             tests="test_transfer_begins_with_a_head_of_its_own_and_follows_its_table",
         ),
         Fault(
@@ -681,9 +681,69 @@ FAULTS = {
             tests="test_transfer_begins_with_a_head_of_its_own_and_follows_its_table",
         ),
         Fault(
+            "DeiT's transfer without its repeats",
+            "epochs, repeats=3 if deit else 1)\n    objective",
+            "epochs)\n    objective",
+            tests="test_transfer_begins_with_a_head_of_its_own_and_follows_its_table",
+        ),
+        Fault(
+            "DeiT's transfer decays vectors",
+            'filter_bias_and_bn=deit)\n    optimizer = create_optimizer_v2(net, "sgd"',
+            'filter_bias_and_bn=False)\n    optimizer = create_optimizer_v2(net, "sgd"',
+            tests="test_transfer_begins_with_a_head_of_its_own_and_follows_its_table",
+        ),
+        Fault(
+            "adamw's rate along a line",
+            '"adamw": lambda e: cosine(e / epochs, base)',
+            '"adamw": lambda e: base * (1 - e / epochs)',
+            tests="test_recipes_are_those_of_the_paper",
+        ),
+        Fault(
+            "moco's rate along a line",
+            '"moco": lambda e: cosine(e / epochs, base)',
+            '"moco": lambda e: base * (1 - e / epochs)',
+            tests="test_recipes_are_those_of_the_paper",
+        ),
+        Fault(
+            "DeiT's rate down to zero",
+            "cosine(e / epochs, base, 1e-5)",
+            "cosine(e / epochs, base)",
+            tests="test_recipes_are_those_of_the_paper",
+        ),
+        Fault(
+            "DeiT's rate from zero",
+            "1e-6 + (base - 1e-6) * e / 5",
+            "base * e / 5",
+            tests="test_recipes_are_those_of_the_paper",
+        ),
+        Fault(
+            "the most confident instead of 800 at random",
+            "    if len(passing) >= keep:",
+            "    if False:",
+            tests="test_golden_filter",
+        ),
+        Fault(
+            "r of 16 shots for shot counts between the table's",
+            "RG_STEPS[max(n for n in RG_STEPS if n <= m)]",
+            "RG_STEPS.get(m, 15)",
+            tests="test_reverse_steps_of_shot_counts_between_the_tables",
+        ),
+        Fault(
+            "another network's weights go on as the same start",
+            'ids |= {"real_weights"',
+            'ids = ids or {"real_weights"',
+            tests="test_files_of_names_and_weights_are_known_by_their_content",
+        ),
+        Fault(
+            "other names go on as the same label space",
+            'ids |= {"label_space"',
+            'ids = ids or {"label_space"',
+            tests="test_files_of_names_and_weights_are_known_by_their_content",
+        ),
+        Fault(
             "DeiT's transfer with Table 8's rates",
-            "cosine(e / epochs, base) if deit else",
-            "cosine(e / epochs, base) if False else",
+            "deit_rate(e, epochs, base) if deit else",
+            "deit_rate(e, epochs, base) if False else",
             tests="test_transfer_begins_with_a_head_of_its_own_and_follows_its_table",
         ),
         Fault(
@@ -700,8 +760,8 @@ FAULTS = {
         ),
         Fault(
             "transfer tunes the head only",
-            "torch.optim.SGD(net.parameters(), lr=base, momentum=0.9, weight_decay=wd)",
-            "torch.optim.SGD(net.get_classifier().parameters(), lr=base, momentum=0.9, weight_decay=wd)",
+            'create_optimizer_v2(net, "sgd" if',
+            'create_optimizer_v2(net.get_classifier(), "sgd" if',
             tests="test_transfer_begins_with_a_head_of_its_own_and_follows_its_table",
         ),
         Fault(
@@ -930,9 +990,15 @@ FAULTS = {
     ],
     "common/names.py": [
         Fault(
+            "given names changed like folders",
+            "str(given) if isinstance(given, Given) else name",
+            "name",
+            tests="tests/test_synthetic_recognition.py::test_given_names_are_said_as_they_stand",
+        ),
+        Fault(
             "raw names in prompts",
-            'return [" ".join(name.replace("_", " ").split()) for name in names]',
-            "return list(names)",
+            'names = [" ".join(name.replace("_", " ").split()) for name in names]',
+            "names = list(names)",
             tests="tests/test_synthetic_recognition.py::test_every_preset_says_the_names_that_the_authors_do",
         ),
     ],
