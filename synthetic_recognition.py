@@ -1323,7 +1323,7 @@ def planned_models(args):
     return models.check_models(wanted) | (painter.look_into(args.sd_model, args.upsampler) if sets else {})
 
 
-def fingerprints(args, found, gen_names, own=None):
+def fingerprints(args, found, gen_names=(), own=None):
     """{field: hash of the weights, your own sentences or the names that it stands for}"""
     ids = {"sd_model": painter.fingerprint(args.sd_model, found["--sd-model"])} if "--sd-model" in found else {}
     ids |= {"sentence_model": f"{seed_of(*map(str, own)):016x}"} if own else {}
