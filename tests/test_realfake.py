@@ -759,7 +759,7 @@ def test_one_square_photo_makes_no_square_folder(stage, tmp_path):
     Image.effect_noise((60, 60), 90).save(tmp_path / "photos" / "train" / "seven" / "0.png")
     s = stage(**where, real_per_class=4, gen_resolution=32, tune_max_images=400, tune_epochs=99)
     pipe, jobs = load_pipeline(resolve("tiny", "generator"), s.dist.device, "fp32"), [s.sets["images"]]
-    assert s.real.size(4)[0] == s.real.size(4)[1] or s.real.size(0)[0] == s.real.size(0)[1]
+    assert s.real.size(0)[0] == s.real.size(0)[1] and s.real.size(1)[0] != s.real.size(1)[1]
     _, crops = rf.tuning_posteriors(s.args, s.dist, pipe, s.real, jobs, jobs)
     assert crops == 0
 

@@ -736,8 +736,8 @@ FAULTS = {
         ),
         Fault(
             "other names go on as the same label space",
-            'ids |= {"label_space"',
-            'ids = ids or {"label_space"',
+            "seed_of(*gen_names)",
+            "seed_of(args.label_space)",
             tests="test_files_of_names_and_weights_are_known_by_their_content",
         ),
         Fault(
