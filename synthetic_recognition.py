@@ -585,7 +585,7 @@ def generate(args, run, dist, names, shots, picks, found):
         settings = dict(precision=args.precision, size=args.gen_resolution, guidance=args.gen_guidance)
         settings |= dict(micro_batch=args.gen_micro_batch, compile=args.compile, ancestral=args.gen_steps == 100)
         paints = painter.load_painter(args.sd_model, found, dist.device, **settings) if sets else None
-        todo = distributed.on_rank_0(partial(missing_images, args, run, sets), dist)
+        todo = distributed.on_rank_0(partial(missing_rows, args, run, sets), dist)
         for name, drawing in sets.items():
             draw(args, dist, paints, drawing, todo[name].tolist(), shots, writer)
     distributed.barrier(dist)
@@ -596,7 +596,7 @@ def generate(args, run, dist, names, shots, picks, found):
     run.done("generate", drawn, images={name: len(drawing.images) for name, drawing in sets.items()})
 
 
-def missing_images(args, run, sets):
+def missing_rows(args, run, sets):
     """{set: its rows without a file}. Stops when the images will not fit on the disk."""
     todo, n = {name: drawing.missing() for name, drawing in sets.items()}, sum(len(d.images) for d in sets.values())
     side, left = args.gen_save_size or args.gen_resolution, sum(map(len, todo.values()))

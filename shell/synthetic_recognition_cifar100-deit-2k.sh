@@ -3,7 +3,7 @@
 #
 # Expect: top-1 69.29 without pre-training, 88.57, 88.91 (the paper's Table 9; not run by us)
 # Plan:   --plan h100 --plan-processes 8 (estimated, not measured):
-#         1,250 GPU-hours on 8 x h100 (156 h, loading 64.4 h), 3,996,000 images, 827,000 PFLOP, 52.4 GB of images, 8.2 GB per GPU
+#         1,240 GPU-hours on 8 x h100 (155 h, loading 63.8 h), 3,996,000 images, 827,000 PFLOP, 52.4 GB of images, 8.2 GB per GPU
 # GLIDE:  add --sd-model glide:DIR for the paper's generator, 82 TFLOP an image; see docs/synthetic_recognition.md
 # Data:   CIFAR-100 is downloaded to data/
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"

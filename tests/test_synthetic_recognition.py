@@ -1055,11 +1055,11 @@ def test_too_little_disk_is_told_before_the_first_image(tmp_path, monkeypatch):
     sets = {name: sr.Drawing(args, run_in(tmp_path), name, ["a", "b"], {}) for name in sr.image_sets(args)}
     need = 4000 * 256 * 256 * 1.53  # two sets, two classes
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need + 1))
-    found = sr.missing_images(args, run_in(tmp_path), sets)
+    found = sr.missing_rows(args, run_in(tmp_path), sets)
     assert {name: rows.tolist() for name, rows in found.items()} == {name: list(range(2000)) for name in sets}
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=need - 1))
     with pytest.raises(UserError, match="lower --gen-images-per-class"):
-        sr.missing_images(args, run_in(tmp_path), sets)
+        sr.missing_rows(args, run_in(tmp_path), sets)
 
 
 def test_rows_are_those_of_the_tables():

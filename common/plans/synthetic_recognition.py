@@ -128,8 +128,8 @@ def backbones(
         small = Classifier(args.backbone, args.precision, classes, args.pre_size)
         works.append(small.work(
             "train", f"transfer, {jobs} x {args.transfer_epochs} epochs", micro, trained=seen, scored=jobs * n_test,
-            loads=seen + jobs * n_test, load_size=args.pre_size, jobs=jobs,
-            units=math.ceil(args.transfer_batch / micro),
+            loads=(seen // 3 if deit else seen) + jobs * n_test, load_size=args.pre_size, jobs=jobs,
+            augment=AUGMENT["deit"] if deit else 1.7e-3, units=math.ceil(args.transfer_batch / micro),
         ))  # fmt: skip
     if "evaluate" in args.stages:
         works.append(net.work("evaluate", "classifier/", micro, scored=n_test, loads=n_test, jobs=n_test))
