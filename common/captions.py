@@ -49,7 +49,7 @@ def read_captions(file: str | Path, real: Any) -> list[str]:
 
 
 def _object(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+    return json.loads(file.read_bytes())  # with a byte order mark too
 
 
 def _is_text(said: Any) -> bool:

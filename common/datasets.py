@@ -1081,10 +1081,10 @@ def _read_split_file(file: Path, labels: dict[str, int], name: str, train_needed
         raise UserError(f"split file {shown(file)}: not a file")
     try:
         if file.suffix.lower() == ".csv":
-            with open(file, newline="", encoding="utf-8") as lines:
+            with open(file, newline="", encoding="utf-8-sig") as lines:
                 rows = [(row["split"], row["filename"], None) for row in csv.DictReader(lines)]
         else:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_bytes())
             rows = [(split, row[0], int(row[1])) for split in content for row in content[split]]
         for split, path, label in rows:
             parts = path.split("/")

@@ -610,6 +610,8 @@ def test_split_file_of_coop(eurosat):
     assert data.train.keys[:2] == ["SeaLake/SeaLake_1.jpg", "SeaLake/SeaLake_2.jpg"], "the order of the file stays"
     assert data.train.labels[0] == 9 and data.class_names[9] == "SeaLake"
 
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert check_splits(load_dataset("eurosat", eurosat, split_file=file)) == (30, 10, 20)
     rows = coop_rows()
     del rows["val"]
     assert load_dataset("eurosat", eurosat, split_file=coop_json(eurosat, rows)).val is None
@@ -621,6 +623,8 @@ def test_split_file_of_disef(flowers):
         lines += [f"{split},jpg/image_{i:05d}.jpg,some flower" for i in range(306, 0, -1) if i % 3 == rest]
     data = load_dataset("flowers102", flowers, split_file=write(flowers / "split_coop.csv", "\n".join(lines) + "\n"))
     assert check_splits(data) == (102, 102, 102)
+    marked = write(flowers / "marked.csv", "\ufeff" + "\n".join(lines) + "\n")  # as spreadsheets save UTF-8
+    assert load_dataset("flowers102", flowers, split_file=marked).train.keys.tolist() == data.train.keys.tolist()
     assert data.train.keys[0] == "image_00306.jpg" and data.train.labels[0] == 101
     chosen = data.train.subset(few_shot_disef(data.train, "flowers102", 1, 1, 102))
     assert chosen.labels.tolist() == list(range(101, -1, -1)), "DISEF's order is that of the file"

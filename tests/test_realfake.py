@@ -435,6 +435,8 @@ def test_ready_captions(tmp_path):
     assert captions.read_captions(file, real) == ["a fish", "a dog"]
     file.write_text(json.dumps(dict(zip(real.keys, ["a fish", "a dog"], strict=True))))  # what the stage writes
     assert captions.read_captions(file, real) == ["a fish", "a dog"]
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # as some editors save UTF-8
+    assert captions.read_captions(file, real) == ["a fish", "a dog"]
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "n01.json").write_text('{"a.JPEG": "a fish"}')
     (tmp_path / "published" / "n02.json").write_text('{"b c.JPEG": null}')
