@@ -1178,6 +1178,17 @@ def save_classifier(args, run, row, class_names):
 # ---------------------------------------------------------------------------------------------
 
 
+def spare_ablations(args):
+    """Take off the ablations of what is off already: they would be the method once more. -> a note, or "" """
+    there = {
+        "no-lora": args.lora, "no-matching": args.lora and args.dm_lambda, "no-token": args.token != "none",
+        "class-mean": args.token != "class_mean", "no-prior": args.gen_prior == "image", "no-caption": args.caption,
+    }  # fmt: skip
+    spare = [name for name in args.ablations if not there[name]]
+    args.ablations = tuple(name for name in args.ablations if there[name])
+    return f"note: --ablations {' '.join(spare)}: off in the method itself, left out" if spare else ""
+
+
 def check_args(args):
     """What a single flag's range cannot say."""
     check(args)
@@ -1192,12 +1203,6 @@ def check_args(args):
     # From 6 on every target has two shadows on each side.
     refuse(m % 2 or 0 < m < 6, f"--mia-models {m}: an even number from 6 on, or 0 for no attack")
     refuse(len(set(args.ablations)) < len(args.ablations), f"--ablations {' '.join(args.ablations)}: each once")
-    there = {
-        "no-lora": args.lora, "no-matching": args.lora and args.dm_lambda, "no-token": args.token != "none",
-        "class-mean": args.token != "class_mean", "no-prior": args.gen_prior == "image", "no-caption": args.caption,
-    }  # fmt: skip
-    for name in args.ablations:
-        refuse(not there[name], f"--ablations {name}: that part is off already; leave the row out")
     ood_sets(args.ood, args.dataset)  # a wrong folder is told now, not after days
 
 
@@ -1252,11 +1257,13 @@ def plan(args):
 
 def main(args):
     check_args(args)
+    note = spare_ablations(args)
     if args.plan:
         return print_plan(*plan(args), args)
     dist = distributed.setup_distributed(args.device, args.deterministic)
     data = distributed.on_rank_0(partial(datasets.load_dataset, args.dataset, args.data_dir), dist)
     distributed.say(dist, data.note)
+    distributed.say(dist, note)
     if args.dm_batch != 8 and args.lora:
         lam = matching_weight(args.dm_lambda, args.dm_batch)
         distributed.say(dist, f"note: --dm-batch {args.dm_batch}: lambda becomes {lam:g}, {args.dm_lambda:g} at 8")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests: sets up .venv (first time only), then ruff and pytest. Arguments go to pytest.
 #
-#   bash shell/test.sh                        # everything but the tests marked slow, about 13 minutes on 2 cores
+#   bash shell/test.sh                        # everything but the tests marked slow, about 10 minutes on 2 cores
 #   bash shell/test.sh -k clip                # some of it
 #   bash shell/test.sh -m slow                # the slow ones;  -m '' for all
 set -euo pipefail

@@ -841,7 +841,7 @@ def test_models_of_a_run_are_looked_through_before_the_first_stage(tmp_path):
         (dict(classifier="vit_tiny_patch16_224"), "--classifier vit_tiny.* --clf-size 32 .*: these .*Input height"),
         (
             dict(guide="test_resnet", sgd_batch=1),
-            "--guide test_resnet .*--sgd-batch 1: these .*1 value per",
+            "--guide test_resnet .*--sgd-batch 1: these .*BatchNorm needs two images",
         ),
         (dict(classifier="clip:tiny", clf_size=64, clf_resize=64), "--classifier clip:tiny --clf-size 64 .*: these"),
         (dict(guide="vit_tiny_patch16_224", stages=("train",)), None),
