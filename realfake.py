@@ -858,9 +858,8 @@ def transforms(args, training):
         return v2.Compose([*steps, v2.PILToTensor()])
     whole = dict(use_prefetcher=True, **stats)  # timm then leaves the numbers as bytes
     if not training:
-        view = timm.data.create_transform(
-            size, interpolation="bicubic", crop_pct=0.95 if args.net_augment == "imagenet" else 1.0, **whole
-        )
+        whole |= dict(crop_pct=0.95 if args.net_augment == "imagenet" else 1.0)  # 224 of 235 pixels
+        view = timm.data.create_transform(size, interpolation="bicubic", **whole)
     else:
         crop = dict(scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="random")
         change = dict(hflip=0.5 * args.flip, color_jitter=0.4, auto_augment=None, re_prob=0.0)

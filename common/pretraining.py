@@ -181,7 +181,7 @@ class MoCo(Objective):
         self.state = {"queue": self.queue} | follow
 
     @torch.no_grad()
-    def begin(self, step: int) -> None:  # noqa: B027 - may be left out
+    def begin(self, step: int) -> None:
         for old, new in zip(self.key, self.query, strict=True):
             for p, q in zip(old.parameters(), new.parameters(), strict=True):
                 p.mul_(self.momentum).add_(q, alpha=1 - self.momentum)

@@ -6,6 +6,7 @@ from typing import Any
 
 from common.images import PIXEL_BYTES
 from common.plan import SQUARE, Classifier, Generator, Work, dataset_needs, sizes
+from common.posteriors import KEPT_AT_ONCE
 
 
 def plan(
@@ -22,11 +23,16 @@ def plan(
         tuned, units = args.sd_epochs * shots, math.ceil(min(args.sd_batch, rows) / args.sd_micro_batch)
         crops = 1 if args.dataset in SQUARE else args.sd_cached_crops
         cached = 0 < 8 * math.prod(sd.latent()) * rows * crops <= cache_bytes
-        encoded, parts = (shots * crops, max(jobs, shots * crops // args.sd_micro_batch)) if cached else (tuned, units)
-        more = dict(batch=args.sd_micro_batch, jobs=jobs, flag="--sd-micro-batch", ram=cache_bytes * cached)
-        works.append(sd.work("finetune", "VAE", encoded=encoded, loads=encoded, load_size=sd.size, units=parts, **more))
+        b = KEPT_AT_ONCE if cached else args.sd_micro_batch
+        encoded, parts = (shots * crops, max(jobs, shots * crops // b)) if cached else (tuned, units)
+        more = dict(jobs=jobs, flag="--sd-micro-batch", ram=cache_bytes * cached)
+        works.append(
+            sd.work("finetune", "VAE", b, encoded=encoded, loads=encoded, load_size=sd.size, units=parts, **more)
+        )
         disk = jobs * args.sd_rank * 4 * 395_904  # numbers of a LoRA of rank 1 on SD 2.1-base
-        works.append(sd.work("finetune", f"{jobs} x LoRA", tuned=tuned, disk=disk, units=units, **more))
+        works.append(
+            sd.work("finetune", f"{jobs} x LoRA", args.sd_micro_batch, tuned=tuned, disk=disk, units=units, **more)
+        )
 
     if "generate" in args.stages:
         micro, side = args.gen_micro_batch, args.gen_save_size or args.sd_resolution

@@ -630,8 +630,8 @@ FAULTS = {
         Fault("the whole test image", "crop_pct=0.95 if", "crop_pct=1.0 if", tests=SCORES),
         Fault(
             "test images resized bilinearly",
-            'interpolation="bicubic", crop_pct',
-            'interpolation="bilinear", crop_pct',
+            'interpolation="bicubic", **whole',
+            'interpolation="bilinear", **whole',
             tests=SCORES,
         ),
         Fault(
