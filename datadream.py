@@ -400,7 +400,6 @@ def tune_adapter(args, run, team, pipe, shots, file, rows, class_names):
     shape, kind = latent_shape(pipe, args.sd_resolution), pipe.scheduler.config.prediction_type  # (4, 64, 64) at 512
     per_epoch = math.ceil(len(rows) / args.sd_batch)
     total = args.sd_epochs * per_epoch  # steps: 400 a class at 16 shots, with cls and with dset
-
     posteriors, crops = posteriors_of(args, pipe, shots, rows, team)
 
     def draw(step):

@@ -307,7 +307,7 @@ from common import run as runs
 from common.captions import read_sentences, sentence_writer
 from common.clip import encode_texts, load_clip, save_clip
 from common.distributed import seed_global, seed_of
-from common.features import Cached, Features, Tuned, tower_features
+from common.features import Cached, Features, Latest, Tuned, tower_features
 from common.files import chunks, class_folders, load_tensors, read_json, save_tensors, tensors_metadata, write_json
 from common.inputs import check_order, each_once, refuse
 from common.jobs import share_out
@@ -893,7 +893,8 @@ class HeadData:
         self.keep = {name: np.array(rows, dtype=int) for name, rows in read_json(run.path("keep.json"))["keep"].items()}
         self.W0 = load_tensors(run.path("features", "head.safetensors"))["weight"].to(device)
         _, self.test, self.y_test = self.of("test")  # features [N, D], labels [N]
-        self.kept = None, None  # the set of the last row, and what was read of it: rows of one set follow one another
+        # Rows of the table that train on one set follow one another: it is read once.
+        self.kept = Latest(lambda name, cf: self.of(name, self.keep[name] if cf else None))
 
     def of(self, name, rows=None):
         """These rows of a set, ascending; None: all"""
@@ -912,11 +913,7 @@ class HeadData:
 
     def synthetic(self, row, m):
         """What a row of the table draws on"""
-        which = name, cf = set_of(row, m), ROWS[row].cf
-        if self.kept[0] != which:
-            self.kept = None, None  # before the next is read: of ImageNet each takes 8 GB
-            self.kept = which, self.of(name, self.keep[name] if cf else None)
-        rows, f, y = self.kept[1]
+        rows, f, y = self.kept(set_of(row, m), ROWS[row].cf)
         if row == "rf":
             good = real_filter(f, y, *self.real(m)[1:])  # by the shots of this row alone
             rows, f, y = rows[good.cpu().numpy()], f[good], y[good]
@@ -1118,6 +1115,8 @@ def train_backbones(args, run, dist, data, gen_names):
     jobs = planned_classifiers(args)
     made_here = args.real_weights == "train" and any(ROWS[row].init for row, *_ in jobs)
     round0 = [start_of("real-init", args.seed + s).parent for s in range(args.clf_seeds if made_here else 0)]
+    # Steps of the real weights; ImageNet's are not counted.
+    of_weights = args.pre_epochs * pretraining.steps_per_epoch(len(rest), args.pre_batch) if made_here else 0
     with run.timed("train", "--pre-micro-batch", trains=True):
         for team, s in shared_out(args, dist, list(range(len(round0))), args.pre_batch):
             pretrain(args, run, team, round0[s], rest, len(names), args.seed + s)
@@ -1130,8 +1129,7 @@ def train_backbones(args, run, dist, data, gen_names):
             weights = folder / "pretrained.safetensors" if ROWS[row].data else start_of(row, seed)
             updates = args.transfer_epochs * pretraining.steps_per_epoch(len(real), args.transfer_batch)
             updates += args.pre_epochs * pretraining.steps_per_epoch(drawn, args.pre_batch) if drawn else 0
-            if made_here and ROWS[row].init:  # those of the real weights; ImageNet's are not counted
-                updates += args.pre_epochs * pretraining.steps_per_epoch(len(rest), args.pre_batch)
+            updates += of_weights if ROWS[row].init else 0
             about = dict(row=row, n=n, images=drawn, updates=updates)
             transfer(args, run, team, folder, about, real, data.test, len(names), weights, seed)
         if dist.main:

@@ -10,7 +10,7 @@ from common import models
 from common.clip import load_clip, zero_shot_weights
 from common.datasets import Generated, Images
 from common.distributed import Dist
-from common.features import Features, last_share, list_key, tower_features
+from common.features import Features, Latest, last_share, list_key, tower_features
 from common.launch import UserError
 
 ONE = Dist(rank=0, world=1, local_rank=0, device=torch.device("cpu"))
@@ -100,3 +100,20 @@ def test_a_process_without_images_has_no_features():
     clip = load_clip("tiny")
     found = tower_features(clip, clip.model.visual, noise(), range(3, 3), 4, ONE.device, 0)
     assert found.shape == (0, clip.config["embed_dim"]) and found.argmax(1).shape == (0,)
+
+
+def test_the_latest_is_let_go_before_the_next_is_made():
+    class Set:
+        alive = 0
+
+        def __init__(self, key):
+            self.key, Set.alive = key, Set.alive + 1
+            assert Set.alive == 1, "two at a time"
+
+        def __del__(self):
+            Set.alive -= 1
+
+    kept, made = Latest(Set), []
+    for key in ("le", "le", "basic", "le"):
+        made.append(id(kept(key)))  # nothing else holds it: an assert would
+    assert made[0] == made[1] and Set.alive == 1
