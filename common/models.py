@@ -277,13 +277,15 @@ def _looks_like(path: Path) -> str:
 
 
 def _advice(kind: Kind) -> str:
-    return openclip.ADVICE if kind == "clip" else f"give a folder of save_pretrained of a {kind}, a hub id, or `tiny`"
+    tiny = ", or `tiny`" if kind in TINY_FOLDERS else ""
+    return openclip.ADVICE if kind == "clip" else f"give a folder of save_pretrained of a {kind}, a hub id{tiny}"
 
 
 def _alternatives(name: str, kind: Kind) -> str:
     """What else can be given for this kind: its mirrors or the ids in the table, a folder, the tiny model."""
     ids = [*MIRRORS.get(name, GONE.get(name, ()))] or [n for n, k in MODELS.items() if k == kind and n != name]
-    return f"try {', '.join(ids)}{', ' if ids else ''}a local folder, or `tiny`"
+    others = [*ids, "a local folder"] + (["or `tiny`"] if kind in TINY_FOLDERS else [])
+    return f"try {', '.join(others)}"
 
 
 # ---------------------------------------------------------------------------------------

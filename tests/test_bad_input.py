@@ -267,6 +267,7 @@ OTHERS = [
     ("realfake", "--net-model resnet5000", r"resnet5000"),
     ("realfake", "--net-decay nan", r"--net-decay"),
     ("realfake", "--i2i-strength 0", r"--i2i-strength"),
+    ("synthetic_recognition", "--upsampler tiny", r"unknown upsampler 'tiny': .* try a local folder$"),
     ("realfake", "--mia-models 3", r"--mia-models 3"),
     ("realfake", "--i2i-strength 0.001", r"--i2i-strength"),
     ("realfake", "--captioner {clip}", r"--captioner"),
