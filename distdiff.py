@@ -976,7 +976,7 @@ def expand(args, run, dist, pipe, real, prompts):
 def missing_copies(args, run, copies):
     """{row: {real image: its copies that are not there}}. Stops when they will not fit on the disk."""
     todo = {row: files.missing() for row, files in copies.items()}
-    left, n = sum(len(js) for of in todo.values() for js in of.values()), sum(len(f.images()) for f in copies.values())
+    left, n = sum(len(js) for of in todo.values() for js in of.values()), sum(map(len, copies.values()))
     images.check_space(run.dir, left, n, args.gen_save_size or args.gen_resolution, "png", "--gen-copies")
     return todo
 

@@ -93,7 +93,7 @@ class Args(Frame):
     """the tuning sees no more images than this: 160,000 steps of 8; the paper's budget for ImageNet is not published"""
     tune_cached_crops: Natural = 0
     """crops of an image, evenly along its longer side, whose VAE posteriors are computed once and kept where they fit
-    into 8 GB of a process; saves up to a third of the tuning. 0, as released: a fresh crop and VAE pass each time,
+    into 8 GB of a process; saves about a third of the tuning. 0, as released: a fresh crop and VAE pass each time,
     but for square images, which have one crop only"""
 
     # ---- [4] generate --------------------------------------------------------------------------
@@ -565,7 +565,8 @@ def tuning_posteriors(args, dist, pipe, real, jobs, left):
     view, shape = partial(tuning_pixels, size=args.gen_resolution), latent_shape(pipe, args.gen_resolution)
     pictures = Loader(real, view, dist.device, args.workers, ("tune",))
     posteriors = Posteriors(pipe.vae, pictures, args.sd_micro_batch, args.precision)
-    every, rows = (sorted(set().union(*(v.rows for v in some))) for some in (jobs, left))
+    rows_of = lambda some: sorted(set().union(*(v.rows for v in some)))  # noqa: E731
+    every = rows_of(jobs)
     seen = sum(tuning_steps(args, len(v.rows))[0] for v in jobs) * args.sd_batch
     fits = partial(kept_crops, args, len(every), seen, shape)
     crops = fits(bool(fits(True)) and all(w == h for w, h in map(real.size, every)))
@@ -573,6 +574,7 @@ def tuning_posteriors(args, dist, pipe, real, jobs, left):
         what = f"note: --tune-cached-crops {args.tune_cached_crops}: posteriors of {len(every):,} images"
         distributed.say(dist, f"{what} take more than {POSTERIOR_BYTES / 1e9:g} GB or are too many; none are kept")
     flips = (False, True) if args.flip else (False,)
+    rows = rows_of(left) if crops else []
     posteriors.keep([(i, 0, u, u, flip) for i in rows for u in crop_places(crops) for flip in flips], dist)
     return posteriors, crops
 

@@ -24,20 +24,23 @@ class Copies:
         self.folders, self.labels = class_folders(real.class_names), real.labels[rows]
         self.counts = np.bincount(self.labels, minlength=len(self.folders))
         self.starts = np.cumsum(self.counts) - self.counts
+        self.places = np.arange(len(rows)) - self.starts[self.labels]  # of each image in its class
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.k
 
     def images(self, k: int | None = None) -> Generated:
         """The first k copies (all), class by class; nothing is listed."""
         return Generated(self.root, self.real.class_names, (k or self.k) * self.counts, self.suffix)
 
     @cached_property
-    def _places(self) -> dict[int, int]:
+    def _place_of(self) -> dict[int, int]:
         """Real image -> its place in its class"""
-        places = np.arange(len(self.rows)) - self.starts[self.labels]
-        return dict(zip(self.rows, places.tolist(), strict=True))
+        return dict(zip(self.rows, self.places.tolist(), strict=True))
 
     def key(self, i: int, copy: int) -> str:
         """Name below root of a copy of the real image i. KeyError: i is none of the set's."""
-        place, c = self._places[i], self.real.labels[i]
+        place, c = self._place_of[i], self.real.labels[i]
         return f"{self.folders[c]}/{copy * self.counts[c] + place}{self.suffix}"
 
     def file(self, i: int, copy: int) -> Path:
@@ -51,16 +54,15 @@ class Copies:
             for folder, n in zip(self.folders, self.counts, strict=True)
         ])  # fmt: skip
         n, first = self.counts[self.labels], self.k * self.starts[self.labels]  # of each image's class
-        place = np.arange(len(self.rows)) - self.starts[self.labels]
-        gone = np.stack([~there[first + copy * n + place] for copy in range(self.k)], 1)  # [image, copy]
+        gone = np.stack([~there[first + copy * n + self.places] for copy in range(self.k)], 1)  # [image, copy]
         return {self.rows[m]: np.flatnonzero(gone[m]).tolist() for m in np.flatnonzero(gone.any(1)).tolist()}
 
     def write_list(self, about: Callable[[int, int], dict[str, Any]]) -> None:
         """root/metadata.jsonl: file name, label, class name, and about(i, copy). UserError: an image is missing."""
         images.check_all_there(self.root, self.folders, self.k * self.counts, self.suffix)
 
-        def line(i: int, c: int, copy: int) -> dict[str, Any]:
-            return dict(file_name=self.key(i, copy), label=c, class_name=self.real.class_names[c]) | about(i, copy)
-
-        rows = list(zip(self.rows, self.labels.tolist(), strict=True))
-        write_metadata(self.root, (line(i, c, copy) for copy in range(self.k) for i, c in rows))
+        names, rows = self.real.class_names, list(zip(self.rows, self.labels.tolist(), strict=True))
+        write_metadata(self.root, (
+            dict(file_name=self.key(i, copy), label=c, class_name=names[c], **about(i, copy))
+            for copy in range(self.k) for i, c in rows
+        ))  # fmt: skip

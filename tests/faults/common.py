@@ -36,8 +36,8 @@ FAULTS = {
         ),
         Fault(
             "the copies of another image are missing",
-            "~there[first + copy * n + place]",
-            "~there[first + copy + place]",
+            "~there[first + copy * n + self.places]",
+            "~there[first + copy + self.places]",
             "tests/test_common_copies.py::test_what_is_missing_is_missing",
         ),
     ],
