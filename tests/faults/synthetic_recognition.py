@@ -735,6 +735,12 @@ FAULTS = {
             tests="test_files_of_names_and_weights_are_known_by_their_content",
         ),
         Fault(
+            "pre-training that waits for the filter",
+            'check_order(run, todo, NEEDS, {"filter"} if pre else ())',
+            "check_order(run, todo, NEEDS)",
+            tests="test_pretrain_end_to_end_with_two_processes",
+        ),
+        Fault(
             "other names go on as the same label space",
             "seed_of(*gen_names)",
             "seed_of(args.label_space)",
